@@ -1,0 +1,42 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= examples/configs/quickstart.json
+
+.PHONY: demo run test check lint bench schema
+
+demo: $(VENV)/.runtime
+	$(BIN)/python research_eval/main.py --json_config_path examples/configs/quickstart.json
+
+run: $(VENV)/.runtime
+	$(BIN)/python research_eval/main.py --json_config_path $(CONFIG)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/overhead.py
+
+# The JSON Schema for editors follows from the code.
+schema: $(VENV)/.runtime
+	$(BIN)/python -m research_eval.schema > research_eval/experiment.schema.json
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.runtime: $(VENV)/.created requirements.txt pyproject.toml
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime requirements-dev.txt
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@

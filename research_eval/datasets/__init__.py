@@ -1,0 +1,1 @@
+"""One file per task; `providers.py` turns a config into splits."""

@@ -1,0 +1,62 @@
+"""Parity: how many tokens are the token 1, modulo `num_classes`?
+
+Each position holds id 1 with probability 1/2, otherwise one of the ids 2..vocab_size.
+
+>>> solve([1, 2, 1, 1])
+1
+
+N samples  L length
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from research_eval.datasets.base_dataset import ArraySamples, SequenceBaseDataset
+from research_eval.errors import ConfigError
+from research_eval.registry import SYNTHETIC_DATASETS
+
+
+@SYNTHETIC_DATASETS.register("parity")
+class ParityDataset(SequenceBaseDataset):
+    """Count the ones, modulo `num_classes`."""
+
+    VERSION = 1
+
+    def __init__(
+        self,
+        *,
+        num_samples: Annotated[int, Field(ge=2)] = 10_000,
+        seq_len: Annotated[int, Field(ge=1)] = 16,
+        vocab_size: Annotated[int, Field(ge=2)] = 2,
+        num_classes: Annotated[int, Field(ge=2)] = 2,
+    ) -> None:
+        super().__init__(num_samples, seq_len, vocab_size)
+        if vocab_size < 2:
+            raise ConfigError(f"parity: vocab_size={vocab_size}: the token that is counted needs at least one other")
+        if not 2 <= num_classes <= seq_len + 1:
+            raise ConfigError(f"parity: num_classes={num_classes}: choose 2 to seq_len + 1 = {seq_len + 1}")
+        self.num_classes = num_classes
+
+    def input_space(self) -> int:
+        return int(self.vocab_size**self.seq_len)
+
+    def _generate_data(self) -> None:
+        # Half of the integers from 3 - vocab_size to vocab_size are at most 1.
+        shape = (self.num_samples, self.seq_len)
+        ids_NL = np.maximum(self.rng.integers(3 - self.vocab_size, self.vocab_size, shape, np.int32, endpoint=True), 1)
+        self.samples = ArraySamples(ids_NL, (ids_NL == 1).sum(1) % self.num_classes)
+        self.labels_list = list(range(self.num_classes))
+
+
+def solve(tokens: Sequence[int], num_classes: int = 2) -> int:
+    """The number of ones modulo `num_classes`, one token at a time."""
+    state = 0
+    for token in tokens:
+        if token == 1:
+            state = (state + 1) % num_classes
+    return state

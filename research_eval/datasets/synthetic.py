@@ -1,0 +1,191 @@
+"""A synthetic task's train, validation and test splits.
+
+N samples  L longest sample
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from research_eval.datasets.base_dataset import SequenceBaseDataset, class_numbers, global_generators_seeded
+from research_eval.datasets.token_data import DataSplits, TokenData
+from research_eval.errors import ConfigError
+from research_eval.registry import SYNTHETIC_DATASETS
+from research_eval.seeding import derive_seed
+
+SPLITS = ("train", "validation", "test")
+SMALL_SPACE = 1000  # inputs per sample: above it, independent draws meet by chance in less than 0.1 % of the samples
+ROUNDS = 64  # draws in search of new inputs; rare ones may stay out
+SAME_DATA = 16  # this many equal samples in a row are no chance
+
+
+class Drawn(NamedTuple):
+    """Samples of one split or more."""
+
+    ids: NDArray[np.integer[Any]]  # [N, L], padded on the right with 0
+    labels: NDArray[np.object_]  # [N], label values
+    keys: NDArray[np.uint64]  # [N], equal for equal inputs
+
+    def take(self, rows: NDArray[np.integer[Any]]) -> Drawn:
+        return Drawn(self.ids[rows], self.labels[rows], self.keys[rows])
+
+
+def synthetic_splits(dataset_name: str, dataset_params: dict[str, Any], seed: int) -> DataSplits:
+    """Four fifths of `num_samples` for training, one fifth for validation and as many again for the test.
+
+    Where the task knows its `input_space` and that is small, inputs are drawn without replacement: no two splits share
+    one. If there are fewer inputs than samples, samples repeat within a split only. Otherwise each split is drawn
+    from its own seed, and the fingerprint tells how many validation inputs also occur in train.
+    """
+    dataset = _build(dataset_name, dataset_params, seed)
+    num_validation = max(1, dataset.num_samples // 5)
+    sizes = [dataset.num_samples - num_validation, num_validation, num_validation]
+    if sizes[0] < 1:
+        raise ConfigError(f"{dataset_name}: num_samples={dataset.num_samples}: expected at least 2, one of each split")
+    space = dataset.input_space()
+    values: set[Any] = set()  # of all splits: a dataset may list only the labels that it has drawn
+    if space is not None and space <= SMALL_SPACE * sum(sizes):
+        drawn, sampling = _without_replacement(dataset_name, dataset, sizes, space, seed, values)
+    else:
+        drawn, sampling = _independent(dataset_name, dataset, sizes, seed, values), "independent draws"
+    classes = sorted(values)
+    splits = [TokenData.from_padded(part.ids, class_numbers(part.labels, classes)) for part in drawn]
+    train, validation, test = splits
+    duplicates = int(np.isin(drawn[1].keys, drawn[0].keys).sum())
+    return DataSplits(
+        train,
+        validation,
+        test,
+        vocab_size=dataset.vocab_size + 1,
+        num_classes=len(classes),
+        label_names=[str(value) for value in classes],
+        max_length=max(dataset.seq_len, *(int(split.lengths.max()) for split in splits)),
+        fingerprint={
+            "dataset": dataset_name,
+            "version": dataset.VERSION,
+            "params": dict(dataset_params),
+            "seed": seed,
+            "sampling": sampling,
+            "sha256": dict(zip(SPLITS, map(_sha256, splits), strict=True)),
+            "distinct_inputs": dict(zip(SPLITS, (len(np.unique(part.keys)) for part in drawn), strict=True)),
+            "train_validation_duplicates": duplicates,
+            "train_validation_duplicate_share": duplicates / len(validation),
+        },
+    )
+
+
+def _seed(seed: int, *indices: int) -> int:
+    """32 bits, so that a user's dataset may pass `self.seed` to `np.random.seed`."""
+    return derive_seed(seed, "data", *indices) % 2**32
+
+
+def _build(dataset_name: str, dataset_params: dict[str, Any], seed: int) -> SequenceBaseDataset:
+    """One object for all splits, so that what its constructor draws (a pattern, say) is the same in all of them."""
+    cls = SYNTHETIC_DATASETS.get_or_explain(dataset_name)
+    if not issubclass(cls, SequenceBaseDataset):
+        raise ConfigError(f"{dataset_name}: {cls.__qualname__} must inherit from SequenceBaseDataset")
+    signature = inspect.signature(cls)
+    arguments = dict(dataset_params)
+    if "seed" in signature.parameters:
+        arguments.setdefault("seed", _seed(seed))
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"dataset_params of {dataset_name}: {error}; it takes {signature}") from error
+    with global_generators_seeded(_seed(seed)):
+        return cls(**arguments)
+
+
+def _draw(dataset: SequenceBaseDataset, num_samples: int, seed: int, values: set[Any]) -> Drawn:
+    """Fresh samples; their label values are added to `values`."""
+    dataset.generate(seed, num_samples)
+    table = dataset.table()
+    values.update(dataset.class_values())
+    return Drawn(table.ids, table.labels, _keys(table.ids))
+
+
+def _independent(
+    dataset_name: str, dataset: SequenceBaseDataset, sizes: list[int], seed: int, values: set[Any]
+) -> list[Drawn]:
+    """Each split from its own seed."""
+    drawn = []
+    for split, size in enumerate(sizes):
+        part = _draw(dataset, size, _seed(seed, split), values)
+        if len(part.keys) > size:  # a generator with a count of its own, maybe sorted by class
+            part = part.take(np.random.default_rng(_seed(seed, split)).choice(len(part.keys), size, replace=False))
+        drawn.append(part)
+    train, validation = drawn[0].keys, drawn[1].keys
+    if len(validation) >= SAME_DATA and np.array_equal(train[: len(validation)], validation):
+        raise ConfigError(
+            f"{dataset_name}: validation repeats the training samples: _generate_data of {type(dataset).__name__} "
+            "gives the same for every seed. Draw from self.rng"
+        )
+    return drawn
+
+
+def _without_replacement(
+    dataset_name: str, dataset: SequenceBaseDataset, sizes: list[int], space: int, seed: int, values: set[Any]
+) -> tuple[list[Drawn], str]:
+    """Different inputs, dealt out to the splits at random; the splits, and how they were sampled, in words."""
+    total = sum(sizes)
+    pool, counts_N = _distinct(dataset, min(total, space), seed, values)
+    num_inputs = len(pool.keys)
+    if num_inputs < len(SPLITS):
+        raise ConfigError(
+            f"{dataset_name}: found only {num_inputs} different inputs (there are {space}), but train, validation "
+            "and test need one each; raise seq_len or vocab_size"
+        )
+    rng = np.random.default_rng(_seed(seed, len(SPLITS), ROUNDS))
+    first_end, second_end = (int(end) * num_inputs // total for end in np.cumsum(sizes)[:-1])
+    first_end = min(max(first_end, 1), num_inputs - 2)
+    second_end = min(max(second_end, first_end + 1), num_inputs - 1)
+    drawn = []
+    for rows, size in zip(np.split(rng.permutation(num_inputs), [first_end, second_end]), sizes, strict=True):
+        repeats = rng.choice(rows, size - len(rows), p=counts_N[rows] / counts_N[rows].sum())
+        drawn.append(pool.take(np.append(rows, repeats)))
+    return drawn, "without replacement" if num_inputs == total else "distinct inputs, repeated within a split"
+
+
+def _distinct(dataset: SequenceBaseDataset, target: int, seed: int, values: set[Any]) -> tuple[Drawn, NDArray[Any]]:
+    """Up to `target` different inputs, and how often each was met on the way.
+
+    Plain draws of which the first copy counts are a sample without replacement from the task's own distribution.
+    """
+    pool = Drawn(np.empty((0, 1), np.int8), np.empty(0, object), np.empty(0, np.uint64))
+    counts_N: NDArray[Any] = np.empty(0)
+    for number in range(ROUNDS):
+        fresh = _draw(dataset, max(target, 4096), _seed(seed, len(SPLITS), number), values)
+        pool, counts_N = _joined(pool, fresh), np.append(counts_N, np.ones(len(fresh.keys)))
+        _, first, inverse = np.unique(pool.keys, return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        pool, counts_N = pool.take(first[order]), np.bincount(inverse, counts_N)[order]
+        if len(order) >= target:
+            break
+    return pool.take(np.arange(min(target, len(pool.keys)))), counts_N
+
+
+def _joined(first: Drawn, second: Drawn) -> Drawn:
+    width = max(first.ids.shape[1], second.ids.shape[1])
+    ids_NL = np.concatenate([np.pad(part.ids, [(0, 0), (0, width - part.ids.shape[1])]) for part in (first, second)])
+    return Drawn(ids_NL, np.append(first.labels, second.labels), np.append(first.keys, second.keys))
+
+
+def _keys(ids_NL: NDArray[np.integer[Any]]) -> NDArray[np.uint64]:
+    """A 64-bit multilinear hash of each row. Padding adds nothing, so the width does not matter."""
+    rng = np.random.default_rng(0)
+    keys_N = np.zeros(len(ids_NL), np.uint64)
+    for ids_N in ids_NL.T:
+        keys_N += ids_N.astype(np.uint64) * (rng.integers(2**64, dtype=np.uint64) | np.uint64(1))
+    return keys_N
+
+
+def _sha256(data: TokenData) -> str:
+    digest = hashlib.sha256()
+    for array in (data.tokens, data.offsets, data.labels):
+        digest.update(np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<")).tobytes())
+    return digest.hexdigest()

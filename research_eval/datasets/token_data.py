@@ -1,0 +1,133 @@
+"""Token sequences stored flat, and the batches drawn from them.
+
+N samples  S tokens in all  B batch  L length of the batch's longest sample
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from research_eval.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """One split. Sample i holds `tokens[offsets[i]:offsets[i + 1]]`: no padding is stored."""
+
+    tokens: NDArray[np.int32]  # [S], ids from 1; 0 is padding and never occurs here
+    offsets: NDArray[np.int64]  # [N + 1]
+    labels: NDArray[np.int64]  # [N], 0..num_classes - 1
+
+    @classmethod
+    def from_padded(cls, ids_NL: NDArray[np.integer[Any]], labels: NDArray[np.integer[Any]]) -> TokenData:
+        """Drop the padding (id 0, on the right) of a rectangular array."""
+        keep_NL = ids_NL != 0
+        offsets = np.zeros(len(ids_NL) + 1, np.int64)
+        np.cumsum(keep_NL.sum(1), out=offsets[1:])
+        return cls(ids_NL[keep_NL].astype(np.int32), offsets, labels.astype(np.int64))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens per sample, [N]."""
+        return np.diff(self.offsets)
+
+    def sample(self, index: int) -> list[int]:
+        """The tokens of one sample."""
+        return [int(token) for token in self.tokens[self.offsets[index] : self.offsets[index + 1]]]
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """What a dataset hands to the experiment."""
+
+    train: TokenData
+    validation: TokenData
+    test: TokenData | None
+    vocab_size: int  # embedding rows: the largest id + 1, padding included
+    num_classes: int
+    label_names: list[str]
+    max_length: int  # no sample of any split is longer
+    padding_idx: int = 0
+    tokenizer: Tokenizer | None = None
+    fingerprint: dict[str, Any] = field(default_factory=dict)  # version, content hash, duplicates, tokenizer hash
+
+
+class Batch(NamedTuple):
+    """`input_ids` [B, L] int64, padded with 0; `attention_mask` [B, L], True where a token is real; `labels` [B]."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+
+
+class Batches:
+    """Batches of one split, each cut to its longest sample.
+
+    With a `seed` the order is a new shuffle per epoch, the same for the same seed: similar lengths share a
+    batch (buckets of `BUCKET` batches are sorted by length), and the batches come in random order. Without one the
+    samples come sorted by length, every sample exactly once. The split lies on `device` as a whole.
+    """
+
+    BUCKET = 50
+
+    def __init__(
+        self, data: TokenData, batch_size: int, device: torch.device | str = "cpu", seed: int | None = None
+    ) -> None:
+        self.data = data
+        self.batch_size = batch_size
+        self.seed = seed
+        self._lengths = data.lengths
+        self._tokens_S = torch.from_numpy(data.tokens).to(device)
+        self._offsets = torch.from_numpy(data.offsets[:-1]).to(device)
+        self._lengths_N = torch.from_numpy(self._lengths).to(device)
+        self._labels_N = torch.from_numpy(data.labels).to(device)
+        self._steps_L = torch.arange(int(self._lengths.max(initial=1)), device=device)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.data) / self.batch_size)
+
+    def order(self, epoch: int) -> list[NDArray[np.int64]]:
+        """The sample numbers of each batch of this epoch."""
+        if self.seed is None:
+            rows = np.argsort(self._lengths, kind="stable")
+            return [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        rng = np.random.default_rng(derive_seed(self.seed, "sampler", epoch))
+        rows = rng.permutation(len(self.data))
+        bucket = self.BUCKET * self.batch_size
+        batches = []
+        for start in range(0, len(rows), bucket):
+            part = rows[start : start + bucket]
+            part = part[np.argsort(self._lengths[part], kind="stable")]
+            batches += [part[first : first + self.batch_size] for first in range(0, len(part), self.batch_size)]
+        return [batches[number] for number in rng.permutation(len(batches))]
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch, from batch number `start` on."""
+        for rows in self.order(epoch)[start:]:
+            yield self.take(rows)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.epoch(0)
+
+    def take(self, rows: NDArray[np.int64]) -> Batch:
+        """The given samples as one batch."""
+        longest = max(int(self._lengths[rows].max()), 1)
+        rows_B = torch.from_numpy(rows).to(self._tokens_S.device)
+        steps_L = self._steps_L[:longest]
+        keep_BL = steps_L < self._lengths_N[rows_B].unsqueeze(1)
+        index_BL = (self._offsets[rows_B].unsqueeze(1) + steps_L).clamp_(max=max(len(self._tokens_S) - 1, 0))
+        ids_BL = self._tokens_S[index_BL].long() * keep_BL
+        return Batch(ids_BL, keep_BL, self._labels_N[rows_B])

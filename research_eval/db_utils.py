@@ -1,0 +1,672 @@
+"""The results store: one row per run, its metrics, its time series; and the CSV beside it.
+
+SQLite (a path) is the default, PostgreSQL (a URL) the store of a cluster. What the columns hold on both:
+
+- Times are UTC. They are naive in SQL and come back as aware `datetime` objects.
+- `metric_value` is REAL on SQLite and JSONB on PostgreSQL. A number is a number (read as `float`); everything else is
+  JSON: text on SQLite, a JSON value on PostgreSQL. NaN and None ("not measured") are SQL NULL, so that AVG, MAX and
+  ORDER BY keep working, and are read as NaN. An infinity is SQLite's infinity, or the JSON string "Infinity" on
+  PostgreSQL. Inside lists, which have to be valid JSON, non-finite numbers are the strings "NaN", "Infinity" and
+  "-Infinity"; reading turns them into numbers again.
+- `history.value` is NULL for NaN.
+- `full_config_json` is canonical (`canonical_json`), so equal configs are equal text.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
+
+import filelock
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import URL, Connection, Dialect, make_url
+
+from research_eval.errors import ConfigError
+
+DB_FILE = "experiment_results.db"
+DB_VARIABLE = "GOE_DB"
+SCHEMA_VERSION = "0002"  # the newest file in migrations/versions
+VERSION_TABLE = "goe_schema_version"  # own name: Optuna keeps its `alembic_version` in the same database
+STATUSES = ("running", "finished", "failed", "interrupted", "pruned", "diverged")
+
+_LOCK_SECONDS = 60.0
+_BUSY_SECONDS = 30.0
+_ADVISORY_LOCK_KEY = 0x676F65  # "goe"
+_SQLITE_MAGIC = b"SQLite format 3\0"
+_SPELLINGS = "Give a path, sqlite:///path or postgresql://user@host/name"
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class HistoryRow(NamedTuple):
+    """One point of a time series; `step` counts optimiser steps, `epoch` may be fractional."""
+
+    step: int
+    epoch: float
+    name: str
+    value: float
+
+
+# --- Values ---------------------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class _Array(Protocol):
+    """NumPy and torch scalars and arrays."""
+
+    def tolist(self) -> Any: ...
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, _Array) else value
+
+
+def canonical_json(value: Any) -> str:
+    """JSON text that is equal for equal values: sorted keys, ASCII."""
+    return json.dumps(value, sort_keys=True, default=_plain)
+
+
+def _to_strict_json(value: Any) -> Any:
+    """Lists and dicts of plain values, non-finite numbers as strings. TypeError for what JSON cannot hold."""
+    value = _plain(value)
+    if isinstance(value, dict):
+        return {str(key): _to_strict_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_strict_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return json.dumps(value)
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    raise TypeError(f"{type(value).__name__} is not a number, text, list or dict")
+
+
+def _from_strict_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _from_strict_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_from_strict_json(item) for item in value]
+    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _normal_metric(name: str, value: Any) -> Any:
+    """A float, or what JSON can hold."""
+    value = _plain(value)
+    if value is None:
+        return math.nan
+    if isinstance(value, (int, float)):
+        return float(value)
+    try:
+        return _to_strict_json(value)
+    except TypeError as error:
+        raise ConfigError(f"metric {name!r}: {error}. Return numbers or lists of numbers.") from error
+
+
+class _RealOrText(sa.REAL[Any]):
+    """A REAL column as SQLite has it: what is not a number is kept as it is."""
+
+    def bind_processor(self, _dialect: Dialect) -> None:
+        return None
+
+    def result_processor(self, _dialect: Dialect, _coltype: object) -> None:
+        return None
+
+
+class _MetricValue(sa.types.TypeDecorator[Any]):
+    """See the module docstring. Binds what `_normal_metric` returns."""
+
+    impl = sa.REAL
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> sa.types.TypeEngine[Any]:
+        if dialect.name == "postgresql":
+            return dialect.type_descriptor(postgresql.JSONB(none_as_null=True))
+        return dialect.type_descriptor(_RealOrText())
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
+        in_json_column = dialect.name == "postgresql"
+        if isinstance(value, float):
+            if math.isnan(value):
+                return None
+            return json.dumps(value) if in_json_column and math.isinf(value) else value
+        return value if in_json_column else json.dumps(value)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> Any:
+        if value is None:
+            return math.nan
+        if isinstance(value, (int, float)):
+            return float(value)
+        if isinstance(value, str) and dialect.name != "postgresql":
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError:
+                return value  # text in an adopted database, written by another program
+        return _from_strict_json(value)
+
+
+class _NanAsNull(sa.types.TypeDecorator[float]):
+    """A double whose NaN is NULL on every database, as SQLite has it anyway."""
+
+    impl = sa.Double
+    cache_ok = True
+
+    def process_bind_param(self, value: float | None, _dialect: Dialect) -> float | None:
+        return None if value is None or math.isnan(value) else value
+
+    def process_result_value(self, value: float | None, _dialect: Dialect) -> float:
+        return math.nan if value is None else value
+
+
+class _UtcDateTime(sa.types.TypeDecorator[datetime]):
+    """Naive UTC in SQL, aware in Python."""
+
+    impl = sa.DateTime
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, _dialect: Dialect) -> datetime | None:
+        return None if value is None else value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, _dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+# --- Tables: what the migrations add up to ---------------------------------------------------------------------------
+
+metadata = sa.MetaData()
+
+experiments_table = sa.Table(
+    "experiments",
+    metadata,
+    sa.Column("experiment_id", sa.Text, primary_key=True),
+    sa.Column("run_type", sa.Text),
+    sa.Column("timestamp", _UtcDateTime),
+    sa.Column("experiment_name", sa.Text),
+    sa.Column("model_type", sa.Text),
+    sa.Column("dataset_name", sa.Text),
+    sa.Column("dataset_type", sa.Text),
+    sa.Column("epochs", sa.Integer),
+    sa.Column("batch_size", sa.Integer),
+    sa.Column("full_config_json", sa.Text),
+    sa.Column("env_details_json", sa.Text),
+    sa.Column("status", sa.Text),
+    sa.Column("seed", sa.BigInteger),
+    sa.Column("error", sa.Text),
+    sa.Column("heartbeat", _UtcDateTime),
+    sa.Column("parent_id", sa.Text),
+    sa.Index("ix_experiments_dataset_name_model_type", "dataset_name", "model_type"),
+)
+
+metrics_table = sa.Table(
+    "metrics",
+    metadata,
+    sa.Column("metric_id", sa.Integer, primary_key=True),
+    sa.Column("experiment_id", sa.Text, sa.ForeignKey("experiments.experiment_id"), nullable=False),
+    sa.Column("metric_name", sa.Text, nullable=False),
+    sa.Column("metric_value", _MetricValue),
+    sa.Index("ix_metrics_experiment_id_metric_name", "experiment_id", "metric_name"),
+    sqlite_autoincrement=True,
+)
+
+history_table = sa.Table(
+    "history",
+    metadata,
+    sa.Column("experiment_id", sa.Text, sa.ForeignKey("experiments.experiment_id"), primary_key=True),
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("step", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("epoch", sa.Double, nullable=False),
+    sa.Column("value", _NanAsNull),
+    sqlite_with_rowid=False,
+)
+
+_version_table = sa.table(VERSION_TABLE, sa.column("version_num", sa.String))
+
+
+# --- Where the store is -----------------------------------------------------------------------------------------------
+
+
+def database_url(db: str | None = None) -> str:
+    """The URL (password included) of `db`, else of $GOE_DB, else of DB_FILE in the working directory.
+
+    Raises ConfigError for a bad URL, a missing folder, a directory or a file that is not SQLite.
+    """
+    where = db if db is not None else os.environ.get(DB_VARIABLE) or DB_FILE
+    if "://" not in where and not re.match(r"(sqlite|postgres(ql)?)(\+\w+)?:", where):
+        return URL.create("sqlite", database=_checked_file(where)).render_as_string(hide_password=False)
+    try:
+        url = make_url(where)
+    except (sa.exc.ArgumentError, ValueError) as error:  # the message leaves the URL out: it may hold a password
+        raise ConfigError(f"database: not a URL. {_SPELLINGS}.") from error
+    if url.drivername in ("postgresql", "postgresql+psycopg", "postgres"):
+        return url.set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
+    if url.drivername not in ("sqlite", "sqlite+pysqlite"):
+        raise ConfigError(f"database: {url.drivername!r} is not supported. {_SPELLINGS}.")
+    if url.host or not url.database or url.database == ":memory:" or url.database.startswith("file:"):
+        raise ConfigError(
+            f"database: {where!r} names no file. {_SPELLINGS} (three slashes, four before a root folder)."
+        )
+    return url.set(drivername="sqlite", database=_checked_file(url.database)).render_as_string(hide_password=False)
+
+
+def _checked_file(name: str) -> str:
+    """The absolute path of a SQLite file, or of one that can be made."""
+    if not name.strip():
+        raise ConfigError(f"database: the name is empty. {_SPELLINGS}.")
+    path = Path(name).expanduser().absolute()
+    if path.is_dir():
+        raise ConfigError(f"database: {path} is a directory. Give a file in it, such as {path / DB_FILE}.")
+    if not path.parent.is_dir():
+        raise ConfigError(f"database: the folder {path.parent} does not exist. Create it first.")
+    if path.exists():
+        try:
+            with path.open("rb") as file:
+                start = file.read(len(_SQLITE_MAGIC))
+        except OSError as error:
+            raise ConfigError(f"database: {path} cannot be read: {error.strerror}.") from error
+        if start not in (b"", _SQLITE_MAGIC):
+            raise ConfigError(f"database: {path} is not a SQLite file; it was left alone. Give another name.")
+    return str(path)
+
+
+def _sqlite_engine(path: Path, read_only: bool) -> sa.Engine:
+    query = {"uri": "true", "mode": "ro"} if read_only else {}
+    if read_only and not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists():
+        query["immutable"] = "1"  # a WAL file on a read-only medium: SQLite could not make its shared-memory file
+    database = path.as_uri() if read_only else str(path)
+    engine = sa.create_engine(
+        URL.create("sqlite", database=database, query=query), connect_args={"timeout": _BUSY_SECONDS}
+    )
+
+    @sa.event.listens_for(engine, "connect")
+    def configure(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # the driver's own BEGIN would come too late, and never before DDL
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute("PRAGMA foreign_keys=ON")
+
+    @sa.event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN " + connection.get_execution_options().get("sqlite_begin", "DEFERRED"))
+
+    return engine
+
+
+def _postgresql_engine(url: URL, read_only: bool) -> sa.Engine:
+    # Minutes may pass between two writes of a run: ask whether the connection still lives.
+    return sa.create_engine(url, pool_pre_ping=True, execution_options={"postgresql_readonly": read_only})
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock file beside `path`."""
+    lock = filelock.FileLock(path.with_name(f"{path.name}.lock"), timeout=_LOCK_SECONDS)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise ConfigError(f"{path}: another process has held {lock.lock_file} for {_LOCK_SECONDS:.0f} s.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# --- The store --------------------------------------------------------------------------------------------------------
+
+
+class Store:
+    """The results database. Every method is one short transaction, so any number of processes may write.
+
+    Opening creates or migrates the database; with `read_only` it must be there and is never written (SQLite may still
+    put its empty -wal and -shm files beside it).
+    """
+
+    def __init__(self, db: str | None = None, read_only: bool = False) -> None:
+        url = make_url(database_url(db))
+        self.read_only = read_only
+        self._file = Path(url.database) if url.drivername == "sqlite" and url.database else None
+        self.location = str(self._file or url.render_as_string(hide_password=True))
+        if self._file is None:
+            self._engine = _postgresql_engine(url, read_only)
+        elif read_only and not self._file.exists():
+            raise self._no_results()
+        else:
+            self._engine = _sqlite_engine(self._file, read_only)
+        self._writer = self._engine.execution_options(sqlite_begin="IMMEDIATE")
+        try:
+            self._open()
+        except sa.exc.DatabaseError as error:
+            self.close()
+            raise ConfigError(f"database {self.location}: {str(error.orig).strip()}") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Opening and migrating
+
+    @property
+    def schema_version(self) -> str | None:
+        """The version of the database as it is; None without our tables."""
+        with self._engine.connect() as connection:
+            return self._version(connection)
+
+    def _version(self, connection: Connection) -> str | None:
+        if not sa.inspect(connection).has_table(VERSION_TABLE):
+            return None
+        version: str | None = connection.scalar(sa.select(_version_table.c.version_num))
+        if version is not None and version > SCHEMA_VERSION:
+            raise ConfigError(
+                f"database {self.location}: schema version {version} is newer than {SCHEMA_VERSION}, the newest that "
+                "this program knows. Update the program or give another database."
+            )
+        return version
+
+    def _no_results(self) -> ConfigError:
+        return ConfigError(f"no results at {self.location}: run `python research_eval/init_db.py` first")
+
+    def _open(self) -> None:
+        with self._engine.connect() as connection:
+            version = self._version(connection)
+            needs_wal = self._file is not None and connection.exec_driver_sql("PRAGMA journal_mode").scalar() != "wal"
+        if not self.read_only:
+            if version != SCHEMA_VERSION or needs_wal:
+                self._migrate()
+        elif version is None:
+            raise self._no_results()
+        elif version != SCHEMA_VERSION:
+            raise ConfigError(
+                f"database {self.location}: schema version {version} is older than {SCHEMA_VERSION}: "
+                f"run `python research_eval/init_db.py --db {self.location}` first"
+            )
+
+    def _migrate(self) -> None:
+        """Bring the tables up to date in one transaction, one process at a time."""
+        with self._writer.connect() as connection:
+            if self._file is None:
+                with connection.begin():
+                    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_ADVISORY_LOCK_KEY)))
+                    self._upgrade(connection)
+                return
+            with _locked(self._file):
+                driver = connection.connection.driver_connection  # these two have no effect inside a transaction
+                assert driver is not None
+                driver.execute("PRAGMA journal_mode=WAL")
+                driver.execute("PRAGMA foreign_keys=OFF")  # Alembic alters a table by copying and dropping it
+                with connection.begin():
+                    self._upgrade(connection)
+                driver.execute("PRAGMA foreign_keys=ON")
+
+    def _upgrade(self, connection: Connection) -> None:
+        if self._version(connection) == SCHEMA_VERSION:
+            return  # another process was faster
+        import alembic.command
+        import alembic.config
+
+        config = alembic.config.Config()
+        config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+        config.attributes["connection"] = connection
+        alembic.command.upgrade(config, SCHEMA_VERSION)
+
+    # Writing
+
+    @contextmanager
+    def _write(self) -> Iterator[Connection]:
+        assert not self.read_only, "this store was opened read-only"
+        with self._writer.begin() as connection:
+            yield connection
+
+    def start_experiment(
+        self,
+        *,
+        experiment_id: str,
+        run_type: str,
+        experiment_name: str,
+        model_type: str,
+        dataset_name: str,
+        dataset_type: str,
+        epochs: int,
+        batch_size: int,
+        seed: int,
+        config: dict[str, Any],
+        environment: dict[str, Any],
+        parent_id: str | None = None,
+    ) -> None:
+        """File a new run as running, from now."""
+        now = datetime.now(UTC)
+        row = {
+            "experiment_id": experiment_id,
+            "run_type": run_type,
+            "timestamp": now,
+            "experiment_name": experiment_name,
+            "model_type": model_type,
+            "dataset_name": dataset_name,
+            "dataset_type": dataset_type,
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "full_config_json": canonical_json(config),
+            "env_details_json": canonical_json(environment),
+            "status": "running",
+            "seed": seed,
+            "heartbeat": now,
+            "parent_id": parent_id,
+        }
+        with self._write() as connection:
+            connection.execute(experiments_table.insert(), row)
+
+    def _update(self, connection: Connection, experiment_id: str, **columns: Any) -> None:
+        """Set columns and the heartbeat; ConfigError where there is no such run."""
+        updated = connection.execute(
+            experiments_table.update()
+            .where(experiments_table.c.experiment_id == experiment_id)
+            .values(heartbeat=datetime.now(UTC), **columns)
+        )
+        if updated.rowcount != 1:
+            raise ConfigError(f"no experiment {experiment_id!r} in {self.location}")
+
+    def update_environment(self, experiment_id: str, environment: dict[str, Any]) -> None:
+        """Replace the environment record."""
+        with self._write() as connection:
+            self._update(connection, experiment_id, env_details_json=canonical_json(environment))
+
+    def set_status(self, experiment_id: str, status: str, error: str | None = None) -> None:
+        """Set status and error together (no error clears the old one)."""
+        if status not in STATUSES:
+            raise ConfigError(f"status: unknown {status!r}. Known: {', '.join(STATUSES)}.")
+        with self._write() as connection:
+            self._update(connection, experiment_id, status=status, error=error)
+
+    def add_history(self, experiment_id: str, rows: Sequence[HistoryRow]) -> None:
+        """Add points and refresh the heartbeat; a point written twice keeps its last value."""
+        insert = (sqlite.insert if self._file else postgresql.insert)(history_table)
+        upsert = insert.on_conflict_do_update(
+            index_elements=["experiment_id", "name", "step"],
+            set_={"epoch": insert.excluded.epoch, "value": insert.excluded.value},
+        )
+        values = [
+            {
+                "experiment_id": experiment_id,
+                "name": row.name,
+                "step": int(row.step),
+                "epoch": float(row.epoch),
+                "value": float(row.value),
+            }
+            for row in rows
+        ]
+        with self._write() as connection:
+            self._update(connection, experiment_id)
+            if values:
+                connection.execute(upsert, values)
+
+    def truncate_history(self, experiment_id: str, after_step: int) -> None:
+        """Forget the points later than `after_step`, which a resumed run will write again."""
+        with self._write() as connection:
+            self._update(connection, experiment_id)
+            connection.execute(
+                history_table.delete().where(
+                    history_table.c.experiment_id == experiment_id, history_table.c.step > after_step
+                )
+            )
+
+    def finish_experiment(self, experiment_id: str, metrics: dict[str, Any]) -> None:
+        """Replace the run's metrics and file it as finished. ConfigError for a metric that JSON cannot hold."""
+        rows = [
+            {"experiment_id": experiment_id, "metric_name": name, "metric_value": _normal_metric(name, value)}
+            for name, value in metrics.items()
+        ]
+        with self._write() as connection:
+            self._update(connection, experiment_id, status="finished", error=None)
+            connection.execute(metrics_table.delete().where(metrics_table.c.experiment_id == experiment_id))
+            if rows:
+                connection.execute(metrics_table.insert(), rows)
+
+    # Reading
+
+    def _rows(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
+        with self._engine.connect() as connection:
+            return [dict(row) for row in connection.execute(query).mappings()]
+
+    def experiments(self) -> list[dict[str, Any]]:
+        """Every run, oldest first; keys are the columns of the table."""
+        return self._rows(sa.select(experiments_table).order_by(experiments_table.c.timestamp))
+
+    def experiment(self, experiment_id: str) -> dict[str, Any]:
+        """The run with this id or, where it is the only one, whose id starts so."""
+        column = experiments_table.c.experiment_id
+        starts_so = sa.func.substr(column, 1, len(experiment_id)) == experiment_id  # LIKE has wildcards and folds case
+        found = self._rows(sa.select(experiments_table).where(starts_so).order_by(column)) if experiment_id else []
+        for row in found:
+            if row["experiment_id"] == experiment_id or len(found) == 1:
+                return row
+        if found:
+            shown = ", ".join(row["experiment_id"] for row in found[:5]) + (", ..." if len(found) > 5 else "")
+            raise ConfigError(f"experiment {experiment_id!r} is one of {len(found)} in {self.location}: {shown}")
+        known = [row["experiment_id"] for row in self._rows(sa.select(column).order_by(experiments_table.c.timestamp))]
+        near = difflib.get_close_matches(experiment_id, known, n=1)
+        hint = (
+            f"Did you mean {near[0]!r}?"
+            if near
+            else f"The newest are {', '.join(known[:-6:-1]) or 'none: it is empty'}."
+        )
+        raise ConfigError(f"no experiment {experiment_id!r} in {self.location}. {hint}")
+
+    def find_experiment(self, config: dict[str, Any], run_type: str = "json") -> dict[str, Any] | None:
+        """The newest run of exactly this config."""
+        found = self._rows(
+            sa.select(experiments_table)
+            .where(
+                experiments_table.c.run_type == run_type, experiments_table.c.full_config_json == canonical_json(config)
+            )
+            .order_by(experiments_table.c.timestamp.desc())
+            .limit(1)
+        )
+        return found[0] if found else None
+
+    def metrics(self, experiment_id: str) -> dict[str, Any]:
+        """Name -> float, or the list (or dict, or text) that was stored; in the order they were stored."""
+        query = (
+            sa.select(metrics_table)
+            .where(metrics_table.c.experiment_id == experiment_id)
+            .order_by(metrics_table.c.metric_id)
+        )
+        return {row["metric_name"]: row["metric_value"] for row in self._rows(query)}
+
+    def history(self, experiment_id: str, name: str | None = None) -> list[HistoryRow]:
+        """The points of one series, or of all, by step and then name."""
+        columns = history_table.c
+        query = sa.select(columns.step, columns.epoch, columns.name, columns.value).where(
+            columns.experiment_id == experiment_id
+        )
+        if name is not None:
+            query = query.where(columns.name == name)
+        with self._engine.connect() as connection:
+            return [HistoryRow(*row) for row in connection.execute(query.order_by(columns.step, columns.name))]
+
+
+# --- CSV --------------------------------------------------------------------------------------------------------------
+
+
+def append_csv(path: str | Path, row: dict[str, Any]) -> None:
+    """Append one row; a column that the header lacks is added to it, and old rows get an empty cell.
+
+    Text that a spreadsheet would run as a formula gets a leading apostrophe. Several processes may append.
+    """
+    path = Path(path).resolve()
+    if path.is_dir() or not path.parent.is_dir():
+        raise ConfigError(f"{path}: not a file in an existing folder. Create the folder or give another name.")
+    cells = {str(_cell(name)): _cell(value) for name, value in row.items()}
+    csv.field_size_limit(2**31 - 1)  # a cell may be a long list
+    with _locked(path):
+        try:
+            header = next(_csv_rows(path), [])
+            columns = [*header, *(name for name in cells if name not in header)]
+            new_line = [cells.get(name, "") for name in columns]
+            if columns == header:
+                _append_line(path, new_line)
+            else:
+                old_lines = [[*line, *[""] * (len(columns) - len(line))] for line in _csv_rows(path)][1:]
+                _replace_csv(path, [columns, *old_lines, new_line])
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{path}: not UTF-8 text; it was left alone. Move it away or give another name."
+            ) from error
+
+
+def _cell(value: Any) -> Any:
+    value = _plain(value)
+    if value is None:
+        return ""
+    if isinstance(value, (int, float)):
+        return value
+    if isinstance(value, (list, tuple, dict)):
+        return json.dumps(_to_strict_json(value))
+    text = str(value)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
+def _csv_rows(path: Path) -> Iterator[list[str]]:
+    """The lines of a file, none where it is missing. Tolerates the byte-order mark that a spreadsheet writes."""
+    if path.exists():
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            yield from csv.reader(file)
+
+
+def _append_line(path: Path, line: list[Any]) -> None:
+    text = io.StringIO()
+    csv.writer(text).writerow(line)
+    with path.open("rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        last_line_is_whole = file.read() in (b"\n", b"\r")
+        file.write((b"" if last_line_is_whole else b"\r\n") + text.getvalue().encode())
+
+
+def _replace_csv(path: Path, lines: list[list[Any]]) -> None:
+    """All of it or nothing: a crash leaves the old file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.exists():
+        shutil.copymode(path, temporary)
+    temporary.replace(path)

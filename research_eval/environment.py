@@ -1,0 +1,107 @@
+"""What a run ran on: recorded with every result, without anything that names the machine or its user."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import research_eval
+
+DISTRIBUTION = "graph-of-experts"
+SOURCE_ROOT = Path(__file__).resolve().parent.parent
+_GIT_SECONDS = 5.0
+
+
+def environment_record(device: str) -> dict[str, Any]:
+    """JSON-serialisable facts; None where one is not known. `device` is the one the run uses ("cpu", "cuda:0")."""
+    return {
+        "python_version": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_model": _cpu_model(),
+        "logical_cores": os.cpu_count(),
+        "memory_total_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "device": device,
+        **_torch_facts(device),
+        "versions": {"research_eval": research_eval.__version__}
+        | {name: _version(name) for name in _direct_dependencies()},
+        **_git_facts(),
+    }
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if model:
+            return model.group(1)
+    return platform.processor() or platform.machine()
+
+
+def _torch_facts(device: str) -> dict[str, Any]:
+    torch = sys.modules.get("torch")  # never imported for this: the record has to stay cheap
+    if torch is None:
+        return {"num_threads": None, "gpu_name": None, "cuda_version": None}
+    gpu = torch.cuda.is_available()
+    return {
+        "num_threads": torch.get_num_threads(),
+        "gpu_name": torch.cuda.get_device_name(device if device.startswith("cuda") else None) if gpu else None,
+        "cuda_version": torch.version.cuda,
+    }
+
+
+def _direct_dependencies() -> list[str]:
+    """Names from the pyproject.toml of this checkout, else from the installed package."""
+    pyproject = SOURCE_ROOT / "pyproject.toml"
+    project = tomllib.loads(pyproject.read_text()).get("project", {}) if pyproject.is_file() else {}
+    if project.get("name") == DISTRIBUTION:
+        requirements = project["dependencies"]
+    else:
+        requirements = [
+            requirement
+            for requirement in importlib.metadata.requires(DISTRIBUTION) or []
+            if "extra ==" not in requirement
+        ]
+    return sorted(re.split(r"[^\w.-]", requirement, maxsplit=1)[0] for requirement in requirements)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_facts() -> dict[str, Any]:
+    """The commit of the checkout, and whether the package differs from it."""
+    commit = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain", "--", "research_eval") if commit else None
+    return {"git_commit": commit, "git_dirty": None if changes is None else bool(changes)}
+
+
+def _git(*arguments: str) -> str | None:
+    """The output of a git command on the source checkout; None where that fails or there is none."""
+    git = shutil.which("git")
+    if git is None or not (SOURCE_ROOT / ".git").exists():  # an enclosing repository would not be ours
+        return None
+    # Inside a git hook GIT_DIR would point elsewhere; without optional locks a status never writes.
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    try:
+        done = subprocess.run(  # noqa: S603 - fixed arguments
+            [git, "-C", str(SOURCE_ROOT), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=_GIT_SECONDS,
+            env=variables | {"GIT_OPTIONAL_LOCKS": "0"},
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,283 @@
+"""One experiment, top to bottom: config -> dataset -> model -> training -> scores -> results store."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import torch
+from torch import nn
+
+from research_eval.analysis.expert_graph import draw_expert_graph
+from research_eval.datasets.providers import load_splits
+from research_eval.datasets.token_data import Batches, DataSplits
+from research_eval.db_utils import HistoryRow, Store, append_csv
+from research_eval.environment import environment_record
+from research_eval.errors import ConfigError
+from research_eval.models.base_model import EvaluableModel, adapt
+from research_eval.progress import Progress
+from research_eval.registry import MODELS_MAP
+from research_eval.schema import ExperimentConfig, context_arguments
+from research_eval.training.checkpoint import load_tensors, write_atomically
+from research_eval.training.evaluate import Evaluation, evaluate, measure_flops, measure_latency
+from research_eval.training.fit import MODEL_FILE, Diverged, Interrupted, TrainingState, fit
+from research_eval.training.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+GRAPH_FILE = "expert_graph.png"
+CSV_FILE = "json_experiment_results.csv"
+RUNS_FOLDER = Path("runs")
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended. `metrics` is empty unless `status` is "finished"."""
+
+    experiment_id: str
+    status: str
+    metrics: dict[str, Any]
+    folder: Path
+    error: str | None = None
+    exit_code: int = 0
+
+
+def run(config: ExperimentConfig, *, db: str | None = None, resume: bool = False, quiet: bool = False) -> Result:
+    """Train, score and store one experiment; `resume` goes on with the newest run of the same config.
+
+    Raises ConfigError before any work for what the user has to change. A run that diverges or is interrupted is a
+    Result with that status; anything else that goes wrong is stored as failed and raised.
+    """
+    with Store(db) as store:
+        known = store.find_experiment(config.to_dict()) if resume else None
+        if known is not None and known["status"] == "finished":
+            log.info("run %s of this config is finished: nothing to resume", known["experiment_id"])
+            folder = RUNS_FOLDER / known["experiment_id"]
+            return Result(known["experiment_id"], "finished", store.metrics(known["experiment_id"]), folder)
+        runtime, data, model = prepare(config)
+        experiment_id = known["experiment_id"] if known else new_id()
+        environment = {**environment_record(str(runtime.device)), "data": data.fingerprint}
+        with claimed_folder(experiment_id) as folder:
+            if known is not None:
+                log.info("resuming run %s", experiment_id)
+                store.set_status(experiment_id, "running")
+                store.update_environment(experiment_id, environment)
+            else:
+                if resume:
+                    log.info("no earlier run of this config to resume: starting a new one")
+                _start(store, experiment_id, config, environment)
+            save_description(folder, config, data)
+            return _train_and_store(store, experiment_id, folder, config, runtime, data, model, quiet)
+
+
+def prepare(config: ExperimentConfig) -> tuple[Runtime, DataSplits, EvaluableModel]:
+    """Device, data and freshly initialised model of a config."""
+    options = config.training_params
+    runtime = Runtime(options.device, options.precision, options.num_threads)
+    data = load_splits(config.dataset_type, config.dataset_name, config.dataset_params, config.seed)
+    if options.test and data.test is None:
+        raise ConfigError(f"training_params.test: {config.dataset_name} has no test split with labels: set it to false")
+    runtime.seed(config.seed, "init")
+    context = {name: getattr(data, name) for name in ("vocab_size", "num_classes", "padding_idx", "max_length")}
+    model = adapt(create_model(config.model_type, config.model_params, context, runtime.device), config.model_type)
+    if options.compile:
+        model.compile(dynamic=True)
+    return runtime, data, model
+
+
+def create_model(model_type: str, params: dict[str, Any], context: dict[str, Any], device: torch.device) -> nn.Module:
+    """The model of `MODELS_MAP` with its own parameters and, of the context, what its constructor takes."""
+    cls = MODELS_MAP.get_or_explain(model_type)
+    model: nn.Module = cls(**context_arguments(cls, {**context, "device": device}), **params)
+    return model.to(device)
+
+
+def new_id() -> str:
+    """Sortable by time, unique without asking anyone."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
+
+
+@contextmanager
+def claimed_folder(experiment_id: str) -> Iterator[Path]:
+    """The run's own folder, ours alone until the end. Raises ConfigError while another process works in it."""
+    folder = RUNS_FOLDER / experiment_id
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(folder / ".lock", timeout=0):
+            yield folder
+    except filelock.Timeout as error:
+        raise ConfigError(
+            f"run {experiment_id} is being trained by another process: wait for it, or drop --resume"
+        ) from error
+
+
+def save_description(folder: Path, config: ExperimentConfig, data: DataSplits) -> None:
+    """What `predict` needs beside the weights: the config, the class names and the tokenizer."""
+    description = {
+        "vocab_size": data.vocab_size,
+        "num_classes": data.num_classes,
+        "padding_idx": data.padding_idx,
+        "max_length": data.max_length,
+        "label_names": data.label_names,
+    }
+    write_atomically(folder / "config.json", json.dumps(config.to_dict(), indent=2).encode())
+    write_atomically(folder / "data.json", json.dumps(description, indent=2).encode())
+    if data.tokenizer is not None:
+        write_atomically(folder / "tokenizer.json", data.tokenizer.to_str().encode())
+
+
+def _start(store: Store, experiment_id: str, config: ExperimentConfig, environment: dict[str, Any]) -> None:
+    store.start_experiment(
+        experiment_id=experiment_id,
+        run_type="json",
+        experiment_name=config.experiment_name,
+        model_type=config.model_type,
+        dataset_name=config.dataset_name,
+        dataset_type=config.dataset_type,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        config=config.to_dict(),
+        environment=environment,
+    )
+
+
+def _train_and_store(
+    store: Store,
+    experiment_id: str,
+    folder: Path,
+    config: ExperimentConfig,
+    runtime: Runtime,
+    data: DataSplits,
+    model: EvaluableModel,
+    quiet: bool,
+) -> Result:
+    status, error, exit_code, metrics = "finished", None, 0, {}
+    try:
+        with Progress(config.epochs, quiet) as progress:
+            journal = Journal(store, experiment_id, progress)
+            state, scored, evaluation = fit(model, data, config, runtime, folder, journal)
+        metrics = score(state, scored, evaluation, data, config, runtime, folder)
+        store.finish_experiment(experiment_id, metrics)
+        if "step_transitions" in metrics:
+            title = f"{config.experiment_name}: paths of {len(data.validation):,} validation samples"
+            draw_expert_graph(metrics, folder / GRAPH_FILE, title)
+    except Diverged as problem:
+        status, error, exit_code = "diverged", str(problem), 1
+    except Interrupted as problem:
+        status, error, exit_code = "interrupted", str(problem), 128 + problem.signal
+    except KeyboardInterrupt:
+        status, error, exit_code = "interrupted", "keyboard", 130
+    except Exception as problem:
+        store.set_status(experiment_id, "failed", f"{type(problem).__name__}: {problem}")
+        _append_csv(config, experiment_id, "failed", {})
+        raise
+    if status != "finished":
+        store.set_status(experiment_id, status, error)
+        log.warning("run %s: %s: %s", experiment_id, status, error)
+    if status != "interrupted":
+        _append_csv(config, experiment_id, status, metrics)
+    return Result(experiment_id, status, metrics, folder, error, exit_code)
+
+
+def _append_csv(config: ExperimentConfig, experiment_id: str, status: str, metrics: dict[str, Any]) -> None:
+    row = {
+        "experiment_id": experiment_id,
+        "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
+        "experiment_name": config.experiment_name,
+        "model_type": config.model_type,
+        "dataset_type": config.dataset_type,
+        "dataset_name": config.dataset_name,
+        "epochs": config.epochs,
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "status": status,
+    }
+    append_csv(CSV_FILE, row | {name: value for name, value in metrics.items() if isinstance(value, int | float)})
+
+
+def score(
+    state: TrainingState,
+    model: EvaluableModel,
+    evaluation: Evaluation,
+    data: DataSplits,
+    config: ExperimentConfig,
+    runtime: Runtime,
+    folder: Path,
+) -> dict[str, Any]:
+    """All metrics of a finished training. The test split is scored once, with the best weights on validation."""
+    metrics = dict(model.get_model_specific_metrics())
+    batch_size = config.training_params.eval_batch_size or config.batch_size
+    validation = Batches(data.validation, batch_size, runtime.device)
+    steps_per_epoch = -(-len(data.train) // (config.batch_size * config.training_params.gradient_accumulation_steps))
+    forward_flops, training_flops = measure_flops(model, validation, runtime)
+    analytic = [model.get_flops_per_sample(length) for length in data.validation.lengths.tolist()]
+    metrics |= {
+        "final_val_loss": evaluation.loss,
+        "final_val_acc": evaluation.accuracy,
+        "final_val_f1": evaluation.macro_f1,
+        "best_val_f1_across_epochs": state.best_f1,
+        **_per_class("val", evaluation),
+        "epochs_completed": state.step // steps_per_epoch,
+        "training_duration_seconds": state.seconds,
+        "param_count": model.get_parameter_count(),
+        "active_param_count": model.get_active_parameter_count(),
+        "inference_flops_per_sample": forward_flops,
+        "train_flops": training_flops * len(data.train) * state.step / steps_per_epoch,
+        **measure_latency(model, validation, runtime),
+    }
+    if None not in analytic:
+        metrics["active_flops_per_sample"] = float(np.mean(np.array(analytic, float)))
+    if config.training_params.test and data.test is not None:
+        weights, _ = load_tensors(folder / MODEL_FILE)
+        model.load_state_dict(weights)
+        test = evaluate(model, Batches(data.test, batch_size, runtime.device), data.num_classes, runtime)
+        metrics |= {"test_loss": test.loss, "test_acc": test.accuracy, "test_f1": test.macro_f1}
+        metrics |= _per_class("test", test)
+    return metrics | {"peak_memory_mb": runtime.peak_memory_mb()}
+
+
+def _per_class(split: str, evaluation: Evaluation) -> dict[str, list[float]]:
+    rows = evaluation.per_class()
+    return {
+        f"{split}_{name}_per_class": [row[name] for row in rows] for name in ("precision", "recall", "f1", "support")
+    }
+
+
+class Journal:
+    """Writes what training reports to the store, and passes it on to the screen."""
+
+    def __init__(self, store: Store, experiment_id: str, progress: Progress) -> None:
+        self._store = store
+        self._id = experiment_id
+        self._progress = progress
+        self._steps_per_epoch = 1
+
+    def start(self, state: TrainingState, steps_per_epoch: int, total_steps: int) -> None:
+        """Rows behind the checkpoint that is being continued are written again."""
+        self._steps_per_epoch = steps_per_epoch
+        self._store.truncate_history(self._id, after_step=state.step)
+        self._progress.start(state.step, total_steps)
+
+    def train_values(self, step: int, values: dict[str, float]) -> None:
+        self._write(step, values)
+        self._progress.step(step, values)
+
+    def epoch_end(self, step: int, evaluation: Evaluation, model_metrics: dict[str, Any]) -> None:
+        values = {"val_loss": evaluation.loss, "val_acc": evaluation.accuracy, "val_f1": evaluation.macro_f1}
+        scalars = {name: float(value) for name, value in model_metrics.items() if isinstance(value, int | float)}
+        self._write(step, {**scalars, **values})
+        self._progress.epoch(step // self._steps_per_epoch, values)
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        epoch = step / self._steps_per_epoch
+        self._store.add_history(self._id, [HistoryRow(step, epoch, name, value) for name, value in values.items()])

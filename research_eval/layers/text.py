@@ -1,0 +1,115 @@
+"""From token ids to states, and from states to class scores.
+
+B batch  L length  D width  C classes  V vocabulary (padding included)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from research_eval.layers.stacked import Dropout
+
+PositionalEncoding = Literal["sin", "none"]
+Pool = Literal["mean", "max", "first", "last"]
+
+
+def masked_mean(h_BLD: torch.Tensor, keep_BL: torch.Tensor) -> torch.Tensor:
+    """Mean over the real tokens, [B, D]; zero for a sample without any."""
+    weights_BL1 = keep_BL.unsqueeze(-1).to(h_BLD.dtype)
+    return (h_BLD * weights_BL1).sum(1) / weights_BL1.sum(1).clamp_min(1)
+
+
+def masked_max(h_BLD: torch.Tensor, keep_BL: torch.Tensor) -> torch.Tensor:
+    """Largest value over the real tokens, [B, D]; zero for a sample without any."""
+    largest_BD = h_BLD.masked_fill(~keep_BL.unsqueeze(-1), torch.finfo(h_BLD.dtype).min).amax(1)
+    return largest_BD * keep_BL.any(1, keepdim=True)
+
+
+def sinusoids(length: int, embed_dim: int) -> torch.Tensor:
+    """The fixed positional encoding of Vaswani et al. (2017), [L, D]."""
+    positions_L1 = torch.arange(length, dtype=torch.float32).unsqueeze(1)
+    rates = torch.exp(torch.arange(0, embed_dim, 2, dtype=torch.float32) * (-math.log(10_000.0) / embed_dim))
+    table_LD = torch.zeros(length, embed_dim)
+    table_LD[:, 0::2] = torch.sin(positions_L1 * rates)
+    table_LD[:, 1::2] = torch.cos(positions_L1 * rates[: embed_dim // 2])
+    return table_LD
+
+
+class TokenEmbedding(nn.Module):
+    """h_0 = Drop(LN(sqrt(D) Emb[x] + PE)), optionally with hashed bigrams added to each token.
+
+    A bigram (previous token, token) is hashed into one of `bigram_buckets` further rows, as in fastText (Joulin et al.,
+    2017): word order for the price of a look-up. In training `token_dropout` blanks whole tokens.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        embed_dim: int,
+        padding_idx: int,
+        dropout: float,
+        positional_encoding: PositionalEncoding = "sin",
+        bigram_buckets: int = 0,
+        token_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.token = nn.Embedding(vocab_size, embed_dim, padding_idx=padding_idx)
+        self.bigram = nn.Embedding(bigram_buckets, embed_dim) if bigram_buckets else None
+        for table in (self.token, self.bigram):
+            if table is not None:
+                nn.init.normal_(table.weight, std=embed_dim**-0.5)
+        with torch.no_grad():
+            self.token.weight[padding_idx].zero_()
+        self.norm = nn.LayerNorm(embed_dim)
+        self.dropout = Dropout(dropout)
+        self.token_dropout = Dropout(token_dropout)
+        self._positional_encoding = positional_encoding
+        self._positions_LD = torch.empty(0, embed_dim)
+
+    def forward(self, ids_BL: torch.Tensor, keep_BL: torch.Tensor) -> torch.Tensor:
+        """ids_BL int64, keep_BL bool -> [B, L, D]."""
+        length, width = ids_BL.shape[1], self.token.embedding_dim
+        h_BLD = self.token(ids_BL)
+        if self.bigram is not None:
+            previous_BL = F.pad(ids_BL[:, :-1], (1, 0))
+            # Two odd multipliers spread neighbouring ids; the shift uses the product's well-mixed upper bits.
+            mixed_BL = (ids_BL * 0x9E3779B1 + previous_BL * 0x85EBCA77) >> 13
+            h_BLD = h_BLD + self.bigram(mixed_BL % self.bigram.num_embeddings)
+        if self.token_dropout.p:
+            h_BLD = h_BLD * self.token_dropout(keep_BL.to(h_BLD.dtype)).unsqueeze(-1)
+        h_BLD = h_BLD * math.sqrt(width)
+        if self._positional_encoding == "sin":
+            if len(self._positions_LD) < length or self._positions_LD.device != ids_BL.device:
+                self._positions_LD = sinusoids(max(length, 2 * len(self._positions_LD)), width).to(ids_BL.device)
+            h_BLD = h_BLD + self._positions_LD[:length]
+        return self.dropout(self.norm(h_BLD))
+
+
+class ClassificationHead(nn.Module):
+    """LN, then pooling over the real tokens, then a linear map to class scores."""
+
+    def __init__(self, embed_dim: int, num_classes: int, dropout: float, pool: Pool = "mean") -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(embed_dim)
+        self.dropout = Dropout(dropout)
+        self.linear = nn.Linear(embed_dim, num_classes)
+        self.pool = pool
+
+    def forward(self, h_BLD: torch.Tensor, keep_BL: torch.Tensor) -> torch.Tensor:
+        """h_BLD, keep_BL -> logits [B, C]."""
+        h_BLD = self.norm(h_BLD)
+        if self.pool == "mean":
+            pooled_BD = masked_mean(h_BLD, keep_BL)
+        elif self.pool == "max":
+            pooled_BD = masked_max(h_BLD, keep_BL)
+        elif self.pool == "first":
+            pooled_BD = h_BLD[:, 0]
+        else:
+            last_B = (keep_BL.sum(1) - 1).clamp_min(0)
+            pooled_BD = h_BLD[torch.arange(len(h_BLD), device=h_BLD.device), last_B]
+        return self.linear(self.dropout(pooled_BD))

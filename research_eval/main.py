@@ -1,0 +1,242 @@
+"""Run one experiment from a JSON config, or several seeds of it."""
+
+from __future__ import annotations
+
+if not __package__:  # run as a file: put the repository root where this folder was
+    import sys
+    from pathlib import Path
+
+    _here = Path(__file__).resolve().parent
+    sys.path[:] = [str(_here.parent), *(p for p in sys.path if Path(p).resolve() != _here)]
+
+import argparse
+import difflib
+import logging
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from research_eval.errors import ConfigError
+from research_eval.registry import MODELS_MAP as MODELS_MAP
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from research_eval.experiment import Result
+    from research_eval.schema import ExperimentConfig
+
+log = logging.getLogger("research_eval.main")  # not __name__: as a script that would be __main__
+
+# A file in `research_eval/models/` with `@MODELS_MAP.register("name")` is found by itself. A class from elsewhere is
+# entered here: MODELS_MAP["my_new_model"] = MyNewModelClass
+
+
+def get_trainable_parameter_count(model: nn.Module) -> int:
+    """Number of parameters that receive a gradient."""
+    from research_eval.models import base_model
+
+    return base_model.get_trainable_parameter_count(model)
+
+
+def _create_model_internal(
+    model_type: str,
+    vocab_size: int,
+    num_classes: int,
+    padding_idx: int,
+    model_params_dict: dict[str, Any],
+    device: torch.device | str,
+) -> nn.Module:
+    """The model of a config. Other spellings of a parameter belong into its annotation (`Aka`), not here."""
+    import torch
+
+    from research_eval.experiment import create_model
+    from research_eval.schema import model_arguments
+
+    context = {"vocab_size": vocab_size, "num_classes": num_classes, "padding_idx": padding_idx}
+    return create_model(model_type, model_arguments(model_type, model_params_dict), context, torch.device(device))
+
+
+# Flags that replace a value of the file, and where the file has it.
+OVERRIDES = {
+    "epochs": "epochs",
+    "batch_size": "batch_size",
+    "seed": "seed",
+    "device": "training_params.device",
+    "precision": "training_params.precision",
+    "data_dir": "dataset_params.data_dir",
+}
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of one experiment, each with its spelling in dashes."""
+
+    def flag(name: str, **options: Any) -> None:
+        spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
+        parser.add_argument(*spellings, dest=name, **options)
+
+    flag("json_config_path", metavar="FILE", required=True, help="the experiment (JSON with comments)")
+    flag("epochs", type=int, help="instead of the file's epochs")
+    flag("batch_size", type=int, help="instead of the file's batch_size")
+    flag("data_dir", metavar="PATH", help="a local copy of the data set: a folder, or one file")
+    flag("seed", type=int, help="instead of the file's seed")
+    flag("seeds", metavar="A-B", help="one run per seed, such as 0-4 or 0,2,5")
+    flag("device", help="auto, cpu, cuda, cuda:N or mps")
+    flag("precision", choices=["fp32", "bf16"], help="bf16: mixed precision")
+    flag("db", metavar="URL_OR_PATH", help="the results (default: $GOE_DB, else experiment_results.db)")
+    flag("resume", action="store_true", help="go on with the newest unfinished run of the same config")
+    flag("dry_run", action="store_true", help="check and describe the experiment, do not train")
+    flag("quiet", action="store_true", help="print the final result only")
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Seeds of a range "0-4" or a list "0,2,5". Raises ConfigError."""
+    try:
+        seeds: list[int] = []
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            seeds += range(int(first), int(last or first) + 1)
+    except ValueError:
+        seeds = []
+    if not seeds or len(seeds) > 10_000:
+        raise ConfigError(f"--seeds: expected a range such as 0-4 or a list such as 0,2,5, got {text!r}")
+    return list(dict.fromkeys(seeds))
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Exit code 0; 1 for a run that diverged; 128 + signal for one that was stopped."""
+    from research_eval.schema import load_config
+
+    overrides = {
+        key: getattr(arguments, name) for name, key in OVERRIDES.items() if getattr(arguments, name) is not None
+    }
+    if arguments.seeds is not None and arguments.seed is not None:
+        raise ConfigError("--seed and --seeds: give one of them")
+    seeds = [None] if arguments.seeds is None else parse_seeds(arguments.seeds)
+    configs = [
+        load_config(arguments.json_config_path, overrides | ({} if seed is None else {"seed": seed})) for seed in seeds
+    ]
+    for key, value in overrides.items():
+        log.info("%s = %r from the command line replaces the file's value", key, value)
+    if arguments.dry_run:
+        from research_eval.dry_run import describe
+
+        print(describe(configs[0]))
+        return 0
+    return max(_run_one(config, arguments) for config in configs)
+
+
+def _run_one(config: ExperimentConfig, arguments: argparse.Namespace) -> int:
+    from research_eval.experiment import run
+
+    result = run(config, db=arguments.db, resume=arguments.resume, quiet=arguments.quiet)
+    print(summary(config, result))
+    return result.exit_code
+
+
+def summary(config: ExperimentConfig, result: Result) -> str:
+    """The lines a run ends with."""
+    lines = [
+        f"{config.experiment_name} ({config.model_type} on {config.dataset_name}, seed {config.seed}): {result.status}"
+    ]
+    if result.error:
+        lines.append(f"  {result.error}")
+    shown = {
+        "final_val_f1": "{:.4f}",
+        "final_val_acc": "{:.4f}",
+        "final_val_loss": "{:.4f}",
+        "test_f1": "{:.4f}",
+        "param_count": "{:,.0f}",
+        "active_param_count": "{:,.0f}",
+        "inference_flops_per_sample": "{:,.0f}",
+        "inference_latency_ms_batch": "{:.2f}",
+        "training_duration_seconds": "{:.1f}",
+        "mean_path_length": "{:.2f}",
+    }
+    for name, form in shown.items():
+        if name in result.metrics:
+            lines.append(f"  {name:<28} {form.format(result.metrics[name])}")
+    for path, count in result.metrics.get("common_paths", [])[:5]:
+        lines.append(f"  {count:6d} samples took {' -> '.join(['start', *map(str, path), 'stop'])}")
+    lines.append(f"  run {result.experiment_id} in {result.folder}")
+    return "\n".join(lines)
+
+
+def parse_or_suggest(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Parse; an unknown flag ends the program with exit code 2 and the nearest known one."""
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [f"--{name.replace('_', dash)}" for name in vars(arguments) for dash in "_-"]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+        parser.error(f"unknown argument {unknown[0]!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+    return arguments
+
+
+def guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace, quiet: bool = False) -> int:
+    """Run a command; a mistake of the user becomes its message on stderr and exit code 2."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("research_eval").setLevel(logging.WARNING if quiet else logging.INFO)
+    try:
+        return command(arguments)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python research_eval/main.py --json_config_path FILE ...`."""
+    parser = argparse.ArgumentParser(prog="main.py", description=__doc__, allow_abbrev=False)
+    add_run_arguments(parser)
+    arguments = parse_or_suggest(parser, argv)
+    return guarded(run_command, arguments, arguments.quiet)
+
+
+def cli(argv: list[str] | None = None) -> int:
+    """The console command `goe`."""
+    parser = argparse.ArgumentParser(
+        prog="goe", description="Train and compare dense, MoE and Graph-of-Experts models."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(command=command)
+        return sub
+
+    add_run_arguments(add("run", run_command, "run one experiment from a JSON config"))
+    add("init-db", init_db_command, "create or migrate the results database").add_argument(
+        "--db", metavar="URL_OR_PATH"
+    )
+    predict = add("predict", predict_command, "probabilities of a trained model for your own text")
+    predict.add_argument("--run", required=True, metavar="ID", help="experiment id, or the beginning of one")
+    source = predict.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", help="one text (synthetic tasks: token ids with blanks)")
+    source.add_argument("--file", metavar="FILE", help="one text per line")
+    predict.add_argument(
+        "--db", metavar="URL_OR_PATH", help="the results (default: $GOE_DB, else experiment_results.db)"
+    )
+    predict.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    arguments = parse_or_suggest(parser, argv)
+    return guarded(arguments.command, arguments, getattr(arguments, "quiet", False))
+
+
+def init_db_command(arguments: argparse.Namespace) -> int:
+    from research_eval import init_db
+
+    return init_db.main([] if arguments.db is None else ["--db", arguments.db])
+
+
+def predict_command(arguments: argparse.Namespace) -> int:
+    from research_eval.predict import predict, read_texts
+
+    texts = [arguments.text] if arguments.text is not None else read_texts(arguments.file)
+    for prediction in predict(arguments.run, texts, db=arguments.db, device=arguments.device):
+        print(prediction)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

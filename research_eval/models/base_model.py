@@ -1,0 +1,139 @@
+"""What the experiment asks of a model.
+
+B batch  L length  C classes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional as F
+
+from research_eval.errors import ConfigError
+
+
+class AuxiliaryLoss(NamedTuple):
+    """A term beside the task loss: its raw value and the coefficient it enters the sum with."""
+
+    raw: torch.Tensor
+    weight: float
+
+
+class EvaluableModel(nn.Module):
+    """Base class of all classifiers. A class with the same methods that does not inherit works too (see `adapt`)."""
+
+    model_type: str = ""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """input_ids [B, L] int64, attention_mask [B, L] True where a token is real -> logits [B, C]."""
+        raise NotImplementedError
+
+    def task_loss(self, logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+        """The loss of the last forward pass, a scalar. Class 0 is an ordinary class."""
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+
+    def auxiliary_losses(self) -> dict[str, AuxiliaryLoss]:
+        """The terms of the last forward pass in training mode, by name."""
+        return {}
+
+    def get_auxiliary_loss(self) -> torch.Tensor | float | None:
+        """The weighted sum of the auxiliary terms, to be added to the task loss."""
+        return sum((term.weight * term.raw for term in self.auxiliary_losses().values()), start=0.0)
+
+    def after_step(self, progress: float) -> None:
+        """Called after every optimiser step with the share of training done: schedules and bias balancing."""
+
+    def start_recording(self) -> None:
+        """Forget the routing statistics and paths collected so far and collect those of the coming evaluation."""
+
+    def recorded_paths(self) -> NDArray[np.int64] | None:
+        """The experts of each recorded sample, [samples, steps], -1 behind the end; None for a model without paths."""
+        return None
+
+    def get_model_specific_metrics(self) -> dict[str, Any]:
+        """Scalars and lists of the last evaluation; they go into the database under their own names."""
+        return {}
+
+    def get_parameter_count(self) -> int:
+        """Trainable parameters."""
+        return get_trainable_parameter_count(self)
+
+    def get_active_parameter_count(self) -> int:
+        """Trainable parameters that one sample can meet on its way."""
+        return self.get_parameter_count()
+
+    def get_flops_per_sample(self, length: int) -> float | None:
+        """Analytic forward FLOPs (two per multiply-add) of one sample of `length` tokens; None when not known."""
+        return None
+
+    def get_model_name(self) -> str:
+        """The key in `MODELS_MAP`."""
+        return self.model_type
+
+
+def get_trainable_parameter_count(model: nn.Module) -> int:
+    """Number of parameters that receive a gradient."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def keep_mask(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, padding_idx: int) -> torch.Tensor:
+    """True where a token is real, [B, L]."""
+    return input_ids != padding_idx if attention_mask is None else attention_mask.bool()
+
+
+class AdaptedModel(EvaluableModel):
+    """A user's module that has the documented methods without inheriting from `EvaluableModel`."""
+
+    def __init__(self, model: nn.Module, model_type: str) -> None:
+        super().__init__()
+        self.model = model
+        self.model_type = model_type
+
+    def _call(self, method: str, default: Any) -> Any:
+        # The one place where methods are optional: a foreign class may lack any of them but `forward`.
+        function = getattr(self.model, method, None)
+        return function() if callable(function) else default
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        return self.model(input_ids, attention_mask=attention_mask)
+
+    def get_auxiliary_loss(self) -> torch.Tensor | float | None:
+        loss: torch.Tensor | float | None = self._call("get_auxiliary_loss", None)
+        return loss
+
+    def get_model_specific_metrics(self) -> dict[str, Any]:
+        return self._call("get_model_specific_metrics", None) or {}
+
+    def get_parameter_count(self) -> int:
+        return int(self._call("get_parameter_count", get_trainable_parameter_count(self.model)))
+
+
+def auxiliary_terms(model: EvaluableModel) -> dict[str, AuxiliaryLoss]:
+    """The auxiliary terms of the last forward pass by name; a plain `get_auxiliary_loss` counts as one term."""
+    terms = model.auxiliary_losses()
+    total = None if terms else model.get_auxiliary_loss()
+    return {"auxiliary_loss": AuxiliaryLoss(total, 1.0)} if isinstance(total, torch.Tensor) else terms
+
+
+def adapt(model: nn.Module, model_type: str) -> EvaluableModel:
+    """The model itself, or a wrapper around a class that does not inherit from `EvaluableModel`.
+
+    Raises ConfigError for something that is no torch module.
+    """
+    if isinstance(model, EvaluableModel):
+        return model
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model_type: {model_type!r} is a {type(model).__name__}, expected a torch.nn.Module")
+    return AdaptedModel(model, model_type)
+
+
+def routed_parameters(model: nn.Module, fragment: str) -> Iterator[nn.Parameter]:
+    """Parameters below a module called `fragment` ("experts", "router")."""
+    for name, parameter in model.named_parameters():
+        if fragment in name.split("."):
+            yield parameter

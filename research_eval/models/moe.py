@@ -1,0 +1,197 @@
+"""Token-choice mixture of experts (Shazeer et al., 2017; Fedus et al., 2021), dropless.
+
+B batch  L length  D width  S real tokens  N experts  K experts per token  R = S * K assignments
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from research_eval.errors import ConfigError
+from research_eval.layers.block import Attention, FeedForward, attention_mask_for, block_flops, feed_forward_width
+from research_eval.layers.routing import balance_loss, balanced_bias, entropy, load_metrics, z_loss
+from research_eval.layers.stacked import Dispatch, Dropout, StackedLayerNorm, weight_count
+from research_eval.layers.text import ClassificationHead, Pool, PositionalEncoding, TokenEmbedding
+from research_eval.models.base_model import AuxiliaryLoss, EvaluableModel, keep_mask, routed_parameters
+from research_eval.registry import MODELS_MAP
+from research_eval.schema import Aka, Count, Natural, Positive, Share, Weight
+
+
+class RoutedFeedForward(nn.Module):
+    """Sum over the chosen K of w_i FFN_i(x); w are the softmax scores, renormalised over the chosen unless K = 1."""
+
+    balance_bias: Tensor
+    counts: Tensor
+
+    def __init__(self, embed_dim: int, dim_feedforward: int, dropout: float, num_experts: int, top_k: int) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.num_experts = num_experts
+        self.router = nn.Linear(embed_dim, num_experts, bias=False)
+        nn.init.normal_(self.router.weight, std=0.02)
+        self.experts = FeedForward(embed_dim, dim_feedforward, dropout, num_experts)
+        self.register_buffer("balance_bias", torch.zeros(num_experts))
+        self.register_buffer("counts", torch.zeros(num_experts), persistent=False)
+        self.logits_SN = torch.empty(0, num_experts)
+        self.chosen_SK = torch.empty(0, top_k, dtype=torch.long)
+
+    def forward(self, x_SD: Tensor) -> Tensor:
+        """Real tokens only: padding is neither dispatched nor counted."""
+        with torch.autocast(x_SD.device.type, enabled=False):
+            self.logits_SN = self.router(x_SD.float())
+            scores_SN = self.logits_SN.softmax(-1)
+        self.chosen_SK = (scores_SN.detach() + self.balance_bias).topk(self.top_k, dim=-1).indices
+        weights_SK = scores_SN.gather(-1, self.chosen_SK)
+        if self.top_k > 1:  # for one expert the renormalised weight is 1 and the router would get no gradient
+            weights_SK = weights_SK / weights_SK.sum(-1, keepdim=True)
+        order_R = self.chosen_SK.flatten().argsort(stable=True)
+        sizes = self.chosen_SK.flatten().bincount(minlength=self.num_experts)
+        if self.training:
+            self.counts += sizes
+        rows_RD = x_SD[order_R // self.top_k]
+        outputs_RD = self.experts(rows_RD, Dispatch(sizes.tolist(), None))
+        # Un-sorting and a sum over K, not `index_add`: the result does not depend on the order of threads.
+        unsorted_SKD = outputs_RD[order_R.argsort()].view(len(x_SD), self.top_k, -1)
+        return (unsorted_SKD * weights_SK.unsqueeze(-1).to(unsorted_SKD.dtype)).sum(1)
+
+    def load(self) -> Tensor:
+        """Share of the last forward's assignments per expert, [N]."""
+        return self.chosen_SK.flatten().bincount(minlength=self.num_experts) / max(self.chosen_SK.numel(), 1)
+
+
+class MoEBlock(nn.Module):
+    """A pre-LN block whose feed-forward part is routed per token."""
+
+    def __init__(
+        self, embed_dim: int, num_heads: int, dim_feedforward: int, dropout: float, num_experts: int, top_k: int
+    ) -> None:
+        super().__init__()
+        self.attention = Attention(embed_dim, num_heads)
+        self.norm = StackedLayerNorm(1, embed_dim)
+        self.feed_forward = RoutedFeedForward(embed_dim, dim_feedforward, dropout, num_experts, top_k)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, h_BLD: Tensor, keep_BL: Tensor, mask_B11L: Tensor | None) -> Tensor:
+        everyone = Dispatch.single(len(h_BLD))
+        h_BLD = h_BLD + self.dropout(self.attention(h_BLD, mask_B11L, everyone))
+        normed_BLD = self.norm(h_BLD, everyone)
+        if mask_B11L is None:
+            return h_BLD + self.dropout(self.feed_forward(normed_BLD.flatten(0, 1)).view_as(h_BLD))
+        update_SD = self.dropout(self.feed_forward(normed_BLD[keep_BL]))
+        return h_BLD + torch.zeros_like(h_BLD).masked_scatter(keep_BL.unsqueeze(-1), update_SD.to(h_BLD.dtype))
+
+
+@MODELS_MAP.register("moe")
+class MoETransformerClassifier(EvaluableModel):
+    """The dense encoder with routed feed-forward layers. `dim_feedforward` is the width of one expert."""
+
+    model_type = "moe"
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        num_classes: int,
+        padding_idx: int = 0,
+        embed_dim: Count = 64,
+        num_layers: Count = 2,
+        num_heads: Count = 4,
+        num_experts: Annotated[Count, Aka("num_experts_per_layer")] = 4,
+        top_k_experts: Count = 2,
+        dim_feedforward: Count | None = None,
+        dim_feedforward_factor: Positive | None = None,
+        dropout: Share = 0.1,
+        balance_loss_coef: Weight = 0.01,
+        z_loss_coef: Weight = 1e-3,
+        balance_bias_rate: Weight = 0.0,
+        positional_encoding: PositionalEncoding = "sin",
+        pool: Pool = "mean",
+        bigram_buckets: Natural = 0,
+        token_dropout: Share = 0.0,
+    ) -> None:
+        super().__init__()
+        if top_k_experts > num_experts:
+            raise ConfigError(f"top_k_experts={top_k_experts} is more than num_experts={num_experts}")
+        width = feed_forward_width(embed_dim, dim_feedforward, dim_feedforward_factor, default=2)
+        self.padding_idx = padding_idx
+        self.embed_dim = embed_dim
+        self.top_k_experts = top_k_experts
+        self.num_experts = num_experts
+        self.balance_loss_coef = balance_loss_coef
+        self.z_loss_coef = z_loss_coef
+        self.balance_bias_rate = balance_bias_rate
+        self.embedding = TokenEmbedding(
+            vocab_size, embed_dim, padding_idx, dropout, positional_encoding, bigram_buckets, token_dropout
+        )
+        self.layers = nn.ModuleList(
+            MoEBlock(embed_dim, num_heads, width, dropout, num_experts, top_k_experts) for _ in range(num_layers)
+        )
+        self.head = ClassificationHead(embed_dim, num_classes, dropout, pool)
+        self.start_recording()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        keep_BL = keep_mask(input_ids, attention_mask, self.padding_idx)
+        mask_B11L = attention_mask_for(keep_BL)
+        h_BLD = self.embedding(input_ids, keep_BL)
+        for layer in self.layers:
+            h_BLD = layer(h_BLD, keep_BL, mask_B11L)
+        if not self.training:
+            self._record()
+        return self.head(h_BLD, keep_BL)
+
+    def _routed(self) -> list[RoutedFeedForward]:
+        return [module for module in self.modules() if isinstance(module, RoutedFeedForward)]
+
+    def auxiliary_losses(self) -> dict[str, AuxiliaryLoss]:
+        """Mean over the layers; never pooled over them, which would hide a collapsed layer."""
+        layers = [layer for layer in self._routed() if len(layer.logits_SN)]
+        if not layers:
+            return {}
+        balance = torch.stack([balance_loss(layer.load(), layer.logits_SN.softmax(-1)) for layer in layers]).mean()
+        z = torch.stack([z_loss(layer.logits_SN) for layer in layers]).mean()
+        return {
+            "balance_loss": AuxiliaryLoss(balance, self.balance_loss_coef),
+            "z_loss": AuxiliaryLoss(z, self.z_loss_coef),
+        }
+
+    def after_step(self, progress: float) -> None:
+        for layer in self._routed():
+            if self.balance_bias_rate:
+                layer.balance_bias.copy_(balanced_bias(layer.balance_bias, layer.counts, self.balance_bias_rate))
+            layer.counts.zero_()
+
+    def start_recording(self) -> None:
+        self._counts_TN = torch.zeros(len(self.layers), self.num_experts)
+        self._entropy = torch.zeros(())
+        self._decisions = 0
+
+    def _record(self) -> None:
+        for number, layer in enumerate(self._routed()):
+            self._counts_TN[number] += layer.chosen_SK.flatten().bincount(minlength=self.num_experts).cpu()
+            self._entropy += entropy(layer.logits_SN.softmax(-1)).sum().cpu()
+            self._decisions += len(layer.logits_SN)
+
+    def get_model_specific_metrics(self) -> dict[str, Any]:
+        if not self._decisions:
+            return {}
+        mean_entropy = float(self._entropy) / self._decisions
+        return {
+            **load_metrics(self._counts_TN.long().numpy()),
+            "router_entropy": float(mean_entropy / np.log(max(self.num_experts, 2))),
+        }
+
+    def get_active_parameter_count(self) -> int:
+        experts = sum(parameter.numel() for parameter in routed_parameters(self, "experts"))
+        return self.get_parameter_count() - experts * (self.num_experts - self.top_k_experts) // self.num_experts
+
+    def get_flops_per_sample(self, length: int) -> float:
+        total = 2.0 * self.head.linear.weight.numel()
+        for layer, routed in zip(self.layers, self._routed(), strict=True):
+            one_expert = block_flops(layer, self.embed_dim, length)  # attention and a single feed-forward expert
+            other_weights = (self.top_k_experts - 1) * weight_count(routed) + routed.router.weight.numel()
+            total += one_expert + 2.0 * length * other_weights
+        return total

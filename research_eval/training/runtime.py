@@ -1,0 +1,97 @@
+"""The device, the arithmetic and the process a run lives in."""
+
+from __future__ import annotations
+
+import random
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import FrameType
+
+import numpy as np
+import torch
+
+from research_eval.errors import ConfigError
+from research_eval.seeding import derive_seed
+
+
+class Runtime:
+    """Device and precision of a run, chosen once.
+
+    Raises ConfigError for a device that this machine does not have.
+    """
+
+    def __init__(self, device: str = "auto", precision: str = "fp32", num_threads: int | None = None) -> None:
+        self.device = choose_device(device)
+        self.precision = precision
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """bf16 where asked for; parameters and optimiser stay in fp32."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def seed(self, seed: int, name: str) -> None:
+        """Set the global generators (torch on every device, numpy, Python) to the stream `name`."""
+        torch.manual_seed(derive_seed(seed, name))
+        np.random.seed(derive_seed(seed, name, 1) % 2**32)
+        random.seed(derive_seed(seed, name, 2))
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that was asked for."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def peak_memory_mb(self) -> float:
+        """Largest memory so far in MiB: of the GPU where one is used, of the whole process otherwise."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes CUDA, then MPS, then the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
+    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    if (device.index or 0) >= count.get(device.type, 0):
+        raise ConfigError(
+            f"training_params.device: this machine has no {name!r} ({count['cuda']} CUDA devices). Use 'auto' or 'cpu'."
+        )
+    return device
+
+
+class StopRequest:
+    """Remembers the first SIGINT or SIGTERM; a second one interrupts at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Turn SIGINT and SIGTERM into a request that the loop answers between two steps (main thread only)."""
+    request = StopRequest()
+    try:
+        previous = {number: signal.signal(number, request.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals go to whoever owns it
+        previous = {}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
