@@ -64,6 +64,13 @@ def run(config: ExperimentConfig, *, db: str | None = None, resume: bool = False
             folder = RUNS_FOLDER / known["experiment_id"]
             return Result(known["experiment_id"], "finished", store.metrics(known["experiment_id"]), folder)
         runtime, data, model = prepare(config)
+        log.info(
+            "%s: %s training and %s validation samples, of which %s occur in training too",
+            config.dataset_name,
+            f"{len(data.train):,}",
+            f"{len(data.validation):,}",
+            f"{data.fingerprint['train_validation_duplicates']:,}",
+        )
         experiment_id = known["experiment_id"] if known else new_id()
         environment = {**environment_record(str(runtime.device)), "data": data.fingerprint}
         with claimed_folder(experiment_id) as folder:
@@ -74,7 +81,7 @@ def run(config: ExperimentConfig, *, db: str | None = None, resume: bool = False
             else:
                 if resume:
                     log.info("no earlier run of this config to resume: starting a new one")
-                _start(store, experiment_id, config, environment)
+                start_row(store, experiment_id, config, environment)
             save_description(folder, config, data)
             return _train_and_store(store, experiment_id, folder, config, runtime, data, model, quiet)
 
@@ -135,7 +142,8 @@ def save_description(folder: Path, config: ExperimentConfig, data: DataSplits) -
         write_atomically(folder / "tokenizer.json", data.tokenizer.to_str().encode())
 
 
-def _start(store: Store, experiment_id: str, config: ExperimentConfig, environment: dict[str, Any]) -> None:
+def start_row(store: Store, experiment_id: str, config: ExperimentConfig, environment: dict[str, Any]) -> None:
+    """Enter the run into the store as running."""
     store.start_experiment(
         experiment_id=experiment_id,
         run_type="json",

@@ -57,6 +57,8 @@ def _create_model_internal(
     return create_model(model_type, model_arguments(model_type, model_params_dict), context, torch.device(device))
 
 
+MAX_SEEDS = 10_000
+
 # Flags that replace a value of the file, and where the file has it.
 OVERRIDES = {
     "epochs": "epochs",
@@ -94,11 +96,11 @@ def parse_seeds(text: str) -> list[int]:
     try:
         seeds: list[int] = []
         for part in text.split(","):
-            first, _, last = part.partition("-")
-            seeds += range(int(first), int(last or first) + 1)
+            first, dash, last = part.partition("-")
+            seeds += range(int(first), int(last if dash else first) + 1)[: MAX_SEEDS + 1]
     except ValueError:
         seeds = []
-    if not seeds or len(seeds) > 10_000:
+    if not 0 < len(seeds) <= MAX_SEEDS:
         raise ConfigError(f"--seeds: expected a range such as 0-4 or a list such as 0,2,5, got {text!r}")
     return list(dict.fromkeys(seeds))
 
@@ -123,7 +125,12 @@ def run_command(arguments: argparse.Namespace) -> int:
 
         print(describe(configs[0]))
         return 0
-    return max(_run_one(config, arguments) for config in configs)
+    exit_code = 0
+    for config in configs:
+        exit_code = max(exit_code, _run_one(config, arguments))
+        if exit_code > 128:  # stopped by a signal: so are the seeds to come
+            break
+    return exit_code
 
 
 def _run_one(config: ExperimentConfig, arguments: argparse.Namespace) -> int:

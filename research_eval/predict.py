@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,9 +113,10 @@ def encode(texts: list[str], config: ExperimentConfig, description: dict[str, An
 
 def _token_ids(text: str, vocab_size: int) -> list[int]:
     words = text.split()
-    if not words or not all(word.isascii() and word.isdigit() and 0 < int(word[:10]) < vocab_size for word in words):
+    # No id has ten digits, and `int` refuses thousands.
+    if not words or not all(re.fullmatch(r"[0-9]{1,9}", word) and 0 < int(word) < vocab_size for word in words):
         raise ConfigError(
-            f"--text: expected token ids from 1 to {vocab_size - 1} with blanks between them, got {text!r}"
+            f"text: expected token ids from 1 to {vocab_size - 1} with blanks between them, got {text[:80]!r}"
         )
     return [int(word) for word in words]
 

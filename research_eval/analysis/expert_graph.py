@@ -58,9 +58,9 @@ def draw_expert_graph(metrics: dict[str, Any], path: Path, title: str) -> None:
             axes.text(x, y - 0.42, f"{load[node] / samples:.0%}", ha="center", va="center", fontsize=8, color="0.3")
     axes.set_xlim(-0.5, len(flows) + 0.5)
     axes.set_ylim(-num_experts - 0.4, 0.6)
-    axes.set_xticks(range(len(flows) + 1), ["input", *(f"step {number + 1}" for number in range(len(flows)))])
+    axes.set_xticks(range(len(flows) + 1), ["input", *(f"step {number}" for number in range(1, len(flows))), "end"])
     axes.set_yticks([])
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)  # a dollar sign in a name is a dollar sign
     for side in ("left", "right", "top"):
         axes.spines[side].set_visible(False)
     figure.savefig(path, dpi=130)

@@ -137,7 +137,7 @@ class TextDataset:
     def splits(self, seed: int = 0) -> DataSplits:
         """Read, split, tokenise. The same rows for every `seed`."""
         path = Path(self.data_dir).expanduser() if self.data_dir else hub_copy(self.source, self.cache)
-        rows, label_names = self._read(path)
+        rows, label_names = self.read(path)
         if "validation" not in rows:
             rows["train"], rows["validation"] = _held_out(rows["train"])
         for name, size in self.subset_sizes.items():
@@ -172,7 +172,7 @@ class TextDataset:
             },
         )
 
-    def _read(self, path: Path) -> tuple[dict[str, _Rows], list[str]]:
+    def read(self, path: Path) -> tuple[dict[str, _Rows], list[str]]:
         tables: dict[str, _RawRows] = {}
         for name, paths in _files(path).items():
             table = self._read_split(paths, labels_needed=name != "test")

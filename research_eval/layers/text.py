@@ -44,7 +44,8 @@ class TokenEmbedding(nn.Module):
     """h_0 = Drop(LN(sqrt(D) Emb[x] + PE)), optionally with hashed bigrams added to each token.
 
     A bigram (previous token, token) is hashed into one of `bigram_buckets` further rows, as in fastText (Joulin et al.,
-    2017): word order for the price of a look-up. In training `token_dropout` blanks whole tokens.
+    2017): word order for the price of a look-up. In training `token_dropout` blanks whole tokens. A small
+    `embedding_scale` starts all tokens alike, so that words too rare to be learnt add no noise of their own.
     """
 
     def __init__(
@@ -56,13 +57,14 @@ class TokenEmbedding(nn.Module):
         positional_encoding: PositionalEncoding = "sin",
         bigram_buckets: int = 0,
         token_dropout: float = 0.0,
+        embedding_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.token = nn.Embedding(vocab_size, embed_dim, padding_idx=padding_idx)
         self.bigram = nn.Embedding(bigram_buckets, embed_dim) if bigram_buckets else None
         for table in (self.token, self.bigram):
             if table is not None:
-                nn.init.normal_(table.weight, std=embed_dim**-0.5)
+                nn.init.normal_(table.weight, std=embedding_scale * embed_dim**-0.5)
         with torch.no_grad():
             self.token.weight[padding_idx].zero_()
         self.norm = nn.LayerNorm(embed_dim)

@@ -34,12 +34,20 @@ class DenseTransformerClassifier(EvaluableModel):
         pool: Pool = "mean",
         bigram_buckets: Natural = 0,
         token_dropout: Share = 0.0,
+        embedding_scale: Positive = 1.0,
     ) -> None:
         super().__init__()
         width = feed_forward_width(embed_dim, dim_feedforward, dim_feedforward_factor, default=2)
         self.padding_idx = padding_idx
         self.embedding = TokenEmbedding(
-            vocab_size, embed_dim, padding_idx, dropout, positional_encoding, bigram_buckets, token_dropout
+            vocab_size,
+            embed_dim,
+            padding_idx,
+            dropout,
+            positional_encoding,
+            bigram_buckets,
+            token_dropout,
+            embedding_scale,
         )
         self.layers = nn.ModuleList(Block(embed_dim, num_heads, width, dropout) for _ in range(num_layers))
         self.head = ClassificationHead(embed_dim, num_classes, dropout, pool)

@@ -69,6 +69,7 @@ class GoEClassifier(EvaluableModel):
         pool: Pool = "mean",
         bigram_buckets: Natural = 0,
         token_dropout: Share = 0.0,
+        embedding_scale: Positive = 1.0,
     ) -> None:
         super().__init__()
         width = feed_forward_width(embed_dim, dim_feedforward, dim_feedforward_factor, default=2)
@@ -77,7 +78,14 @@ class GoEClassifier(EvaluableModel):
         self.max_path_len = max_path_len
         self.balance_loss_coef = balance_loss_coef
         self.embedding = TokenEmbedding(
-            vocab_size, embed_dim, padding_idx, dropout, positional_encoding, bigram_buckets, token_dropout
+            vocab_size,
+            embed_dim,
+            padding_idx,
+            dropout,
+            positional_encoding,
+            bigram_buckets,
+            token_dropout,
+            embedding_scale,
         )
         self.router = nn.ModuleList(
             GRURouter(embed_dim, router_hidden_dim or embed_dim, num_total_experts, gumbel_tau)

@@ -127,6 +127,7 @@ class GoEOriginalClassifier(EvaluableModel):
         pool: Pool = "mean",
         bigram_buckets: Natural = 0,
         token_dropout: Share = 0.0,
+        embedding_scale: Positive = 1.0,
     ) -> None:
         super().__init__()
         if min_path_len > max_path_len:
@@ -154,7 +155,14 @@ class GoEOriginalClassifier(EvaluableModel):
         self.ponder_kl_coef = ponder_kl_coef
         self.halt_warmup = halt_warmup
         self.embedding = TokenEmbedding(
-            vocab_size, embed_dim, padding_idx, dropout, positional_encoding, bigram_buckets, token_dropout
+            vocab_size,
+            embed_dim,
+            padding_idx,
+            dropout,
+            positional_encoding,
+            bigram_buckets,
+            token_dropout,
+            embedding_scale,
         )
         self.router = Router(embed_dim, router_hidden_dim or embed_dim, num_total_experts, max_path_len)
         self.experts = ExpertPool(
@@ -164,7 +172,7 @@ class GoEOriginalClassifier(EvaluableModel):
         self.register_buffer("balance_bias", torch.zeros(num_total_experts))
         self.register_buffer("load", torch.full((num_total_experts,), 1 / num_total_experts))
         self.register_buffer("counts", torch.zeros(num_total_experts), persistent=False)
-        self.register_buffer("progress", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("progress", torch.zeros(()))
         self.record = PathRecord(num_total_experts, max_path_len)
         self._trace = _Trace()
 
@@ -312,7 +320,7 @@ class GoEOriginalClassifier(EvaluableModel):
         exits = torch.arange(len(pi_XB), device=pi_XB.device, dtype=pi_XB.dtype)
         rate = 1 / (self.max_path_len / 2 + 1)
         prior_X = (rate * (1 - rate) ** exits) / (rate * (1 - rate) ** exits).sum()
-        kl = (torch.xlogy(pi_XB, pi_XB) - torch.xlogy(pi_XB, prior_X.unsqueeze(1))).sum(0).mean()
+        kl = -(entropy(pi_XB.T) + (pi_XB.T * prior_X.log()).sum(-1)).mean()
         return kl, ((exits + self.min_path_len).unsqueeze(1) * pi_XB).sum(0).mean()
 
     def start_recording(self) -> None:
@@ -329,8 +337,10 @@ class GoEOriginalClassifier(EvaluableModel):
         return self.get_parameter_count() - experts * max(0, self.num_experts - self.max_path_len) // self.num_experts
 
     def get_flops_per_sample(self, length: int) -> float:
-        """For a path of full length."""
+        """For a path that goes on as long as it may."""
+        steps = min(self.max_path_len, self.num_experts * self.max_visits)
+        decisions = min(self.max_path_len, steps + 1)  # where visits end the path, one more finds nothing left to visit
         one_expert = block_flops(self.experts, self.embed_dim, length)
         one_expert += (len(self.experts.blocks) - 1) * 4.0 * length**2 * self.embed_dim
         router = 2.0 * sum(m.weight.numel() for m in self.router.modules() if isinstance(m, nn.Linear))
-        return self.max_path_len * (one_expert + router) + 2.0 * self.head.linear.weight.numel()
+        return steps * one_expert + decisions * router + 2.0 * self.head.linear.weight.numel()

@@ -55,7 +55,7 @@ class RoutedFeedForward(nn.Module):
         rows_RD = x_SD[order_R // self.top_k]
         outputs_RD = self.experts(rows_RD, Dispatch(sizes.tolist(), None))
         # Un-sorting and a sum over K, not `index_add`: the result does not depend on the order of threads.
-        unsorted_SKD = outputs_RD[order_R.argsort()].view(len(x_SD), self.top_k, -1)
+        unsorted_SKD = outputs_RD[order_R.argsort()].view(*self.chosen_SK.shape, x_SD.shape[1])
         return (unsorted_SKD * weights_SK.unsqueeze(-1).to(unsorted_SKD.dtype)).sum(1)
 
     def load(self) -> Tensor:
@@ -112,6 +112,7 @@ class MoETransformerClassifier(EvaluableModel):
         pool: Pool = "mean",
         bigram_buckets: Natural = 0,
         token_dropout: Share = 0.0,
+        embedding_scale: Positive = 1.0,
     ) -> None:
         super().__init__()
         if top_k_experts > num_experts:
@@ -125,7 +126,14 @@ class MoETransformerClassifier(EvaluableModel):
         self.z_loss_coef = z_loss_coef
         self.balance_bias_rate = balance_bias_rate
         self.embedding = TokenEmbedding(
-            vocab_size, embed_dim, padding_idx, dropout, positional_encoding, bigram_buckets, token_dropout
+            vocab_size,
+            embed_dim,
+            padding_idx,
+            dropout,
+            positional_encoding,
+            bigram_buckets,
+            token_dropout,
+            embedding_scale,
         )
         self.layers = nn.ModuleList(
             MoEBlock(embed_dim, num_heads, width, dropout, num_experts, top_k_experts) for _ in range(num_layers)
@@ -172,7 +180,7 @@ class MoETransformerClassifier(EvaluableModel):
     def _record(self) -> None:
         for number, layer in enumerate(self._routed()):
             self._counts_TN[number] += layer.chosen_SK.flatten().bincount(minlength=self.num_experts).cpu()
-            self._entropy += entropy(layer.logits_SN.softmax(-1)).sum().cpu()
+            self._entropy += entropy(layer.logits_SN.detach().softmax(-1)).sum().cpu()
             self._decisions += len(layer.logits_SN)
 
     def get_model_specific_metrics(self) -> dict[str, Any]:

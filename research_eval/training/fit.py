@@ -143,6 +143,7 @@ def fit(
                     _report(observer, meter, state.step, float(schedule.get_last_lr()[0]))
                 if epoch_ends:
                     evaluation = evaluate(scored, validation, data.num_classes, runtime)
+                    _check_finite("validation loss", evaluation.loss, state.step)
                     observer.epoch_end(state.step, evaluation, scored.get_model_specific_metrics())
                     _keep_best(state, evaluation, scored, folder, options.early_stopping_patience)
                 if due or request.signal or (epoch_ends and state.step == total_steps):
@@ -188,10 +189,14 @@ def _train_step(
 
 def _report(observer: Observer, meter: Meter, step: int, rate: float) -> None:
     values = meter.read()
-    if not math.isfinite(values.get("train_loss", 0.0)):
-        raise Diverged(f"the loss is {values['train_loss']} at step {step}: try a lower lr or a smaller grad_clip_norm")
     if values:
+        _check_finite("loss", values["train_loss"], step)
         observer.train_values(step, {**values, "learning_rate": rate})
+
+
+def _check_finite(name: str, loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise Diverged(f"the {name} is {loss} at step {step}: try a lower lr or a smaller grad_clip_norm")
 
 
 def _keep_best(

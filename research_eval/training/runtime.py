@@ -61,12 +61,13 @@ def choose_device(name: str) -> torch.device:
     """`auto` takes CUDA, then MPS, then the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device: unknown {name!r}. Use auto, cpu, cuda, cuda:N or mps.") from error
     count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if (device.index or 0) >= count.get(device.type, 0):
-        raise ConfigError(
-            f"training_params.device: this machine has no {name!r} ({count['cuda']} CUDA devices). Use 'auto' or 'cpu'."
-        )
+        raise ConfigError(f"device: this machine has no {name!r} ({count['cuda']} CUDA devices). Use 'auto' or 'cpu'.")
     return device
 
 

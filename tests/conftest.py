@@ -1,0 +1,50 @@
+"""What several test files need: repeatable draws and small models.
+
+B batch  L length
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from research_eval.models.base_model import EvaluableModel
+from research_eval.registry import MODELS_MAP
+from research_eval.schema import context_arguments
+
+VOCAB_SIZE, NUM_CLASSES = 13, 3
+
+
+@pytest.fixture(autouse=True)
+def _repeatable() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def build_model() -> Callable[..., EvaluableModel]:
+    """build_model(name, **arguments): a small model without dropout, the same one at every call."""
+
+    def build(name: str, **arguments: Any) -> EvaluableModel:
+        torch.manual_seed(0)
+        small = {"vocab_size": VOCAB_SIZE, "num_classes": NUM_CLASSES, "padding_idx": 0}
+        small |= {"embed_dim": 16, "num_heads": 2, "dropout": 0.0}
+        return MODELS_MAP[name](**context_arguments(MODELS_MAP[name], small) | arguments)
+
+    return build
+
+
+@pytest.fixture(name="ids_BL")
+def _ids() -> torch.Tensor:
+    """Six samples of 7, 6, 5, 4, 3 and 1 tokens, padded with 0."""
+    samples = [torch.randint(1, VOCAB_SIZE, (length,)) for length in (7, 6, 5, 4, 3, 1)]
+    return torch.stack([F.pad(sample, (0, 7 - len(sample))) for sample in samples])
+
+
+@pytest.fixture(name="labels_B")
+def _labels() -> torch.Tensor:
+    """The labels of `ids_BL`."""
+    return torch.arange(6) % NUM_CLASSES

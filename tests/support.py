@@ -1,0 +1,148 @@
+"""Small experiments and ways to run them, for the tests of everything around the models."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from research_eval.db_utils import DB_FILE, Store
+from research_eval.experiment import Result, run
+from research_eval.schema import ExperimentConfig, config_from_dict
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ["dense", "moe", "goe", "goe_original"]
+
+
+def small_settings(**changes: Any) -> dict[str, Any]:
+    """A config that trains in a moment, as JSON has it.
+
+    Sections in `changes` are merged into it, but `dataset_params` are taken as they are.
+    """
+    own = changes.get("model_type", "dense") in MODELS
+    settings: dict[str, Any] = {
+        "model_type": "dense",
+        "dataset_type": "synthetic",
+        "dataset_name": "parity",
+        "epochs": 2,
+        "batch_size": 16,
+        "dataset_params": {"num_samples": 100, "seq_len": 6},
+        "model_params": {"embed_dim": 8, "num_heads": 2} if own else {},
+        "training_params": {"device": "cpu", "log_every": 2, "num_threads": 1},
+    }
+    for key, value in changes.items():
+        merged = isinstance(value, dict) and key != "dataset_params"
+        settings[key] = {**settings.get(key, {}), **value} if merged else value
+    return settings
+
+
+def small_config(**changes: Any) -> ExperimentConfig:
+    return config_from_dict(small_settings(**changes))
+
+
+def write_config(folder: Path, **changes: Any) -> Path:
+    """`small_settings` as the file `config.json` in `folder`."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(small_settings(**changes)))
+    return path
+
+
+def run_in(folder: Path, config: ExperimentConfig, resume: bool = False) -> Result:
+    """The experiment with `folder` as working directory."""
+    with contextlib.chdir(folder):
+        return run(config, db=DB_FILE, resume=resume, quiet=True)
+
+
+def results(folder: Path) -> Store:
+    """The results in `folder`, to read."""
+    return Store(str(folder / DB_FILE), read_only=True)
+
+
+def repeatable(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The metrics without what a clock or the operating system measured."""
+    measured = ("latency", "second", "memory")
+    return {name: value for name, value in metrics.items() if not any(word in name for word in measured)}
+
+
+def history(folder: Path, experiment_id: str) -> list[tuple[int, str, float]]:
+    """Step, name and value of every repeatable point."""
+    with results(folder) as store:
+        return [(row.step, row.name, row.value) for row in store.history(experiment_id) if "second" not in row.name]
+
+
+def generator_draws() -> tuple[Any, ...]:
+    """What each global generator draws next: torch, numpy, Python, and the second half of their normal pairs."""
+    return (
+        torch.rand(3).tolist(),
+        torch.randn(3).tolist(),
+        np.random.rand(3).tolist(),
+        np.random.randn(3).tolist(),
+        random.random(),
+        random.gauss(0, 1),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- commands
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@contextlib.contextmanager
+def root_logger_restored() -> Iterator[None]:
+    """Commands set up logging for their own process."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+def command(function: Callable[[list[str]], int], *arguments: str | Path) -> Ended:
+    """Call a command's function as its script does."""
+    out, err = io.StringIO(), io.StringIO()
+    with root_logger_restored(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = function([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else 1
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """That of a new process which finds the package and leaves the user's results alone."""
+    inherited = {name: value for name, value in os.environ.items() if name != "GOE_DB"}
+    return {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+
+
+def python(*arguments: str | Path, folder: Path, **variables: str) -> Ended:
+    """A new Python process with `folder` as working directory."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=folder,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
