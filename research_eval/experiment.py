@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
+import string
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 GRAPH_FILE = "expert_graph.png"
 CSV_FILE = "json_experiment_results.csv"
 RUNS_FOLDER = Path("runs")
+ID_LETTERS = frozenset(string.ascii_letters + string.digits + "-_")
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ def run(config: ExperimentConfig, *, db: str | None = None, resume: bool = False
         known = store.find_experiment(config.to_dict()) if resume else None
         if known is not None and known["status"] == "finished":
             log.info("run %s of this config is finished: nothing to resume", known["experiment_id"])
-            folder = RUNS_FOLDER / known["experiment_id"]
-            return Result(known["experiment_id"], "finished", store.metrics(known["experiment_id"]), folder)
+            metrics = store.metrics(known["experiment_id"])
+            return Result(known["experiment_id"], "finished", metrics, run_folder(known["experiment_id"]))
         runtime, data, model = prepare(config)
         log.info(
             "%s: %s training and %s validation samples, of which %s occur in training too",
@@ -113,10 +115,17 @@ def new_id() -> str:
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
 
 
+def run_folder(experiment_id: str) -> Path:
+    """The folder of a run. Raises ConfigError for an id that is no plain name, as a foreign database may hold."""
+    if not experiment_id or not set(experiment_id) <= ID_LETTERS:
+        raise ConfigError(f"experiment id {experiment_id!r}: expected letters, digits, - and _ only")
+    return RUNS_FOLDER / experiment_id
+
+
 @contextmanager
 def claimed_folder(experiment_id: str) -> Iterator[Path]:
     """The run's own folder, ours alone until the end. Raises ConfigError while another process works in it."""
-    folder = RUNS_FOLDER / experiment_id
+    folder = run_folder(experiment_id)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(folder / ".lock", timeout=0):

@@ -14,7 +14,7 @@ import torch
 from research_eval.datasets.token_data import Batches, TokenData
 from research_eval.db_utils import Store
 from research_eval.errors import ConfigError
-from research_eval.experiment import RUNS_FOLDER, create_model
+from research_eval.experiment import create_model, run_folder
 from research_eval.models.base_model import EvaluableModel, adapt
 from research_eval.schema import ExperimentConfig, config_from_dict
 from research_eval.training.checkpoint import load_tensors
@@ -55,7 +55,7 @@ def predict(run_id: str, texts: list[str], *, db: str | None = None, device: str
     with Store(db, read_only=True) as store:
         row = store.experiment(run_id)
     config = config_from_dict(json.loads(row["full_config_json"]), source=f"run {row['experiment_id']}")
-    folder = RUNS_FOLDER / str(row["experiment_id"])
+    folder = run_folder(str(row["experiment_id"]))
     if not (folder / MODEL_FILE).is_file():
         raise ConfigError(
             f"run {row['experiment_id']} ({row['status']}): no weights in {folder}. "

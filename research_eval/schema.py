@@ -74,7 +74,7 @@ class OptimizerParams(_Section):
     lr: Positive = 1e-3
     """Largest learning rate."""
     weight_decay: Weight = 0.01
-    """Decoupled decay of weight matrices per step, times the learning rate."""
+    """Decay of weight matrices: decoupled for adamw, added to the gradient for sgd."""
     grad_clip_norm: Positive | None = 1.0
     """Gradients are scaled down to this norm; null for no clipping."""
     aux_loss_coeff: Weight = 1.0

@@ -35,7 +35,7 @@ from support import (
 from research_eval.datasets.token_data import Batches
 from research_eval.db_utils import DB_FILE
 from research_eval.errors import ConfigError
-from research_eval.experiment import CSV_FILE, GRAPH_FILE, Journal, Result, prepare
+from research_eval.experiment import CSV_FILE, GRAPH_FILE, Journal, Result, prepare, run_folder
 from research_eval.main import main
 from research_eval.models.base_model import EvaluableModel
 from research_eval.registry import MODELS_MAP
@@ -551,3 +551,9 @@ def test_a_run_stopped_at_its_very_end_needs_only_its_scores(
     resumed = run_in(tmp_path, config_of(twice.model_type), resume=True)
     assert repeatable(resumed.metrics) == repeatable(twice.first.metrics)
     assert history(tmp_path, resumed.experiment_id) == history(twice.folder, twice.first.experiment_id)
+
+
+@pytest.mark.parametrize("name", ["", "..", "../elsewhere", "a/b", "a\\b", "nul\0"])
+def test_an_id_from_a_foreign_database_is_no_path(name: str) -> None:
+    with pytest.raises(ConfigError, match="experiment id"):
+        run_folder(name)

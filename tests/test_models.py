@@ -653,6 +653,13 @@ def test_the_balancing_bias_moves_the_choice_but_not_the_coefficient(build_model
     assert_close(model(ids_BL), model.head(h_BLD + 0.4 * delta_BLD, keep_BL), rtol=1e-5, atol=1e-5)
 
 
+def test_the_balancing_bias_does_not_send_back_to_a_spent_expert(build_model: Build, ids_BL: torch.Tensor) -> None:
+    model = build_model("goe_original", max_visits=1).eval()
+    set_policy(model, [0.4, 0.3, 0.2, 0.1, 1e-4])
+    model.balance_bias.copy_(torch.tensor([0.0, 0.0, 0.0, 5.0]))
+    assert evaluated(model, ids_BL)[1] == [[3, 0, 1]] * 6
+
+
 def test_sampling_is_noisy_in_training_alone(build_model: Build, ids_BL: torch.Tensor) -> None:
     model = build_model("goe_original", **SAMPLED)
     set_policy(model, [0.25] * 4 + [1e-4])
@@ -672,10 +679,15 @@ def test_sampling_is_noisy_in_training_alone(build_model: Build, ids_BL: torch.T
 def test_the_temperature_falls_and_a_cold_router_still_learns(
     build_model: Build, ids_BL: torch.Tensor, labels_B: torch.Tensor
 ) -> None:
-    model = wake(build_model("goe_original", gumbel_tau=2.0, gumbel_tau_min=0.02, **SAMPLED)).train()
+    model = build_model("goe_original", gumbel_tau=2.0, gumbel_tau_min=0.02, max_path_len=1, **SAMPLED).eval()
+    set_policy(model, [0.4, 0.3, 0.2, 0.1, 1e-4])
     for progress, tau in ((0.0, 2.0), (0.35, 0.2), (0.7, 0.02), (1.0, 0.02)):
         model.after_step(progress)
-        assert model._tau() == pytest.approx(tau, rel=1e-5)
+        evaluated(model, ids_BL)
+        powers = torch.tensor([0.4, 0.3, 0.2, 0.1]).double() ** (1 / tau)
+        entropy = torch.special.entr(powers / powers.sum()).sum() / math.log(4)
+        assert model.get_model_specific_metrics()["router_entropy"] == pytest.approx(float(entropy), abs=1e-5)
+    model = wake(model).train()
     found = gradients(model.task_loss(model(ids_BL), labels_B), model)
     assert all(gradient.isfinite().all() for gradient in found.values())
 
