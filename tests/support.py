@@ -107,21 +107,22 @@ class Ended:
 
 
 @contextlib.contextmanager
-def root_logger_restored() -> Iterator[None]:
+def logging_restored() -> Iterator[None]:
     """Commands set up logging for their own process."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    root, package = logging.getLogger(), logging.getLogger("research_eval")
+    handlers, levels = root.handlers[:], (root.level, package.level)
     try:
         yield
     finally:
         root.handlers[:] = handlers
-        root.setLevel(level)
+        root.setLevel(levels[0])
+        package.setLevel(levels[1])
 
 
 def command(function: Callable[[list[str]], int], *arguments: str | Path) -> Ended:
     """Call a command's function as its script does."""
     out, err = io.StringIO(), io.StringIO()
-    with root_logger_restored(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with logging_restored(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = function([str(argument) for argument in arguments])
         except SystemExit as ended:

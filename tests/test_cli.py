@@ -171,6 +171,13 @@ def test_quiet_prints_the_result_alone(tmp_path: Path) -> None:
     assert last.startswith("  run ") and all(line.startswith("  ") for line in lines)
 
 
+def test_a_terminal_gets_a_bar_unless_quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what is written to counts as a terminal
+    assert run_json(tmp_path, "--quiet", epochs=1).err == ""
+    err = run_json(tmp_path, epochs=1).err
+    assert "epoch 1/1" in err and "samples/s" in err and "5/5" in err
+
+
 def test_every_seed_is_a_run(tmp_path: Path) -> None:
     ended = run_json(tmp_path, "--seeds", "0-1", "--quiet", epochs=1)
     assert ended.code == 0

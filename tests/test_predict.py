@@ -92,7 +92,7 @@ def routed_run(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         dataset_name="addition",
         dataset_params={"num_samples": 100},
         epochs=1,
-        model_params={"halt": "ponder", "max_path_len": 4},
+        model_params={"halt": "ponder", "max_path_len": 4, "num_total_experts": 2, "max_visits": 1},
     )
     return trained(tmp_path_factory.mktemp("routed"), config)
 
@@ -117,7 +117,10 @@ def predicted(run: Trained, texts: list[str]) -> list[Prediction]:
 
 
 @pytest.mark.parametrize("name", ["text_run", "routed_run"])
-def test_probabilities_are_those_of_the_trained_model(name: str, request: pytest.FixtureRequest) -> None:
+def test_probabilities_are_those_of_the_trained_model(
+    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("research_eval.predict.BATCH_SIZE", 7)
     run: Trained = request.getfixturevalue(name)
     predictions = predicted(run, run.texts)
     expected = own_probabilities(run)
@@ -140,11 +143,13 @@ def test_the_classes_have_their_names(text_run: Trained) -> None:
     assert shares == f"  {likeliest[1]} {likeliest[0]:.4f}  {other[1]} {other[0]:.4f}"
 
 
-def test_routed_models_show_the_path(routed_run: Trained) -> None:
-    """The same path alone and among others of other lengths, and the one that the metrics counted."""
+def test_routed_models_show_the_path(routed_run: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same path alone and among others, and the one that the metrics counted; it ends when no expert is left."""
+    monkeypatch.setattr("research_eval.predict.BATCH_SIZE", 7)
     predictions = predicted(routed_run, routed_run.texts)
     for prediction in predictions[:5]:
         (alone,) = predicted(routed_run, [prediction.text])
+        assert set(prediction.path or []) <= {0, 1} and 1 <= len(prediction.path or []) <= 2
         assert alone.path == prediction.path
         steps = " -> ".join(str(expert) for expert in prediction.path or [])
         assert str(prediction).endswith(f"\n  path: start -> {steps} -> stop")
@@ -189,12 +194,14 @@ def complaint(run: Trained, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "one", "0", "1 0", "-1", "1.0", "99", "1 99999999999999999999", "000000000199", "\u0661", "1,2"]
+    "text",
+    ["", "one", "0", "1 0", "-1", "1.0", "99", "1 99999999999999999999", "000000000199", "\u0661", "1,2", "9" * 5000],
+    ids=lambda text: ascii(text[:12]),
 )
 def test_what_is_no_line_of_token_ids_is_refused(text: str, routed_run: Trained) -> None:
     message = complaint(routed_run, "--run", routed_run.result.experiment_id, f"--text={text}")
     largest = routed_run.data.vocab_size - 1
-    assert message == f"text: expected token ids from 1 to {largest} with blanks between them, got {text!r}\n"
+    assert message == f"text: expected token ids from 1 to {largest} with blanks between them, got {text[:80]!r}\n"
 
 
 def test_unknown_runs_are_named(text_run: Trained) -> None:
