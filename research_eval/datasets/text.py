@@ -173,6 +173,7 @@ class TextDataset:
         )
 
     def read(self, path: Path) -> tuple[dict[str, _Rows], list[str]]:
+        """The rows of every split as the files have them, and the class names."""
         tables: dict[str, _RawRows] = {}
         for name, paths in _files(path).items():
             table = self._read_split(paths, labels_needed=name != "test")
