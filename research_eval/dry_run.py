@@ -9,7 +9,7 @@ import torch
 
 from research_eval.datasets.token_data import Batches, DataSplits
 from research_eval.experiment import prepare
-from research_eval.models.base_model import EvaluableModel, auxiliary_terms
+from research_eval.models.base_model import EvaluableModel, auxiliary_terms, logits_of
 from research_eval.schema import ExperimentConfig
 from research_eval.training.evaluate import measure_flops
 from research_eval.training.runtime import Runtime
@@ -77,7 +77,7 @@ def memory_estimate(
 
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor), runtime.autocast():
-        loss = model.task_loss(model(batch.input_ids, attention_mask=batch.attention_mask), batch.labels)
+        loss = model.task_loss(logits_of(model, batch), batch.labels)
         loss = loss + sum(term.raw for term in auxiliary_terms(model).values())
     del loss
     return weights * copies / MIB, sum(saved.values()) / MIB

@@ -257,9 +257,13 @@ def score(
     if config.training_params.test and data.test is not None:
         weights, _ = load_tensors(folder / MODEL_FILE)
         model.load_state_dict(weights)
-        test = evaluate(model, Batches(data.test, batch_size, runtime.device), data.num_classes, runtime)
-        metrics |= {"test_loss": test.loss, "test_acc": test.accuracy, "test_f1": test.macro_f1}
-        metrics |= _per_class("test", test)
+        for name, split in {
+            "test": data.test,
+            **{f"test_{name}": part for name, part in data.further_tests.items()},
+        }.items():
+            test = evaluate(model, Batches(split, batch_size, runtime.device), data.num_classes, runtime)
+            metrics |= {f"{name}_loss": test.loss, f"{name}_acc": test.accuracy, f"{name}_f1": test.macro_f1}
+            metrics |= _per_class(name, test)
     return metrics | {"peak_memory_mb": runtime.peak_memory_mb()}
 
 

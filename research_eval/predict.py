@@ -15,7 +15,7 @@ from research_eval.datasets.token_data import Batches, TokenData
 from research_eval.db_utils import Store
 from research_eval.errors import ConfigError
 from research_eval.experiment import create_model, run_folder
-from research_eval.models.base_model import EvaluableModel, adapt
+from research_eval.models.base_model import EvaluableModel, adapt, logits_of
 from research_eval.schema import ExperimentConfig, config_from_dict
 from research_eval.training.checkpoint import load_tensors
 from research_eval.training.fit import MODEL_FILE
@@ -72,7 +72,7 @@ def predict(run_id: str, texts: list[str], *, db: str | None = None, device: str
         batch = batches.take(rows)
         model.start_recording()
         with torch.no_grad(), runtime.autocast():
-            logits_BC = model(batch.input_ids, attention_mask=batch.attention_mask)
+            logits_BC = logits_of(model, batch)
         probabilities[rows] = logits_BC.float().softmax(-1).cpu().numpy()
         recorded = model.recorded_paths()
         if recorded is not None:

@@ -134,8 +134,12 @@ class TrainingParams(_Section):
     """Steps between checkpoints; null for one at the end of every epoch."""
     log_every: Count = 50
     """Steps between log lines."""
+    curriculum: Share = 0.0
+    """Share of the epochs over which the longest training sample admitted grows from the shortest to the longest."""
+    trace_routing: bool = False
+    """Write every validation sample's path and action probabilities after each epoch."""
     test: bool = False
-    """Score the test split once, after training."""
+    """Score the test splits once, after training."""
     num_threads: Count | None = None
     """CPU threads of torch; null for torch's own choice."""
 

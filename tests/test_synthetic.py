@@ -7,7 +7,7 @@ import importlib
 import json
 import random
 from collections import Counter
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -633,3 +633,34 @@ def test_labels_that_are_not_0_to_c_are_renumbered_in_order() -> None:
             self.labels_list = [30, 10, 10, 20]
 
     assert Mine(3, 1, 1).to_token_data().labels.tolist() == [2, 0, 1]
+
+
+class Known(SequenceBaseDataset):
+    """Two tokens: the path takes their parity, the group is the first; the split decides the tokens."""
+
+    further_tests = ("long", "rare")
+    tokens: ClassVar = {"train": (1, 5), "validation": (1, 5), "test": (1, 5), "long": (5, 7), "rare": (7, 9)}
+
+    def __init__(self, *, num_samples: int = 50) -> None:
+        super().__init__(num_samples, 2, 9)
+
+    def _generate_data(self) -> None:
+        ids_N2 = self.rng.integers(*self.tokens[self.split], size=(self.num_samples, 2))
+        self.samples = ArraySamples(ids_N2, ids_N2.sum(1) % 2, ids_N2 % 2, ids_N2[:, 0])
+        self.labels_list = [0, 1]
+
+
+def test_further_tests_paths_and_groups_reach_the_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SYNTHETIC_DATASETS, "known", Known)
+    splits = synthetic_splits("known", {}, seed=0)
+    assert {name: (part.tokens.min(), part.tokens.max()) for name, part in splits.further_tests.items()} == {
+        "long": (5, 6),
+        "rare": (7, 8),
+    }
+    assert splits.train.tokens.max() <= 4
+    for part in (splits.train, splits.validation, splits.test, *splits.further_tests.values()):
+        assert part is not None and part.paths is not None and part.groups is not None
+        tokens_N2 = part.tokens.reshape(-1, 2)
+        np.testing.assert_array_equal(part.paths, tokens_N2 % 2)
+        np.testing.assert_array_equal(part.groups, tokens_N2[:, 0])
+    assert set(splits.fingerprint["sha256"]) == {"train", "validation", "test", "long", "rare"}

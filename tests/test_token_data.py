@@ -5,6 +5,7 @@ N samples  B batch  L length
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from typing import Any
@@ -34,7 +35,7 @@ def random_data(num_samples: int, longest: int, seed: int = 0) -> TokenData:
 
 
 def as_lists(batches: list[Any]) -> list[Any]:
-    return [[part.tolist() for part in batch] for batch in batches]
+    return [[part.tolist() for part in batch[:3]] for batch in batches]
 
 
 @quick
@@ -134,3 +135,27 @@ def test_the_order_of_evaluation_is_by_length_and_never_changes() -> None:
 def test_a_sample_without_tokens_is_one_masked_position() -> None:
     batch = Batches(token_data([[5], []]), 4).take(np.array([1]))
     assert as_lists([batch]) == [[[[0]], [[False]], [1]]]
+
+
+@quick
+@given(st.integers(1, 60), batch_sizes)
+def test_a_curriculum_admits_longer_samples_epoch_by_epoch(num_samples: int, batch_size: int) -> None:
+    data = random_data(num_samples, 40)
+    batches = Batches(data, batch_size, seed=3, curriculum_epochs=4)
+    shortest, longest = int(data.lengths.min()), int(data.lengths.max())
+    for epoch in range(6):
+        rows = np.concatenate(batches.order(epoch))
+        limit = shortest + (longest - shortest) * min(1.0, (epoch + 1) / 4)
+        assert len(rows) == num_samples
+        assert data.lengths[rows].max() <= limit
+        assert set(rows) == set(np.flatnonzero(data.lengths <= limit))  # repeated, and none left out
+
+
+def test_batches_carry_paths_and_places() -> None:
+    data = random_data(9, 5)
+    data = dataclasses.replace(data, paths=np.arange(18).reshape(9, 2))
+    for batch in Batches(data, 4, seed=0):
+        assert batch.paths is not None
+        assert batch.rows is not None
+        assert batch.paths.tolist() == [[2 * row, 2 * row + 1] for row in batch.rows.tolist()]
+        assert batch.labels.tolist() == batch.rows.tolist()

@@ -1,6 +1,6 @@
 """The base class of the synthetic tasks: lazy generation, and checks of what was generated.
 
-N samples  L longest sample
+N samples  L longest sample  T steps of the right path
 """
 
 from __future__ import annotations
@@ -54,19 +54,31 @@ def exact_length(task: str, seq_len: int | None, needed: int, reason: str) -> in
 class ArraySamples(Sequence[dict[str, Any]]):
     """All samples as whole arrays: the fast way to fill `samples`. Reads like a list of dicts.
 
-    `ids_NL` holds ids from 1 and is padded on the right with 0; `labels_N` holds values of `labels_list`.
+    `ids_NL` holds ids from 1 and is padded on the right with 0; `labels_N` holds values of `labels_list`. A task that
+    knows the right path of a sample through its sub-functions gives it in `paths_NT`, -1 behind its end; `groups_N`
+    tells the samples' difficulty or family.
     """
 
-    def __init__(self, ids_NL: ArrayLike, labels_N: ArrayLike) -> None:
+    def __init__(
+        self,
+        ids_NL: ArrayLike,
+        labels_N: ArrayLike,
+        paths_NT: ArrayLike | None = None,
+        groups_N: ArrayLike | None = None,
+    ) -> None:
         self.ids_NL = np.asarray(ids_NL)
         self.labels_N = np.asarray(labels_N)
+        self.paths_NT = None if paths_NT is None else np.asarray(paths_NT)
+        self.groups_N = None if groups_N is None else np.asarray(groups_N)
 
     def __len__(self) -> int:
         return len(self.ids_NL)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return ArraySamples(self.ids_NL[index], self.labels_N[index])
+            paths_NT = None if self.paths_NT is None else self.paths_NT[index]
+            groups_N = None if self.groups_N is None else self.groups_N[index]
+            return ArraySamples(self.ids_NL[index], self.labels_N[index], paths_NT, groups_N)
         return {"input_ids": self.ids_NL[index], "label": _plain(self.labels_N[index])}
 
 
@@ -76,6 +88,8 @@ class Table(NamedTuple):
     ids: NDArray[np.integer[Any]]  # [N, L], padded on the right with 0
     labels: NDArray[np.object_]  # [N], values of labels_list
     classes: NDArray[np.int64]  # [N], their class numbers
+    paths: NDArray[np.integer[Any]] | None = None  # [N, T]
+    groups: NDArray[np.integer[Any]] | None = None  # [N]
 
 
 class SequenceBaseDataset(ABC):
@@ -87,6 +101,10 @@ class SequenceBaseDataset(ABC):
     """
 
     VERSION: int = 1  # goes up when the same seed gives other data
+    further_tests: Sequence[str] = ()
+    """Names of test splits beside "test", of longer samples say. Only where `input_space` is None."""
+    split: str = "train"
+    """What is being generated: train, validation, test or one of `further_tests`."""
     rng: np.random.Generator
     _generated = False
 
@@ -117,8 +135,9 @@ class SequenceBaseDataset(ABC):
         """How many different inputs there are. None: not known, or splits may share inputs."""
         return None
 
-    def generate(self, seed: int, num_samples: int | None = None) -> None:
+    def generate(self, seed: int, num_samples: int | None = None, split: str = "train") -> None:
         """Replace the samples by `num_samples` (default: as before) fresh ones, the same for the same seed."""
+        self.split = split
         self.seed = seed
         if isinstance(self.rng, random.Random | np.random.RandomState):  # a subclass may prefer these
             self.rng.seed(seed)
@@ -175,7 +194,7 @@ class SequenceBaseDataset(ABC):
     def to_token_data(self) -> TokenData:
         """The samples as one split, with class numbers for labels."""
         table = self.table()
-        return TokenData.from_padded(table.ids, table.classes)
+        return TokenData.from_padded(table.ids, table.classes, table.paths, table.groups)
 
     def table(self) -> Table:
         """The checked samples. Raises ConfigError that names the first sample which breaks a rule."""
@@ -188,7 +207,11 @@ class SequenceBaseDataset(ABC):
             values = self.class_values()
             self._check_labels(labels, values)
             labels_N = np.fromiter(labels, object, len(labels))
-            self._table = Table(ids_NL, labels_N, class_numbers(labels_N, values))
+            classes_N = class_numbers(labels_N, values)
+            if isinstance(samples, ArraySamples):
+                self._table = Table(ids_NL, labels_N, classes_N, samples.paths_NT, samples.groups_N)
+            else:
+                self._table = Table(ids_NL, labels_N, classes_N)
         return self._table
 
     def _error(self, number: int, problem: str) -> ConfigError:

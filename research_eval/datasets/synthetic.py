@@ -30,9 +30,16 @@ class Drawn(NamedTuple):
     ids: NDArray[np.integer[Any]]  # [N, L], padded on the right with 0
     labels: NDArray[np.object_]  # [N], label values
     keys: NDArray[np.uint64]  # [N], equal for equal inputs
+    paths: NDArray[np.integer[Any]] | None = None  # [N, T]
+    groups: NDArray[np.integer[Any]] | None = None  # [N]
 
     def take(self, rows: NDArray[np.integer[Any]]) -> Drawn:
-        return Drawn(self.ids[rows], self.labels[rows], self.keys[rows])
+        paths = None if self.paths is None else self.paths[rows]
+        groups = None if self.groups is None else self.groups[rows]
+        return Drawn(self.ids[rows], self.labels[rows], self.keys[rows], paths, groups)
+
+    def token_data(self, classes: list[Any]) -> TokenData:
+        return TokenData.from_padded(self.ids, class_numbers(self.labels, classes), self.paths, self.groups)
 
 
 def synthetic_splits(dataset_name: str, dataset_params: dict[str, Any], seed: int) -> DataSplits:
@@ -40,7 +47,8 @@ def synthetic_splits(dataset_name: str, dataset_params: dict[str, Any], seed: in
 
     Where the task knows its `input_space` and that is small, inputs are drawn without replacement: no two splits share
     one. If there are fewer inputs than samples, samples repeat within a split only. Otherwise each split is drawn
-    from its own seed, and the fingerprint tells how many validation inputs also occur in train.
+    from its own seed, and the fingerprint tells how many validation inputs also occur in train. Each of the task's
+    `further_tests` is as large as the test split.
     """
     dataset = _build(dataset_name, dataset_params, seed)
     num_validation = max(1, dataset.num_samples // 5)
@@ -53,9 +61,14 @@ def synthetic_splits(dataset_name: str, dataset_params: dict[str, Any], seed: in
         drawn, sampling = _without_replacement(dataset_name, dataset, sizes, space, seed, values)
     else:
         drawn, sampling = _independent(dataset_name, dataset, sizes, seed, values), "independent draws"
+    further = {
+        name: _draw(dataset, num_validation, _seed(seed, len(SPLITS), ROUNDS, number), values, name)
+        for number, name in enumerate(dataset.further_tests)
+    }
     classes = sorted(values)
-    splits = [TokenData.from_padded(part.ids, class_numbers(part.labels, classes)) for part in drawn]
-    train, validation, test = splits
+    train, validation, test = (part.token_data(classes) for part in drawn)
+    further_tests = {name: part.token_data(classes) for name, part in further.items()}
+    splits = {**dict(zip(SPLITS, (train, validation, test), strict=True)), **further_tests}
     duplicates = int(np.isin(drawn[1].keys, drawn[0].keys).sum())
     return DataSplits(
         train,
@@ -64,18 +77,19 @@ def synthetic_splits(dataset_name: str, dataset_params: dict[str, Any], seed: in
         vocab_size=dataset.vocab_size + 1,
         num_classes=len(classes),
         label_names=[str(value) for value in classes],
-        max_length=max(dataset.seq_len, *(int(split.lengths.max()) for split in splits)),
+        max_length=max(dataset.seq_len, *(int(split.lengths.max()) for split in splits.values())),
         fingerprint={
             "dataset": dataset_name,
             "version": dataset.VERSION,
             "params": dict(dataset_params),
             "seed": seed,
             "sampling": sampling,
-            "sha256": dict(zip(SPLITS, map(_sha256, splits), strict=True)),
+            "sha256": {name: _sha256(split) for name, split in splits.items()},
             "distinct_inputs": dict(zip(SPLITS, (len(np.unique(part.keys)) for part in drawn), strict=True)),
             "train_validation_duplicates": duplicates,
             "train_validation_duplicate_share": duplicates / len(validation),
         },
+        further_tests=further_tests,
     )
 
 
@@ -101,12 +115,12 @@ def _build(dataset_name: str, dataset_params: dict[str, Any], seed: int) -> Sequ
         return cls(**arguments)
 
 
-def _draw(dataset: SequenceBaseDataset, num_samples: int, seed: int, values: set[Any]) -> Drawn:
+def _draw(dataset: SequenceBaseDataset, num_samples: int, seed: int, values: set[Any], split: str = "train") -> Drawn:
     """Fresh samples; their label values are added to `values`."""
-    dataset.generate(seed, num_samples)
+    dataset.generate(seed, num_samples, split)
     table = dataset.table()
     values.update(dataset.class_values())
-    return Drawn(table.ids, table.labels, _keys(table.ids))
+    return Drawn(table.ids, table.labels, _keys(table.ids), table.paths, table.groups)
 
 
 def _independent(
@@ -115,7 +129,7 @@ def _independent(
     """Each split from its own seed."""
     drawn = []
     for split, size in enumerate(sizes):
-        part = _draw(dataset, size, _seed(seed, split), values)
+        part = _draw(dataset, size, _seed(seed, split), values, SPLITS[split])
         if len(part.keys) > size:  # a generator with a count of its own, maybe sorted by class
             part = part.take(np.random.default_rng(_seed(seed, split)).choice(len(part.keys), size, replace=False))
         drawn.append(part)
@@ -172,7 +186,17 @@ def _distinct(dataset: SequenceBaseDataset, target: int, seed: int, values: set[
 def _joined(first: Drawn, second: Drawn) -> Drawn:
     width = max(first.ids.shape[1], second.ids.shape[1])
     ids_NL = np.concatenate([np.pad(part.ids, [(0, 0), (0, width - part.ids.shape[1])]) for part in (first, second)])
-    return Drawn(ids_NL, np.append(first.labels, second.labels), np.append(first.keys, second.keys))
+    return Drawn(
+        ids_NL,
+        np.append(first.labels, second.labels),
+        np.append(first.keys, second.keys),
+        _stacked(first.paths, second.paths),
+        _stacked(first.groups, second.groups),
+    )
+
+
+def _stacked(first: NDArray[Any] | None, second: NDArray[Any] | None) -> NDArray[Any] | None:
+    return second if first is None or second is None else np.concatenate([first, second])
 
 
 def _keys(ids_NL: NDArray[np.integer[Any]]) -> NDArray[np.uint64]:

@@ -1,6 +1,6 @@
 """Token sequences stored flat, and the batches drawn from them.
 
-N samples  S tokens in all  B batch  L length of the batch's longest sample
+N samples  S tokens in all  B batch  L length of the batch's longest sample  T steps of the right path
 """
 
 from __future__ import annotations
@@ -27,14 +27,28 @@ class TokenData:
     tokens: NDArray[np.int32]  # [S], ids from 1; 0 is padding and never occurs here
     offsets: NDArray[np.int64]  # [N + 1]
     labels: NDArray[np.int64]  # [N], 0..num_classes - 1
+    paths: NDArray[np.int64] | None = None  # [N, T], the right path where the task knows it, -1 behind its end
+    groups: NDArray[np.int64] | None = None  # [N], difficulty or family of each sample
 
     @classmethod
-    def from_padded(cls, ids_NL: NDArray[np.integer[Any]], labels: NDArray[np.integer[Any]]) -> TokenData:
+    def from_padded(
+        cls,
+        ids_NL: NDArray[np.integer[Any]],
+        labels: NDArray[np.integer[Any]],
+        paths: NDArray[np.integer[Any]] | None = None,
+        groups: NDArray[np.integer[Any]] | None = None,
+    ) -> TokenData:
         """Drop the padding (id 0, on the right) of a rectangular array."""
         keep_NL = ids_NL != 0
         offsets = np.zeros(len(ids_NL) + 1, np.int64)
         np.cumsum(keep_NL.sum(1), out=offsets[1:])
-        return cls(ids_NL[keep_NL].astype(np.int32), offsets, labels.astype(np.int64))
+        return cls(
+            ids_NL[keep_NL].astype(np.int32),
+            offsets,
+            labels.astype(np.int64),
+            None if paths is None else paths.astype(np.int64),
+            None if groups is None else groups.astype(np.int64),
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -63,14 +77,20 @@ class DataSplits:
     padding_idx: int = 0
     tokenizer: Tokenizer | None = None
     fingerprint: dict[str, Any] = field(default_factory=dict)  # version, content hash, duplicates, tokenizer hash
+    further_tests: dict[str, TokenData] = field(default_factory=dict)  # longer samples, unseen combinations, ...
 
 
 class Batch(NamedTuple):
-    """`input_ids` [B, L] int64, padded with 0; `attention_mask` [B, L], True where a token is real; `labels` [B]."""
+    """`input_ids` [B, L] int64, padded with 0; `attention_mask` [B, L], True where a token is real; `labels` [B].
+
+    `paths` [B, T] is the right path of each sample, where the task knows it; `rows` [B] its place in the split.
+    """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
+    paths: torch.Tensor | None = None
+    rows: NDArray[np.int64] | None = None
 
 
 class Batches:
@@ -79,21 +99,31 @@ class Batches:
     With a `seed` the order is a new shuffle per epoch, the same for the same seed: similar lengths share a
     batch (buckets of `BUCKET` batches are sorted by length), and the batches come in random order. Without one the
     samples come sorted by length, every sample exactly once. The split lies on `device` as a whole.
+
+    With `curriculum_epochs` the longest length admitted grows in equal steps over that many epochs; the samples
+    admitted are repeated, so that every epoch has as many.
     """
 
     BUCKET = 50
 
     def __init__(
-        self, data: TokenData, batch_size: int, device: torch.device | str = "cpu", seed: int | None = None
+        self,
+        data: TokenData,
+        batch_size: int,
+        device: torch.device | str = "cpu",
+        seed: int | None = None,
+        curriculum_epochs: float = 0.0,
     ) -> None:
         self.data = data
         self.batch_size = batch_size
         self.seed = seed
+        self.curriculum_epochs = curriculum_epochs
         self._lengths = data.lengths
         self._tokens_S = torch.from_numpy(data.tokens).to(device)
         self._offsets = torch.from_numpy(data.offsets[:-1]).to(device)
         self._lengths_N = torch.from_numpy(self._lengths).to(device)
         self._labels_N = torch.from_numpy(data.labels).to(device)
+        self._paths_NT = None if data.paths is None else torch.from_numpy(data.paths).to(device)
         self._steps_L = torch.arange(int(self._lengths.max(initial=1)), device=device)
 
     def __len__(self) -> int:
@@ -106,6 +136,10 @@ class Batches:
             return [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
         rng = np.random.default_rng(derive_seed(self.seed, "sampler", epoch))
         rows = rng.permutation(len(self.data))
+        if epoch + 1 < self.curriculum_epochs:
+            shortest, longest = int(self._lengths.min()), int(self._lengths.max())
+            limit = shortest + (longest - shortest) * (epoch + 1) / self.curriculum_epochs
+            rows = np.resize(rows[self._lengths[rows] <= limit], len(rows))
         bucket = self.BUCKET * self.batch_size
         batches = []
         for start in range(0, len(rows), bucket):
@@ -130,4 +164,5 @@ class Batches:
         keep_BL = steps_L < self._lengths_N[rows_B].unsqueeze(1)
         index_BL = (self._offsets[rows_B].unsqueeze(1) + steps_L).clamp_(max=max(len(self._tokens_S) - 1, 0))
         ids_BL = self._tokens_S[index_BL].long() * keep_BL
-        return Batch(ids_BL, keep_BL, self._labels_N[rows_B])
+        paths_BT = None if self._paths_NT is None else self._paths_NT[rows_B]
+        return Batch(ids_BL, keep_BL, self._labels_N[rows_B], paths_BT, rows)

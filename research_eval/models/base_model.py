@@ -5,7 +5,7 @@ B batch  L length  C classes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
+from research_eval.datasets.token_data import Batch
 from research_eval.errors import ConfigError
 
 
@@ -28,6 +29,9 @@ class EvaluableModel(nn.Module):
     """Base class of all classifiers. A class with the same methods that does not inherit works too (see `adapt`)."""
 
     model_type: str = ""
+
+    def prepare(self, batch: Batch) -> None:
+        """Called before each forward pass with the whole batch, for what the arguments of `forward` do not carry."""
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """input_ids [B, L] int64, attention_mask [B, L] True where a token is real -> logits [B, C]."""
@@ -48,11 +52,22 @@ class EvaluableModel(nn.Module):
     def after_step(self, progress: float) -> None:
         """Called after every optimiser step with the share of training done: schedules and bias balancing."""
 
+    def calibrate(self, batches: Iterable[Batch]) -> None:
+        """Called before each evaluation of the validation split, with its batches: thresholds of early exits."""
+
     def start_recording(self) -> None:
         """Forget the routing statistics and paths collected so far and collect those of the coming evaluation."""
 
     def recorded_paths(self) -> NDArray[np.int64] | None:
         """The experts of each recorded sample, [samples, steps], -1 behind the end; None for a model without paths."""
+        return None
+
+    def recorded_probabilities(self) -> NDArray[np.float32] | None:
+        """Probabilities of each action at each step, [samples, steps, actions], where they were kept."""
+        return None
+
+    def recorded_values(self) -> NDArray[np.float32] | None:
+        """Q-values of each action at each step, [samples, steps, actions], where the model has them."""
         return None
 
     def get_model_specific_metrics(self) -> dict[str, Any]:
@@ -74,6 +89,13 @@ class EvaluableModel(nn.Module):
     def get_model_name(self) -> str:
         """The key in `MODELS_MAP`."""
         return self.model_type
+
+
+def logits_of(model: EvaluableModel, batch: Batch) -> torch.Tensor:
+    """One forward pass over a batch, [B, C]."""
+    model.prepare(batch)
+    logits_BC: torch.Tensor = model(batch.input_ids, attention_mask=batch.attention_mask)
+    return logits_BC
 
 
 def get_trainable_parameter_count(model: nn.Module) -> int:

@@ -1,13 +1,13 @@
 """Scores, latency and FLOPs of a model.
 
-B batch  C classes
+B batch  C classes  N samples
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,16 +17,22 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from research_eval.datasets.token_data import Batch, Batches
-from research_eval.models.base_model import EvaluableModel
+from research_eval.models.base_model import EvaluableModel, logits_of
 from research_eval.training.runtime import Runtime
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross-entropy, accuracy and macro-F1 of one split, and its confusion matrix (rows: truth)."""
+    """Mean cross-entropy, accuracy and macro-F1 of one split, its confusion matrix (rows: truth) and each sample.
+
+    `rows_N` are the samples' places in the split, in the order of evaluation; the model's records have the same order.
+    """
 
     loss: float
     confusion_CC: NDArray[np.int64]
+    rows_N: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    correct_N: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    losses_N: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
 
     @property
     def accuracy(self) -> float:
@@ -61,14 +67,24 @@ def evaluate(model: EvaluableModel, batches: Iterable[Batch], num_classes: int, 
         (), dtype=torch.float64 if runtime.device.type != "mps" else torch.float32, device=runtime.device
     )
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.long, device=runtime.device)
+    rows, correct, losses = [], [], []
     for batch in batches:
         with runtime.autocast():
-            logits_BC = model(batch.input_ids, attention_mask=batch.attention_mask).float()
-        loss += F.cross_entropy(logits_BC, batch.labels, reduction="sum")
-        cells_B = batch.labels * num_classes + logits_BC.argmax(-1)
-        confusion += cells_B.bincount(minlength=num_classes * num_classes)
+            logits_BC = logits_of(model, batch).float()
+        losses.append(F.cross_entropy(logits_BC, batch.labels, reduction="none"))
+        loss += losses[-1].sum()
+        guess_B = logits_BC.argmax(-1)
+        correct.append(guess_B == batch.labels)
+        rows.append(np.arange(len(guess_B)) if batch.rows is None else batch.rows)
+        confusion += (batch.labels * num_classes + guess_B).bincount(minlength=num_classes * num_classes)
     matrix = confusion.view(num_classes, num_classes).cpu().numpy()
-    return Evaluation(float(loss) / max(int(matrix.sum()), 1), matrix)
+    return Evaluation(
+        float(loss) / max(int(matrix.sum()), 1),
+        matrix,
+        np.concatenate(rows),
+        torch.cat(correct).cpu().numpy(),
+        torch.cat(losses).cpu().numpy(),
+    )
 
 
 @torch.no_grad()
@@ -82,7 +98,7 @@ def measure_latency(model: EvaluableModel, batches: Batches, runtime: Runtime, r
         runtime.synchronize()
         start = time.perf_counter()
         with runtime.autocast():
-            model(batch.input_ids, attention_mask=batch.attention_mask)
+            logits_of(model, batch)
         runtime.synchronize()
         if number >= 3:
             seconds.append(time.perf_counter() - start)
@@ -130,7 +146,7 @@ def measure_flops(model: EvaluableModel, batches: Batches, runtime: Runtime, rep
             with flop_counter() as counter, torch.set_grad_enabled(training):
                 for batch in chosen:
                     with runtime.autocast():
-                        logits = model(batch.input_ids, attention_mask=batch.attention_mask)
+                        logits = logits_of(model, batch)
                         loss = model.task_loss(logits, batch.labels) + (model.get_auxiliary_loss() or 0.0)
                     if training:
                         loss.backward()

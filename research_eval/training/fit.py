@@ -13,7 +13,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from research_eval.datasets.token_data import Batch, Batches, DataSplits
-from research_eval.models.base_model import EvaluableModel, auxiliary_terms
+from research_eval.models.base_model import EvaluableModel, auxiliary_terms, logits_of
 from research_eval.schema import ExperimentConfig
 from research_eval.training.checkpoint import (
     flatten_optimizer,
@@ -103,7 +103,9 @@ def fit(
     A checkpoint in `folder` is continued exactly. Raises Diverged, Interrupted.
     """
     options = config.training_params
-    train = Batches(data.train, config.batch_size, runtime.device, seed=config.seed)
+    train = Batches(
+        data.train, config.batch_size, runtime.device, config.seed, curriculum_epochs=options.curriculum * config.epochs
+    )
     validation = Batches(data.validation, options.eval_batch_size or config.batch_size, runtime.device)
     every = options.gradient_accumulation_steps
     steps_per_epoch = math.ceil(len(train) / every)
@@ -142,7 +144,7 @@ def fit(
                 if epoch_ends or state.step % options.log_every == 0 or due or request.signal:
                     _report(observer, meter, state.step, float(schedule.get_last_lr()[0]))
                 if epoch_ends:
-                    evaluation = evaluate(scored, validation, data.num_classes, runtime)
+                    evaluation = _evaluate(scored, validation, data.num_classes, runtime)
                     _check_finite("validation loss", evaluation.loss, state.step)
                     observer.epoch_end(state.step, evaluation, scored.get_model_specific_metrics())
                     _keep_best(state, evaluation, scored, folder, options.early_stopping_patience)
@@ -153,8 +155,14 @@ def fit(
                     raise Interrupted(request.signal, state.step)
     state.seconds = time.perf_counter() - started
     if evaluation is None:  # nothing was left to train
-        evaluation = evaluate(scored, validation, data.num_classes, runtime)
+        evaluation = _evaluate(scored, validation, data.num_classes, runtime)
     return state, scored, evaluation
+
+
+def _evaluate(model: EvaluableModel, validation: Batches, num_classes: int, runtime: Runtime) -> Evaluation:
+    with runtime.autocast():
+        model.calibrate(validation)
+    return evaluate(model, validation, num_classes, runtime)
 
 
 def _train_step(
@@ -170,7 +178,7 @@ def _train_step(
     total = sum(len(batch.labels) for batch in micro_batches)
     for batch in micro_batches:
         with runtime.autocast():
-            logits_BC = model(batch.input_ids, attention_mask=batch.attention_mask)
+            logits_BC = logits_of(model, batch)
             task = model.task_loss(logits_BC, batch.labels, config.training_params.label_smoothing)
             terms = auxiliary_terms(model)
             auxiliary = sum((term.weight * term.raw for term in terms.values()), start=task * 0)
