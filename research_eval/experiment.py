@@ -18,9 +18,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from research_eval.analysis.automaton import certification_metrics
 from research_eval.analysis.expert_graph import draw_expert_graph
+from research_eval.analysis.routing_plots import draw_routing
 from research_eval.datasets.providers import load_splits
-from research_eval.datasets.token_data import Batches, DataSplits
+from research_eval.datasets.regular import task_automaton
+from research_eval.datasets.token_data import Batches, DataSplits, TokenData
 from research_eval.db_utils import HistoryRow, Store, append_csv
 from research_eval.environment import environment_record
 from research_eval.errors import ConfigError
@@ -32,10 +35,12 @@ from research_eval.training.checkpoint import load_tensors, write_atomically
 from research_eval.training.evaluate import Evaluation, evaluate, measure_flops, measure_latency
 from research_eval.training.fit import MODEL_FILE, Diverged, Interrupted, TrainingState, fit
 from research_eval.training.runtime import Runtime
+from research_eval.training.trace import alarm_metrics, regret_metrics, routing_metrics
 
 log = logging.getLogger(__name__)
 
 GRAPH_FILE = "expert_graph.png"
+AUTOMATON_FILE = "automaton.png"
 CSV_FILE = "json_experiment_results.csv"
 RUNS_FOLDER = Path("runs")
 ID_LETTERS = frozenset(string.ascii_letters + string.digits + "-_")
@@ -185,9 +190,11 @@ def _train_and_store(
             state, scored, evaluation = fit(model, data, config, runtime, folder, journal)
         metrics = score(state, scored, evaluation, data, config, runtime, folder)
         store.finish_experiment(experiment_id, metrics)
+        title = f"{config.experiment_name}: paths of {len(data.validation):,} validation samples"
         if "step_transitions" in metrics:
-            title = f"{config.experiment_name}: paths of {len(data.validation):,} validation samples"
             draw_expert_graph(metrics, folder / GRAPH_FILE, title)
+        if config.training_params.trace_routing:
+            draw_routing(metrics, state.reports, data.label_names, folder, config.experiment_name)
     except Diverged as problem:
         status, error, exit_code = "diverged", str(problem), 1
     except Interrupted as problem:
@@ -232,7 +239,10 @@ def score(
     folder: Path,
 ) -> dict[str, Any]:
     """All metrics of a finished training. The test split is scored once, with the best weights on validation."""
-    metrics = dict(model.get_model_specific_metrics())
+    metrics = dict(state.reports[-1]) if state.reports else {}
+    metrics |= model.get_model_specific_metrics()
+    metrics |= routing_metrics(model, evaluation, data.validation, data.num_classes)
+    metrics |= alarm_metrics(state.reports, config)
     batch_size = config.training_params.eval_batch_size or config.batch_size
     validation = Batches(data.validation, batch_size, runtime.device)
     steps_per_epoch = -(-len(data.train) // (config.batch_size * config.training_params.gradient_accumulation_steps))
@@ -243,7 +253,7 @@ def score(
         "final_val_acc": evaluation.accuracy,
         "final_val_f1": evaluation.macro_f1,
         "best_val_f1_across_epochs": state.best_f1,
-        **_per_class("val", evaluation),
+        **_details("val", evaluation, data.validation),
         "epochs_completed": state.step // steps_per_epoch,
         "training_duration_seconds": state.seconds,
         "param_count": model.get_parameter_count(),
@@ -254,24 +264,37 @@ def score(
     }
     if None not in analytic:
         metrics["active_flops_per_sample"] = float(np.mean(np.array(analytic, float)))
+    scored = {"": validation}
     if config.training_params.test and data.test is not None:
         weights, _ = load_tensors(folder / MODEL_FILE)
         model.load_state_dict(weights)
-        for name, split in {
-            "test": data.test,
-            **{f"test_{name}": part for name, part in data.further_tests.items()},
-        }.items():
-            test = evaluate(model, Batches(split, batch_size, runtime.device), data.num_classes, runtime)
-            metrics |= {f"{name}_loss": test.loss, f"{name}_acc": test.accuracy, f"{name}_f1": test.macro_f1}
-            metrics |= _per_class(name, test)
+        for name, split in {"": data.test, **{f"{name}_": part for name, part in data.further_tests.items()}}.items():
+            scored[f"test_{name}"] = Batches(split, batch_size, runtime.device)
+            test = evaluate(model, scored[f"test_{name}"], data.num_classes, runtime)
+            values = {"loss": test.loss, "acc": test.accuracy, "f1": test.macro_f1}
+            metrics |= {f"test_{name}{score}": value for score, value in values.items()}
+            metrics |= _details(f"test_{name}".rstrip("_"), test, split)
+    learned = model.read_automaton()
+    task = task_automaton(config.dataset_name, config.dataset_params) if config.dataset_type == "synthetic" else None
+    if learned is not None and task is not None:
+        metrics |= certification_metrics(learned, task, folder / AUTOMATON_FILE, config.experiment_name)
+    if data.validation.paths is not None:
+        metrics |= regret_metrics(model, scored, data.num_classes, runtime)
     return metrics | {"peak_memory_mb": runtime.peak_memory_mb()}
 
 
-def _per_class(split: str, evaluation: Evaluation) -> dict[str, list[float]]:
+def _details(split: str, evaluation: Evaluation, data: TokenData) -> dict[str, list[Any]]:
+    """Scores per class, and accuracy per group of samples where the data has groups."""
     rows = evaluation.per_class()
-    return {
+    details: dict[str, list[Any]] = {
         f"{split}_{name}_per_class": [row[name] for row in rows] for name in ("precision", "recall", "f1", "support")
     }
+    if data.groups is not None:
+        groups_N = data.groups[evaluation.rows_N]
+        details[f"{split}_acc_by_group"] = [
+            [int(group), float(evaluation.correct_N[groups_N == group].mean())] for group in np.unique(groups_N)
+        ]
+    return details
 
 
 class Journal:
@@ -298,6 +321,8 @@ class Journal:
         scalars = {name: float(value) for name, value in model_metrics.items() if isinstance(value, int | float)}
         self._write(step, {**scalars, **values})
         self._progress.epoch(step // self._steps_per_epoch, values)
+        for alarm in model_metrics.get("alarms", ()):
+            self._progress.warn(str(alarm))
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         epoch = step / self._steps_per_epoch

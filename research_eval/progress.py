@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
@@ -80,3 +81,10 @@ class Progress:
             self._bar.console.print(line, highlight=False)
         else:
             log.info(line)
+
+    def warn(self, text: str) -> None:
+        """At any time, and not silenced by `quiet`."""
+        if self._bar is not None:
+            self._bar.console.print(f"[yellow]{escape(text)}[/yellow]", highlight=False)
+        else:
+            log.warning(text)

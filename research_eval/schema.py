@@ -83,6 +83,8 @@ class OptimizerParams(_Section):
     """Learning rate of routers relative to `lr`."""
     expert_lr_mult: Weight = 1.0
     """Learning rate of experts relative to `lr`."""
+    edge_lr_mult: Weight = 10.0
+    """Learning rate of the edge tables of scan experts relative to `lr`."""
     momentum: Share = 0.9
     """Momentum of sgd; an error with adamw."""
 
@@ -97,12 +99,14 @@ class OptimizerParams(_Section):
 class SchedulerParams(_Section):
     """The learning rate over the steps."""
 
-    name: Literal["none", "cosine_warmup"] = "none"
-    """Course of the learning rate: constant, or a linear rise followed by half a cosine."""
+    name: Literal["none", "cosine_warmup", "wsd"] = "none"
+    """Course of the learning rate: constant, a linear rise and half a cosine, or rise, flat and linear fall."""
     warmup_factor: Share = 0.1
     """Share of the steps that the rise takes."""
     min_lr_factor: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Learning rate at the last step relative to the largest."""
+    decay_factor: Annotated[float, Field(gt=0, le=1)] = 1 / 3
+    """Share of the steps that the fall of wsd takes."""
 
 
 def _known_device(device: str) -> str:
@@ -623,10 +627,10 @@ def _dataset_params(data: Mapping[str, Any], report: _Report) -> dict[str, Any] 
         from research_eval.datasets.text import TextDataset
 
         params = data.get("dataset_params")
-        own_files = isinstance(params, dict) and params.get("data_dir")
+        own_files = isinstance(params, dict) and (params.get("data_dir") or params.get("sources"))
         if isinstance(dataset_name, str) and not own_files and dataset_name not in REAL_WORLD_DATASETS:
             hint = _hint(dataset_name, REAL_WORLD_DATASETS)
-            message = f"unknown {dataset_name!r}.{hint} A set of your own needs dataset_params.data_dir."
+            message = f"unknown {dataset_name!r}.{hint} A set of your own needs dataset_params.data_dir or sources."
             report.add(("dataset_name",), message)
         return _arguments("dataset_params", TextDataset, TEXT_PROVIDED, data, report)
     if dataset_type != "synthetic" or not isinstance(dataset_name, str):

@@ -1,4 +1,7 @@
-"""Small experiments and ways to run them, for the tests of everything around the models."""
+"""Small experiments and ways to run them, for the tests of everything around the models; and what models are asked.
+
+B batch  L length  C classes
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import json
 import logging
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,10 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from torch import nn
 
 from research_eval.db_utils import DB_FILE, Store
-from research_eval.experiment import Result, run
+from research_eval.experiment import Journal, Result, run
+from research_eval.models.base_model import EvaluableModel
+from research_eval.models.goe_original import GoEOriginalClassifier
 from research_eval.schema import ExperimentConfig, config_from_dict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,6 +102,18 @@ def generator_draws() -> tuple[Any, ...]:
     )
 
 
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Send this process a SIGTERM when the given step is reported."""
+    report = Journal.train_values
+
+    def reporting(self: Journal, at: int, values: dict[str, float]) -> None:
+        report(self, at, values)
+        if at == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Journal, "train_values", reporting)
+
+
 # ---------------------------------------------------------------------------------------------------- commands
 
 
@@ -147,3 +167,66 @@ def python(*arguments: str | Path, folder: Path, **variables: str) -> Ended:
         check=False,
     )
     return Ended(done.returncode, done.stdout, done.stderr)
+
+
+# ------------------------------------------------------------------------------------------------------- models
+
+Build = Callable[..., EvaluableModel]  # the fixture `build_model`
+
+
+def wake(model: EvaluableModel) -> EvaluableModel:
+    """Routers start undecided and send all samples one way; random weights send them apart and stop some early."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and (below(name, "router") or below(name, "action_values")):
+                parameter.normal_(std=0.5)
+        if isinstance(model, GoEOriginalClassifier) and model.router is not None:
+            stop_biases(model).fill_(4.0)
+    return model.eval()
+
+
+def below(name: str, module: str) -> bool:
+    """Whether a parameter of this name belongs to the module."""
+    return module in name.split(".")
+
+
+def stop_biases(model: EvaluableModel) -> torch.Tensor:
+    """Those of the router of `goe_original`, one per step or one in all; a view."""
+    assert isinstance(model, GoEOriginalClassifier)
+    assert model.router is not None
+    return model.router.policy.bias.view(model.router.num_copies, -1)[:, -1]
+
+
+def set_policy(model: EvaluableModel, probabilities: list[float]) -> None:
+    """A router that gives all samples these probabilities (the last one stops) at every step."""
+    assert isinstance(model, GoEOriginalClassifier)
+    assert model.router is not None
+    model.router.norm = None
+    with torch.no_grad():
+        model.router.policy.weight.zero_()
+        model.router.policy.bias.copy_(torch.tensor(probabilities).log().repeat(model.router.num_copies))
+
+
+def loss_of(model: EvaluableModel, ids_BL: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+    """What training would minimise."""
+    logits_BC = model(ids_BL)
+    return model.task_loss(logits_BC, labels_B) + (model.get_auxiliary_loss() or 0.0)
+
+
+def evaluated(model: EvaluableModel, ids_BL: torch.Tensor) -> tuple[torch.Tensor, list[list[int]]]:
+    """Logits and paths."""
+    model.start_recording()
+    logits_BC = model(ids_BL)
+    paths = model.recorded_paths()
+    return logits_BC.detach(), [] if paths is None else paths.tolist()
+
+
+def gradients(loss: torch.Tensor, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The gradient of every parameter by name; zero where there is none."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+    return {
+        name: torch.zeros_like(parameter) if gradient is None else gradient
+        for name, parameter, gradient in zip(names, parameters, found, strict=True)
+    }

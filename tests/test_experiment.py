@@ -75,11 +75,16 @@ PATH_METRICS = {
     "step_transitions",
     "common_paths",
 }
+INFORMATION = {
+    f"{what}_class_nmi{suffix}" for what in ("path", "step") for suffix in ("", "_null", "_null_p95", "_adjusted")
+}
+LOAD_METRICS |= {"router_change", "expert_similarity", "alarms", "num_alarms"}
+PATH_METRICS |= {"step_entropy", "path_length_by_class"} | INFORMATION
 MODEL_METRICS = {
     "dense": set(),
     "moe": LOAD_METRICS,
     "goe": LOAD_METRICS | PATH_METRICS,
-    "goe_original": LOAD_METRICS | PATH_METRICS,
+    "goe_original": LOAD_METRICS | PATH_METRICS | {"logits_at_limit_share"},
 }
 
 

@@ -111,40 +111,44 @@ def test_no_rows_at_all_pass_a_stacked_map() -> None:
 @settings(deadline=None, max_examples=25)
 @given(
     seed=seeds,
+    num_steps=st.integers(1, 3),
     num_experts=st.integers(1, 4),
     num_layers=st.integers(1, 2),
     gated=st.booleans(),
     adaptive_gate=st.booleans(),
     data=st.data(),
 )
-def test_a_step_of_the_pool_is_every_sample_alone(
-    seed: int, num_experts: int, num_layers: int, gated: bool, adaptive_gate: bool, data: st.DataObject
+def test_a_path_through_the_pool_is_every_sample_alone(
+    seed: int, num_steps: int, num_experts: int, num_layers: int, gated: bool, adaptive_gate: bool, data: st.DataObject
 ) -> None:
     """Each sample goes without its padding and without its batch mates through a pool of its own expert."""
-    choices = data.draw(st.lists(st.integers(0, num_experts), min_size=1, max_size=6), "choices, the last one stops")
-    lengths = data.draw(st.lists(st.integers(1, 4), min_size=len(choices), max_size=len(choices)), "lengths")
+    steps = st.lists(st.integers(0, num_experts), min_size=num_steps, max_size=num_steps)
+    paths = data.draw(st.lists(steps, min_size=1, max_size=6), "paths, the last expert does nothing")
+    lengths = data.draw(st.lists(st.integers(1, 4), min_size=len(paths), max_size=len(paths)), "lengths")
     torch.manual_seed(seed)
     pool = ExpertPool(num_experts, num_layers, 8, 2, 12, 0.0, gated, adaptive_gate).double()
     scramble(pool)
     single = ExpertPool(1, num_layers, 8, 2, 12, 0.0, gated, adaptive_gate)
     keep_BL = keep_of(lengths, 5)
-    coefficient_B = torch.rand(len(choices)).double() * 2
+    choice_BT, coefficient_BT = torch.tensor(paths), torch.rand(len(paths), num_steps).double() * 2
 
     def fast(h_BLD: torch.Tensor) -> torch.Tensor:
-        return pool.step(h_BLD, keep_BL, torch.tensor(choices), coefficient_B).h_BLD * keep_BL.unsqueeze(-1)
+        for choice_B, coefficient_B in zip(choice_BT.unbind(1), coefficient_BT.unbind(1), strict=True):
+            h_BLD = pool.step(h_BLD, keep_BL, choice_B, coefficient_B).h_BLD
+        return h_BLD * keep_BL.unsqueeze(-1)
 
     def slow(h_BLD: torch.Tensor) -> torch.Tensor:
         rows = []
-        for h_LD, expert, length, coefficient in zip(h_BLD, choices, lengths, coefficient_B, strict=True):
-            h_1LD = h_LD[None, :length]
-            if expert < num_experts:
-                everything = torch.ones(1, length, dtype=torch.bool)
-                image = functional_call(single, alone(pool, expert), (h_1LD, everything, Dispatch.single(1)))
-                h_1LD = h_1LD + coefficient * (image - h_1LD)
+        for h_LD, path, length, coefficients in zip(h_BLD, paths, lengths, coefficient_BT, strict=True):
+            h_1LD, everything = h_LD[None, :length], torch.ones(1, length, dtype=torch.bool)
+            for expert, coefficient in zip(path, coefficients, strict=True):
+                if expert < num_experts:
+                    image = functional_call(single, alone(pool, expert), (h_1LD, everything, Dispatch.single(1)))
+                    h_1LD = h_1LD + coefficient * (image - h_1LD)
             rows.append(F.pad(h_1LD[0], (0, 0, 0, 5 - length)))
         return torch.stack(rows)
 
-    assert_same_map(pool, fast, slow, torch.randn(len(choices), 5, 8).double())
+    assert_same_map(pool, fast, slow, torch.randn(len(paths), 5, 8).double())
 
 
 def test_a_step_reports_what_each_running_sample_was_given() -> None:

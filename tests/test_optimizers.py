@@ -51,8 +51,9 @@ def test_routers_and_experts_have_rates_of_their_own(name: str, build_model: Cal
     rates = {parameter: rate for parameter, (_, rate) in settings_by_name(build_model(name)).items()}
     for parameter, rate in rates.items():
         path = parameter.split(".")
-        assert rate == (0.5 if "router" in path else 3.0 if "experts" in path else 1.0), parameter
-    assert len(set(rates.values())) == (1 if name == "dense" else 3)
+        expected = 0.5 if "router" in path else 3.0 if "experts" in path else 1.0
+        assert rate == (10.0 if path[-1] in ("edge_logits", "start_logits") else expected), parameter
+    assert len(set(rates.values())) == {"dense": 1, "looped": 1, "lstm": 1, "goe_scan": 2}.get(name, 3)
 
 
 def test_hand_made_parameters() -> None:

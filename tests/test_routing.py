@@ -1,6 +1,6 @@
 """Routing losses by pencil, and the record of paths against a slow count.
 
-R running decisions  N experts  S samples  T steps
+R running decisions  D width  N experts  S samples  T steps
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from research_eval.layers.routing import (
     PathRecord,
     balance_loss,
     balanced_bias,
+    contrastive_loss,
     entropy,
     load_metrics,
     mean_entropy_loss,
@@ -82,6 +83,31 @@ def test_the_balance_loss_moves_probabilities_and_not_the_load() -> None:
     # d/dz_i of 3 sum_j f_j P_j at P = 1/3, shared by 4 rows: (f_i - 1/3) / 4.
     expected = (torch.tensor([0.7, 0.2, 0.1]) - 1 / 3) / 4
     assert_close(logits_RN.grad, expected.expand(4, 3))
+
+
+RIGHT, UP, LEFT, SLANTED = [1.0, 0.0], [0.0, 1.0], [-2.0, 0.0], [0.5, math.sqrt(0.75)]
+
+
+@pytest.mark.parametrize(
+    ("deltas", "experts", "expected"),
+    [
+        ([RIGHT, UP], [0, 1], 0.0),
+        ([RIGHT, LEFT], [0, 3], 1.0),
+        ([RIGHT, SLANTED], [2, 1], 0.25),
+        ([RIGHT, RIGHT, UP], [0, 0, 1], 0.0),  # samples of one expert do not repel
+        ([RIGHT, UP, RIGHT], [0, 0, 1], 0.5),  # the mean of expert 0 lies at 45 degrees
+        ([RIGHT, UP, SLANTED], [0, 1, 2], (0 + 0.25 + 0.75) / 3),
+        ([RIGHT, UP], [2, 2], 0.0),  # one expert has nobody to differ from
+        ([RIGHT, [0.0, 0.0]], [0, 1], 0.0),
+    ],
+)
+def test_known_values_of_the_contrastive_loss(deltas: list[list[float]], experts: list[int], expected: float) -> None:
+    """The mean squared cosine between what two experts do on average."""
+    delta_RD = torch.tensor(deltas, requires_grad=True)
+    loss = contrastive_loss(delta_RD, torch.tensor(experts), num_experts=4)
+    assert_close(loss.detach(), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+    (gradient_RD,) = torch.autograd.grad(loss, delta_RD)
+    assert gradient_RD.isfinite().all()
 
 
 def test_the_balancing_bias_steps_against_the_load() -> None:

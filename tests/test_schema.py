@@ -311,7 +311,7 @@ def test_real_world_names_need_the_list_or_files(monkeypatch: pytest.MonkeyPatch
     config = {**VALID, "dataset_type": "real_world", "dataset_name": "ag_new", "dataset_params": {"max_lenght": 5}}
     assert complaints(lambda: config_from_dict(config)) == [
         "config: dataset_name: unknown 'ag_new'. Did you mean 'ag_news'? A set of your own needs "
-        "dataset_params.data_dir.",
+        "dataset_params.data_dir or sources.",
         "config: dataset_params: unknown key 'max_lenght'. Did you mean 'max_length'?",
     ]
     assert config_from_dict({**config, "dataset_params": {"data_dir": "x"}}).dataset_params["data_dir"] == "x"

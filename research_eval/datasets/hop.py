@@ -68,7 +68,7 @@ class HopDataset(SequenceBaseDataset):
         reached_N = start_N
         for hop in range(self.max_hops):
             reached_N = np.where(hop < hops_N, image_NS[np.arange(num), reached_N], reached_N)
-        self.samples = ArraySamples(np.concatenate([pairs_NS, query_N[:, None]], axis=1), reached_N)
+        self.samples = ArraySamples(np.concatenate([pairs_NS, query_N[:, None]], axis=1), reached_N, groups_N=hops_N)
         self.labels_list = list(range(symbols))
 
 

@@ -34,12 +34,13 @@ def load_splits(dataset_type: str, dataset_name: str, dataset_params: dict[str, 
         return synthetic_splits(dataset_name, dataset_params, seed)
     if dataset_type != "real_world":
         raise ConfigError(f"dataset_type: expected 'synthetic' or 'real_world', got {dataset_type!r}")
-    if dataset_name not in REAL_WORLD_DATASETS and not dataset_params.get("data_dir"):
+    own_files = dataset_params.get("data_dir") or dataset_params.get("sources")
+    if dataset_name not in REAL_WORLD_DATASETS and not own_files:
         near = difflib.get_close_matches(dataset_name, REAL_WORLD_DATASETS, n=1)
         hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(sorted(REAL_WORLD_DATASETS))}."
         raise ConfigError(
-            f"dataset_name: unknown {dataset_name!r}. {hint} A set of your own needs dataset_params.data_dir, "
-            "one from the hub an entry in REAL_WORLD_DATASETS."
+            f"dataset_name: unknown {dataset_name!r}. {hint} A set of your own needs dataset_params.data_dir or "
+            "sources, one from the hub an entry in REAL_WORLD_DATASETS."
         )
     return TextDataset(dataset_name=dataset_name, **dataset_params).splits(seed)
 

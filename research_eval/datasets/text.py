@@ -1,9 +1,9 @@
-"""Real text for classification: a local folder or file, or the Hugging Face hub.
+"""Real text for classification: a local folder or file, several of them as one set, or the Hugging Face hub.
 
 The splits do not depend on the run's seed: the held-out validation rows and the subsets are drawn with a fixed one, so
 that runs with different seeds are compared on the same rows. The tokenizer sees the training rows only.
 
-S tokens in all  N samples
+S tokens in all  N samples  T steps of a path
 """
 
 from __future__ import annotations
@@ -97,6 +97,10 @@ class TextDataset:
     A test split without labels is left out. `train_samples` and `val_samples` are random rows; a number above what
     there is takes everything. `truncation="head_tail"` keeps the first quarter of `max_length` and the rest from the
     end of the text. `cache_dir` defaults to the environment variable GOE_CACHE, else `.goe_cache`.
+
+    `sources` instead of `data_dir` mixes several folders or files: each keeps its own classes ("imdb/positive"), and
+    validation rows and subsets are taken from each. `groups` then holds every sample's source, and so does each of the
+    `path_length` steps of its `paths`. There is a test split if all sources have one.
     """
 
     VERSION = 1
@@ -109,6 +113,8 @@ class TextDataset:
         train_samples: Annotated[int, Field(ge=2)] | None = None,
         val_samples: Annotated[int, Field(ge=1)] | None = None,
         data_dir: str | None = None,
+        sources: Annotated[list[str], Field(min_length=2)] | None = None,
+        path_length: Annotated[int, Field(ge=0, le=65536)] = 0,
         text_field: str | None = None,
         label_field: str | None = None,
         tokenizer: TokenizerKind = "word",
@@ -121,10 +127,15 @@ class TextDataset:
         self.dataset_name = dataset_name
         self.max_length = max_length
         self.subset_sizes = {"train": train_samples, "validation": val_samples}
+        if sources and data_dir:
+            raise ConfigError(f"data_dir={data_dir!r} and sources={sources} are both given: choose one of them")
+        if path_length and not sources:
+            raise ConfigError(f"path_length={path_length} gives the paths of a mix: name its sources")
         self.data_dir = data_dir
+        self.sources = sources
+        self.path_length = path_length
         self.source = TEXT_FIELDS.get(dataset_name, TextSource(dataset_name))
-        self.text_fields = (text_field,) if text_field else self.source.text_fields
-        self.label_fields = (label_field,) if label_field else self.source.label_fields
+        self.text_field, self.label_field = text_field, label_field
         self.tokenizer_settings: dict[str, Any] = {
             "kind": tokenizer,
             "vocab_size": tokenizer_vocab_size,
@@ -136,20 +147,21 @@ class TextDataset:
 
     def splits(self, seed: int = 0) -> DataSplits:
         """Read, split, tokenise. The same rows for every `seed`."""
-        path = Path(self.data_dir).expanduser() if self.data_dir else hub_copy(self.source, self.cache)
-        rows, label_names = self.read(path)
-        if "validation" not in rows:
-            rows["train"], rows["validation"] = _held_out(rows["train"])
-        for name, size in self.subset_sizes.items():
-            rows[name] = _subset(rows[name], size, name)
-        if len(np.unique(rows["train"].labels)) < 2:
-            raise ConfigError(f"{path}: the training rows have one class only; a classifier needs two or more")
+        if self.sources:
+            parts = {_source_name(source): self._chosen(Path(source).expanduser()) for source in self.sources}
+            if len(parts) < len(self.sources):
+                raise ConfigError(f"dataset_params.sources: two of {self.sources} have the same name. Rename a folder.")
+            rows, label_names, groups = _mixed(parts)
+        else:
+            path = Path(self.data_dir).expanduser() if self.data_dir else hub_copy(self.source, self.cache)
+            rows, label_names = self._chosen(path)
+            groups = {}
 
         tokenizer = self._tokenizer(rows["train"].texts)
         tokenizer_hash = _digest(tokenizer.to_str())
         data, truncated = {}, {}
         for name, part in rows.items():
-            data[name], truncated[name] = self._encode(tokenizer, tokenizer_hash, part)
+            data[name], truncated[name] = self._encode(tokenizer, tokenizer_hash, part, groups.get(name))
         train_texts = set(map(_folded, rows["train"].texts))
         return DataSplits(
             train=data["train"],
@@ -162,7 +174,7 @@ class TextDataset:
             tokenizer=tokenizer,
             fingerprint={
                 "version": self.VERSION,
-                "source": f"data_dir {self.data_dir}" if self.data_dir else f"hub {self.source.hub}",
+                "source": self._origin(),
                 "rows": {name: len(part.texts) for name, part in rows.items()},
                 "sha256": {name: _digest(_digest_texts(part.texts), part.labels) for name, part in rows.items()},
                 "tokenizer_sha256": tokenizer_hash,
@@ -172,11 +184,36 @@ class TextDataset:
             },
         )
 
+    def _origin(self) -> str:
+        if self.sources:
+            return f"sources {', '.join(self.sources)}"
+        return f"data_dir {self.data_dir}" if self.data_dir else f"hub {self.source.hub}"
+
+    def _fields(self, path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The names that the columns with the text and with the class may have; a source of a mix has its own."""
+        source = TEXT_FIELDS.get(_source_name(path), TextSource("")) if self.sources else self.source
+        return (
+            (self.text_field,) if self.text_field else source.text_fields,
+            (self.label_field,) if self.label_field else source.label_fields,
+        )
+
+    def _chosen(self, path: Path) -> tuple[dict[str, _Rows], list[str]]:
+        """The rows of every split that are wanted, validation rows among them, and the class names."""
+        rows, label_names = self.read(path)
+        if "validation" not in rows:
+            rows["train"], rows["validation"] = _held_out(rows["train"], path)
+        for name, size in self.subset_sizes.items():
+            rows[name] = _subset(rows[name], size, name, path)
+        if len(np.unique(rows["train"].labels)) < 2:
+            raise ConfigError(f"{path}: the training rows have one class only; a classifier needs two or more")
+        return rows, label_names
+
     def read(self, path: Path) -> tuple[dict[str, _Rows], list[str]]:
         """The rows of every split as the files have them, and the class names."""
         tables: dict[str, _RawRows] = {}
+        text_fields, label_fields = self._fields(path)
         for name, paths in _files(path).items():
-            table = self._read_split(paths, labels_needed=name != "test")
+            table = _read_split(paths, text_fields, label_fields, labels_needed=name != "test")
             if table is not None:
                 tables[name] = table
         for table in tables.values():
@@ -185,46 +222,10 @@ class TextDataset:
                     f"{table.where}: labels are {table.labels.type}, but {tables['train'].labels.type} in "
                     f"{tables['train'].where}. Use one kind."
                 )
-        known_names = _names_beside(path, self.label_fields) or tables["train"].class_names
+        known_names = _names_beside(path, label_fields) or tables["train"].class_names
         label_names = known_names or _names_in(tables)
         rows = {name: _Rows(table.texts, _numbered(table, label_names)) for name, table in tables.items()}
         return rows, label_names
-
-    def _read_split(self, paths: list[Path], labels_needed: bool) -> _RawRows | None:
-        """The rows of one split; None for a split without labels where none are needed."""
-        where = str(paths[0])
-        try:
-            tables = [READERS[path.suffix](path, self.text_fields) for path in paths]
-            columns = tables[0].column_names
-            text_field = _pick(self.text_fields, columns, "text_field", where)
-            if not labels_needed and not set(self.label_fields) & set(columns):
-                return None
-            label_field = _pick(self.label_fields, columns, "label_field", where)
-            class_names = _names_in_schema(tables[0].schema, label_field)
-            table = pa.concat_tables([table.select([text_field, label_field]) for table in tables])
-            texts = _plain(table[text_field])
-            labels = _plain(table[label_field])
-            texts.validate(full=True)  # Parquet does not promise UTF-8
-            labels.validate(full=True)
-        except (pa.ArrowException, OSError) as error:
-            raise ConfigError(f"{where}: cannot be read: {error}. Write the file again.") from error
-        if len(texts) == 0:
-            raise ConfigError(f"{where}: no rows. Fill the file or remove it.")
-        if not labels_needed and (labels.null_count == len(labels) or set(labels.unique().to_pylist()) == {-1}):
-            log.info("%s: no labels, so there is no test split", where)
-            return None
-        if not pa.types.is_string(texts.type):
-            raise ConfigError(f"{where}: column {text_field!r} holds {texts.type}, not text. Set text_field.")
-        for name, column in ((text_field, texts), (label_field, labels)):
-            if column.null_count:
-                raise ConfigError(
-                    f"{where}: column {name!r} has {column.null_count} empty cells (null). Remove the rows."
-                )
-        if not (pa.types.is_string(labels.type) or pa.types.is_int64(labels.type)):
-            raise ConfigError(
-                f"{where}: column {label_field!r} holds {labels.type}. Labels are whole numbers from 0 or strings."
-            )
-        return _RawRows(where, texts.to_pylist(), labels, class_names)
 
     def _tokenizer(self, texts: list[str]) -> Tokenizer:
         settings = self.tokenizer_settings
@@ -237,7 +238,9 @@ class TextDataset:
         arrays = cached_arrays(self.cache / f"tokenizer-{key}.npz", build)
         return Tokenizer.from_str(arrays["tokenizer_json"].tobytes().decode())
 
-    def _encode(self, tokenizer: Tokenizer, tokenizer_hash: str, rows: _Rows) -> tuple[TokenData, float]:
+    def _encode(
+        self, tokenizer: Tokenizer, tokenizer_hash: str, rows: _Rows, groups: NDArray[np.int64] | None
+    ) -> tuple[TokenData, float]:
         """The split as tokens, and the share of its samples that were cut."""
         key = _digest(_digest_texts(rows.texts), tokenizer_hash, f"{self.max_length} {self.truncation}")
 
@@ -246,7 +249,10 @@ class TextDataset:
             return {"tokens": encoded.tokens, "offsets": encoded.offsets, "num_cut": np.array(encoded.num_cut)}
 
         arrays = cached_arrays(self.cache / f"tokens-{key}.npz", build)
-        data = TokenData(arrays["tokens"], arrays["offsets"], rows.labels)
+        paths_NT = (
+            np.repeat(groups[:, None], self.path_length, axis=1) if groups is not None and self.path_length else None
+        )
+        data = TokenData(arrays["tokens"], arrays["offsets"], rows.labels, paths_NT, groups)
         return data, round(int(arrays["num_cut"]) / len(data), 6)
 
 
@@ -452,6 +458,43 @@ def _pick(candidates: tuple[str, ...], columns: list[str], key: str, where: str)
     raise ConfigError(f"{where}: no column {wanted}; found {', '.join(columns)}. Set dataset_params.{key}.")
 
 
+def _read_split(
+    paths: list[Path], text_fields: tuple[str, ...], label_fields: tuple[str, ...], labels_needed: bool
+) -> _RawRows | None:
+    """The rows of one split; None for a split without labels where none are needed."""
+    where = str(paths[0])
+    try:
+        tables = [READERS[path.suffix](path, text_fields) for path in paths]
+        columns = tables[0].column_names
+        text_field = _pick(text_fields, columns, "text_field", where)
+        if not labels_needed and not set(label_fields) & set(columns):
+            return None
+        label_field = _pick(label_fields, columns, "label_field", where)
+        class_names = _names_in_schema(tables[0].schema, label_field)
+        table = pa.concat_tables([table.select([text_field, label_field]) for table in tables])
+        texts = _plain(table[text_field])
+        labels = _plain(table[label_field])
+        texts.validate(full=True)  # Parquet does not promise UTF-8
+        labels.validate(full=True)
+    except (pa.ArrowException, OSError) as error:
+        raise ConfigError(f"{where}: cannot be read: {error}. Write the file again.") from error
+    if len(texts) == 0:
+        raise ConfigError(f"{where}: no rows. Fill the file or remove it.")
+    if not labels_needed and (labels.null_count == len(labels) or set(labels.unique().to_pylist()) == {-1}):
+        log.info("%s: no labels, so there is no test split", where)
+        return None
+    if not pa.types.is_string(texts.type):
+        raise ConfigError(f"{where}: column {text_field!r} holds {texts.type}, not text. Set text_field.")
+    for name, column in ((text_field, texts), (label_field, labels)):
+        if column.null_count:
+            raise ConfigError(f"{where}: column {name!r} has {column.null_count} empty cells (null). Remove the rows.")
+    if not (pa.types.is_string(labels.type) or pa.types.is_int64(labels.type)):
+        raise ConfigError(
+            f"{where}: column {label_field!r} holds {labels.type}. Labels are whole numbers from 0 or strings."
+        )
+    return _RawRows(where, texts.to_pylist(), labels, class_names)
+
+
 def _plain(column: Any) -> Any:
     """One array of string or int64 where the column can be that; else the column as it is."""
     array = column.combine_chunks()
@@ -524,7 +567,32 @@ def _numbered(table: _RawRows, names: list[str]) -> NDArray[np.int64]:
     return np.fromiter((numbers[label] for label in labels), np.int64, len(labels))
 
 
-def _held_out(train: _Rows) -> tuple[_Rows, _Rows]:
+def _source_name(source: str | Path) -> str:
+    """What a source of a mix is called: its folder, or its file without the ending."""
+    path = Path(source).expanduser().absolute()
+    return path.stem if path.suffix in READERS else path.name
+
+
+def _mixed(
+    parts: Mapping[str, tuple[dict[str, _Rows], list[str]]],
+) -> tuple[dict[str, _Rows], list[str], dict[str, NDArray[np.int64]]]:
+    """Sources as one set: the rows of every split, the classes of all, and the number of each row's source by split."""
+    label_names = [f"{source}/{label}" for source, (_, labels) in parts.items() for label in labels]
+    first_labels = np.cumsum([0, *(len(labels) for _, labels in parts.values())])
+    rows, groups = {}, {}
+    for name in ("train", "validation", "test"):
+        lacking = [source for source, (splits, _) in parts.items() if name not in splits]
+        if lacking:
+            log.info("no %s split: %s has none", name, ", ".join(lacking))
+            continue
+        found = [splits[name] for splits, _ in parts.values()]
+        labels = [part.labels + first for part, first in zip(found, first_labels[:-1], strict=True)]
+        rows[name] = _Rows(list(chain.from_iterable(part.texts for part in found)), np.concatenate(labels))
+        groups[name] = np.repeat(np.arange(len(found)), [len(part.texts) for part in found])
+    return rows, label_names, groups
+
+
+def _held_out(train: _Rows, path: Path) -> tuple[_Rows, _Rows]:
     """Train without, and validation made of, a tenth of every class (at least one row of a class that has two)."""
     rng = np.random.default_rng(derive_seed(SPLIT_SEED, "validation split"))
     held_out = np.zeros(len(train.texts), bool)
@@ -533,16 +601,16 @@ def _held_out(train: _Rows) -> tuple[_Rows, _Rows]:
         if len(rows) > 1:
             held_out[rows[: max(1, round(len(rows) * HELD_OUT_SHARE))]] = True
     if not held_out.any():
-        raise ConfigError("the set has no validation split, and every class has one row only: add rows or a split")
+        raise ConfigError(f"{path}: no validation split, and every class has one row only: add rows or a split")
     return train.take(np.flatnonzero(~held_out)), train.take(np.flatnonzero(held_out))
 
 
-def _subset(rows: _Rows, size: int | None, name: str) -> _Rows:
+def _subset(rows: _Rows, size: int | None, name: str, path: Path) -> _Rows:
     """`size` random rows: files are often sorted by label."""
     if size is None or size == len(rows.texts):
         return rows
     if size > len(rows.texts):
-        log.warning("%s: %d samples are wanted and %d are there: all are used", name, size, len(rows.texts))
+        log.warning("%s: %s: %d samples are wanted and %d are there: all are used", path, name, size, len(rows.texts))
         return rows
     rng = np.random.default_rng(derive_seed(SPLIT_SEED, f"{name} subset"))
     return rows.take(rng.permutation(len(rows.texts))[:size])

@@ -1,6 +1,6 @@
 """Pre-LN Transformer block for one or many experts (GoE equations: docs/GOE.md).
 
-B batch (sorted by expert)  L length  D width  H heads  N experts
+B batch (sorted by expert)  L length  D width  H heads  C channels of a head  N experts
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from research_eval.errors import ConfigError
 from research_eval.layers.stacked import Dispatch, Dropout, StackedLayerNorm, StackedLinear, weight_count
+from research_eval.layers.text import PositionalEncoding
 
 
 def attention_mask_for(keep_BL: torch.Tensor) -> torch.Tensor | None:
@@ -25,14 +26,58 @@ def attention_mask_for(keep_BL: torch.Tensor) -> torch.Tensor | None:
     return allowed_BL[:, None, None, :]
 
 
-class Attention(nn.Module):
-    """y = LN(h); A = MHA(y, y, y); returns A, or sigmoid(W_g [y; A] + b_g) * A when `gated`."""
+def rotated(x_BHLC: torch.Tensor) -> torch.Tensor:
+    """Channels i and i + C/2 turned by the angle position * 10000^(-2i/C) (RoPE, Su et al., 2021).
 
-    def __init__(self, embed_dim: int, num_heads: int, num_experts: int = 1, gated: bool = False) -> None:
+    The product of a rotated query and a rotated key depends on the distance of their positions only.
+    """
+    length, channels = x_BHLC.shape[-2:]
+    rates = 10_000.0 ** (-torch.arange(0, channels, 2, device=x_BHLC.device) / channels)
+    angles = torch.arange(length, device=x_BHLC.device).unsqueeze(1) * rates
+    cosine, sine = angles.cos(), angles.sin()
+    first, second = x_BHLC.chunk(2, dim=-1)
+    turned = torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
+    return turned.to(x_BHLC.dtype)
+
+
+def with_distances(mask_B11L: torch.Tensor | None, num_heads: int, like_BHLC: torch.Tensor) -> torch.Tensor:
+    """What is added to the attention scores: -slope_h |i - j|, and -inf at masked keys; [B or 1, H, L, L].
+
+    The slopes are 2^(-8/H), 2^(-16/H), ..., 1/256 (ALiBi, Press et al., 2022); both directions count alike.
+    """
+    device = like_BHLC.device
+    positions_L = torch.arange(like_BHLC.shape[-2], device=device)
+    slopes_H11 = 2.0 ** (-8 / num_heads * torch.arange(1, num_heads + 1, device=device))[:, None, None]
+    bias_1HLL = -slopes_H11 * (positions_L[:, None] - positions_L).abs().unsqueeze(0).unsqueeze(0)
+    if mask_B11L is not None:
+        bias_1HLL = bias_1HLL.masked_fill(~mask_B11L, float("-inf"))
+    return bias_1HLL.to(like_BHLC.dtype)
+
+
+class Attention(nn.Module):
+    """y = LN(h); A = MHA(y, y, y); returns A, or sigmoid(W_g [y; A] + b_g) * A when `gated`.
+
+    Of the positional encodings "rope" and "alibi" are made here; the others are in h already.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_experts: int = 1,
+        gated: bool = False,
+        positional_encoding: PositionalEncoding = "none",
+    ) -> None:
         super().__init__()
         if embed_dim % num_heads:
             raise ConfigError(f"num_heads={num_heads} does not divide embed_dim={embed_dim}")
+        if positional_encoding == "rope" and embed_dim // num_heads % 2:
+            raise ConfigError(
+                f"positional_encoding='rope' turns pairs of channels: embed_dim={embed_dim} over num_heads={num_heads} "
+                f"gives {embed_dim // num_heads} per head, which has to be even"
+            )
         self.num_heads = num_heads
+        self.positional_encoding = positional_encoding
         self.norm = StackedLayerNorm(num_experts, embed_dim)
         # One product over y gives Q, K, V and, when gated, the half of the gate that reads y.
         self.input = StackedLinear(num_experts, embed_dim, (4 if gated else 3) * embed_dim)
@@ -46,22 +91,27 @@ class Attention(nn.Module):
             part.view(batch, length, self.num_heads, -1).transpose(1, 2)
             for part in projected[..., : 3 * width].split(width, dim=-1)
         )
-        attended_BLD = _attend(query, key, value, mask_B11L).transpose(1, 2).reshape(batch, length, width)
+        mask = mask_B11L
+        if self.positional_encoding == "rope":
+            query, key = rotated(query), rotated(key)
+        elif self.positional_encoding == "alibi":
+            mask = with_distances(mask_B11L, self.num_heads, query)
+        attended_BLD = _attend(query, key, value, mask).transpose(1, 2).reshape(batch, length, width)
         attended_BLD = self.output(attended_BLD, dispatch)
         if self.gate is None:
             return attended_BLD
         return attended_BLD * torch.sigmoid(projected[..., 3 * width :] + self.gate(attended_BLD, dispatch))
 
 
-def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask_B11L: torch.Tensor | None
-) -> torch.Tensor:
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """`mask`: True where a key may be seen, or what is added to the scores; broadcast to [B, H, L, L]."""
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
         # The CPU's backward of attention is about 7 times slower in bf16 than in fp32.
         with torch.autocast("cpu", enabled=False):
-            attended = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), mask_B11L)
+            mask = mask.float() if mask is not None and mask.is_floating_point() else mask
+            attended = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), mask)
         return attended.to(query.dtype)
-    return F.scaled_dot_product_attention(query, key, value, mask_B11L)
+    return F.scaled_dot_product_attention(query, key, value, mask)
 
 
 class FeedForward(nn.Module):
@@ -88,9 +138,10 @@ class Block(nn.Module):
         dropout: float,
         num_experts: int = 1,
         gated: bool = False,
+        positional_encoding: PositionalEncoding = "none",
     ) -> None:
         super().__init__()
-        self.attention = Attention(embed_dim, num_heads, num_experts, gated)
+        self.attention = Attention(embed_dim, num_heads, num_experts, gated, positional_encoding)
         self.norm = StackedLayerNorm(num_experts, embed_dim)
         self.feed_forward = FeedForward(embed_dim, dim_feedforward, dropout, num_experts)
         self.dropout = Dropout(dropout)

@@ -1,18 +1,20 @@
-"""A pool of Transformer experts, and one step of a path through it.
+"""A pool of Transformer and scan experts, and one step of a path through it.
 
 B batch  R running samples, sorted by expert  L length  D width  N experts
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
 
+from research_eval.errors import ConfigError
 from research_eval.layers.block import Block, attention_mask_for
+from research_eval.layers.scan import ScanExpert, ScanSettings
 from research_eval.layers.stacked import Dispatch
-from research_eval.layers.text import masked_mean
+from research_eval.layers.text import PositionalEncoding, masked_mean
 
 
 class Step(NamedTuple):
@@ -21,10 +23,14 @@ class Step(NamedTuple):
     h_BLD: torch.Tensor
     delta_RD: torch.Tensor  # pooled E_a(h) - h
     experts_R: torch.Tensor
+    edge_entropy: torch.Tensor | None = None  # of the scan experts executed in training: mean entropy of their edges
 
 
 class ExpertPool(nn.Module):
-    """E_e(h) = z = blocks_e(h), or with `adaptive_gate` g z + (1 - g) h + tag_e with g = sigmoid(w_e pool(z) + b_e)."""
+    """E_e(h) = z = blocks_e(h), or with `adaptive_gate` g z + (1 - g) h + tag_e with g = sigmoid(w_e pool(z) + b_e).
+
+    The last `num_scan_experts` of the experts are scan experts, z = ScanExpert_e(h).
+    """
 
     def __init__(
         self,
@@ -36,23 +42,55 @@ class ExpertPool(nn.Module):
         dropout: float,
         gated: bool = False,
         adaptive_gate: bool = False,
+        positional_encoding: PositionalEncoding = "none",
+        num_scan_experts: int = 0,
+        scan: ScanSettings | None = None,
     ) -> None:
         super().__init__()
+        if num_scan_experts > num_experts:
+            raise ConfigError(f"{num_scan_experts} scan experts are more than the {num_experts} experts of the pool")
         self.num_experts = num_experts
+        self.num_attention_experts = num_experts - num_scan_experts
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, dim_feedforward, dropout, num_experts, gated) for _ in range(num_layers)
+            Block(
+                embed_dim, num_heads, dim_feedforward, dropout, self.num_attention_experts, gated, positional_encoding
+            )
+            for _ in range(num_layers if self.num_attention_experts else 0)
         )
         self.gate = AdaptiveGate(num_experts, embed_dim) if adaptive_gate else None
+        self.scans = nn.ModuleList(ScanExpert(embed_dim, scan or ScanSettings()) for _ in range(num_scan_experts))
 
     def forward(self, h_RLD: torch.Tensor, keep_RL: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         """States of rows sorted by expert -> E_e(h)."""
-        mask_R11L = attention_mask_for(keep_RL)
-        z_RLD = h_RLD
-        for block in self.blocks:
-            z_RLD = block(z_RLD, mask_R11L, dispatch)
+        z_RLD = self._split(h_RLD, keep_RL, dispatch) if self.scans else self._attend(h_RLD, keep_RL, dispatch)
         if self.gate is None:
             return z_RLD
         return self.gate(h_RLD, z_RLD, keep_RL, dispatch)
+
+    def _attend(self, h_RLD: torch.Tensor, keep_RL: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+        mask_R11L = attention_mask_for(keep_RL)
+        for block in self.blocks:
+            h_RLD = block(h_RLD, mask_R11L, dispatch)
+        return h_RLD
+
+    def _split(self, h_RLD: torch.Tensor, keep_RL: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+        """The rows of the attention experts come first; an idle scan expert is not part of the computation."""
+        sizes = dispatch.sizes[: self.num_attention_experts]
+        cut = sum(sizes)
+        experts_R = None if dispatch.experts_R is None or len(sizes) == 1 else dispatch.experts_R[:cut]
+        parts = [self._attend(h_RLD[:cut], keep_RL[:cut], Dispatch(sizes, experts_R))] if cut else []
+        scan_sizes = dispatch.sizes[self.num_attention_experts :]
+        groups = zip(self.scans, h_RLD[cut:].split(scan_sizes), keep_RL[cut:].split(scan_sizes), strict=True)
+        parts += [scan(rows_RLD, rows_RL) for scan, rows_RLD, rows_RL in groups if len(rows_RLD)]
+        return torch.cat(parts)
+
+    def _edge_entropy(self, sizes: list[int]) -> torch.Tensor | None:
+        """Of the executed scan experts alone, so that no other one gets a gradient; None outside training."""
+        if not self.training:
+            return None
+        executed = zip(self.scans, sizes[self.num_attention_experts :], strict=True)
+        entropies = [cast(ScanExpert, scan).graph.row_entropy() for scan, size in executed if size]
+        return torch.stack(entropies).mean() if entropies else None
 
     def step(
         self, h_BLD: torch.Tensor, keep_BL: torch.Tensor, choice_B: torch.Tensor, coefficient_B: torch.Tensor
@@ -74,7 +112,8 @@ class ExpertPool(nn.Module):
         after_BLD = before_RLD + coefficient_B[rows_R, None, None] * delta_RLD
         if running < len(choice_B):
             after_BLD = torch.cat([after_BLD, h_BLD[order_B[running:]].to(after_BLD.dtype)])
-        return Step(after_BLD[order_B.argsort()], masked_mean(delta_RLD, keep_RL), experts_R)
+        delta_RD = masked_mean(delta_RLD, keep_RL)
+        return Step(after_BLD[order_B.argsort()], delta_RD, experts_R, self._edge_entropy(sizes))
 
 
 class AdaptiveGate(nn.Module):

@@ -5,12 +5,14 @@ B batch  R running decisions  N experts  T steps of a path
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from research_eval.analysis.routing_report import load_metrics as load_metrics
+from research_eval.analysis.routing_report import path_metrics
 
 STOPPED = -1
 
@@ -45,22 +47,50 @@ def balanced_bias(bias_N: torch.Tensor, counts_N: torch.Tensor, rate: float) -> 
     return bias_N - rate * torch.sign(share_N - 1 / len(bias_N)) * (total > 0)
 
 
+def contrastive_loss(delta_RD: torch.Tensor, experts_R: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Mean of cos^2 between the mean changes that two experts made, over the pairs of experts in use."""
+    member_RN = torch.nn.functional.one_hot(experts_R, num_experts)
+    counts_N = member_RN.sum(0)
+    means_ND = (member_RN.T.to(delta_RD.dtype) @ delta_RD)[counts_N > 0] / counts_N[counts_N > 0, None]
+    directions_ND = torch.nn.functional.normalize(means_ND, dim=-1)
+    pairs = torch.triu_indices(len(directions_ND), len(directions_ND), offset=1, device=delta_RD.device)
+    if not pairs.shape[1]:
+        return delta_RD.sum() * 0.0
+    return (directions_ND[pairs[0]] * directions_ND[pairs[1]]).sum(-1).square().mean()
+
+
 class PathRecord:
     """Paths of the samples of one evaluation, and what follows from them."""
 
     def __init__(self, num_experts: int, num_steps: int) -> None:
         self.num_experts = num_experts
         self.num_steps = num_steps
+        self.keep_probabilities = True  # references to what the forward pass has made: set to False to save memory
         self.clear()
 
     def clear(self) -> None:
         self._paths: list[torch.Tensor] = []
         self._entropies: list[torch.Tensor] = []
+        self._probabilities: list[torch.Tensor] = []
+        self._values: list[torch.Tensor] = []
 
-    def add(self, path_BT: torch.Tensor, entropy_BT: torch.Tensor) -> None:
-        """Experts taken (STOPPED behind the end) and the entropy of each decision (0 behind the end)."""
+    def add(
+        self,
+        path_BT: torch.Tensor,
+        entropy_BT: torch.Tensor,
+        probabilities_BTA: torch.Tensor | None = None,
+        values_BTA: torch.Tensor | None = None,
+    ) -> None:
+        """Experts taken (STOPPED behind the end) and the entropy of each decision (0 behind the end).
+
+        A model that gives the probabilities of its actions, or their Q-values, gives them with every batch.
+        """
         self._paths.append(path_BT.detach())
         self._entropies.append(entropy_BT.detach())
+        if self.keep_probabilities:
+            for kept, given in ((self._probabilities, probabilities_BTA), (self._values, values_BTA)):
+                if given is not None:
+                    kept.append(given.detach())
 
     def paths(self) -> NDArray[np.int64]:
         """All recorded paths, [samples, T]."""
@@ -68,43 +98,20 @@ class PathRecord:
             return np.zeros((0, self.num_steps), np.int64)
         return torch.cat(self._paths).cpu().numpy()
 
+    def probabilities(self) -> NDArray[np.float32] | None:
+        """Probabilities of the actions, [samples, T, A]; None where they were not kept."""
+        return _joined(self._probabilities)
+
+    def values(self) -> NDArray[np.float32] | None:
+        """Q-values of the actions, [samples, T, A]; None for a model without them."""
+        return _joined(self._values)
+
     def metrics(self) -> dict[str, Any]:
-        """Load per step, dead experts, path lengths, transitions (start first, stop last), most common paths.
-
-        Entropy is divided by log N: 1 is undecided, 0 is certain.
-        """
-        paths_ST = self.paths()
-        if not len(paths_ST):
+        """See `path_metrics`; nothing while nothing is recorded."""
+        if not self._paths:
             return {}
-        lengths = (paths_ST != STOPPED).sum(1)
-        load_TN = np.stack([np.bincount(step[step >= 0], minlength=self.num_experts) for step in paths_ST.T])
-        start, stop = self.num_experts, self.num_experts + 1
-        column = np.full((len(paths_ST), 1), start)
-        nodes = np.concatenate([column, np.where(paths_ST < 0, stop, paths_ST), column * 0 + stop], axis=1)
-        transitions_TAA = np.zeros((self.num_steps + 1, stop + 1, stop + 1), np.int64)
-        for step, flow_AA in enumerate(transitions_TAA):
-            moving = nodes[:, step] != stop
-            np.add.at(flow_AA, (nodes[moving, step], nodes[moving, step + 1]), 1)
-        common = Counter(tuple(int(e) for e in path[path >= 0]) for path in paths_ST).most_common(10)
-        mean_entropy = float(torch.cat(self._entropies).sum()) / max(int(lengths.sum()), 1)
-        return {
-            **load_metrics(load_TN),
-            "router_entropy": float(mean_entropy / np.log(max(self.num_experts, 2))),
-            "mean_path_length": float(lengths.mean()),
-            "path_length_histogram": np.bincount(lengths, minlength=self.num_steps + 1).tolist(),
-            "transition_matrix": transitions_TAA.sum(0).tolist(),
-            "step_transitions": transitions_TAA.tolist(),
-            "common_paths": [[list(path), count] for path, count in common],
-        }
+        return path_metrics(self.paths(), torch.cat(self._entropies).cpu().double().numpy(), self.num_experts)
 
 
-def load_metrics(counts_TN: NDArray[np.int64]) -> dict[str, Any]:
-    """Share of decisions per step (or layer) and expert; experts that got less than 1 % of a fair share are dead."""
-    total_N = counts_TN.sum(0)
-    share_N = total_N / max(int(total_N.sum()), 1)
-    fair = 1 / len(share_N)
-    return {
-        "expert_load": (counts_TN / np.maximum(counts_TN.sum(1, keepdims=True), 1)).round(6).tolist(),
-        "expert_load_cv": float(share_N.std() / fair),
-        "dead_experts": int((share_N < 0.01 * fair).sum()),
-    }
+def _joined(parts: list[torch.Tensor]) -> NDArray[np.float32] | None:
+    return torch.cat(parts).float().cpu().numpy() if parts else None

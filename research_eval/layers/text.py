@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from research_eval.layers.stacked import Dropout
 
-PositionalEncoding = Literal["sin", "none"]
+PositionalEncoding = Literal["sin", "none", "rope", "alibi", "random"]
+RANDOM_RANGE = 2048  # positions that "random" draws from; the largest range of Ruoss et al. (2023)
 Pool = Literal["mean", "max", "first", "last"]
 
 
@@ -32,12 +33,31 @@ def masked_max(h_BLD: torch.Tensor, keep_BL: torch.Tensor) -> torch.Tensor:
 
 def sinusoids(length: int, embed_dim: int) -> torch.Tensor:
     """The fixed positional encoding of Vaswani et al. (2017), [L, D]."""
-    positions_L1 = torch.arange(length, dtype=torch.float32).unsqueeze(1)
-    rates = torch.exp(torch.arange(0, embed_dim, 2, dtype=torch.float32) * (-math.log(10_000.0) / embed_dim))
-    table_LD = torch.zeros(length, embed_dim)
-    table_LD[:, 0::2] = torch.sin(positions_L1 * rates)
-    table_LD[:, 1::2] = torch.cos(positions_L1 * rates[: embed_dim // 2])
-    return table_LD
+    return sinusoids_at(torch.arange(length, dtype=torch.float32), embed_dim)
+
+
+def sinusoids_at(positions: torch.Tensor, embed_dim: int) -> torch.Tensor:
+    """The same at any positions [...], also fractions: [..., D]."""
+    rates = torch.arange(0, embed_dim, 2, dtype=torch.float32, device=positions.device)
+    angles = positions.unsqueeze(-1) * torch.exp(rates * (-math.log(10_000.0) / embed_dim))
+    table = positions.new_zeros(*positions.shape, embed_dim)
+    table[..., 0::2] = torch.sin(angles)
+    table[..., 1::2] = torch.cos(angles[..., : embed_dim // 2])
+    return table
+
+
+def spread_positions(keep_BL: torch.Tensor, training: bool) -> torch.Tensor:
+    """Increasing positions of each sample's tokens in (0, RANDOM_RANGE), [B, L] float32.
+
+    In training they are sorted uniform draws (their gaps are exponential variables over the sum of all), in evaluation
+    the means of these: evenly spread. A sample's own length counts, so padding and batch mates change nothing.
+    """
+    gaps_BL = torch.ones(keep_BL.shape, device=keep_BL.device)
+    last_B1 = gaps_BL[:, :1]
+    if training:
+        gaps_BL, last_B1 = gaps_BL.exponential_(), torch.empty_like(last_B1).exponential_()
+    reached_BL = (gaps_BL * keep_BL).cumsum(1)
+    return RANDOM_RANGE * reached_BL / (reached_BL[:, -1:] + last_B1)
 
 
 class TokenEmbedding(nn.Module):
@@ -46,6 +66,7 @@ class TokenEmbedding(nn.Module):
     A bigram (previous token, token) is hashed into one of `bigram_buckets` further rows, as in fastText (Joulin et al.,
     2017): word order for the price of a look-up. In training `token_dropout` blanks whole tokens. A small
     `embedding_scale` starts all tokens alike, so that words too rare to be learnt add no noise of their own.
+    PE is zero where `positional_encoding` is none, or the attention's business (rope, alibi).
     """
 
     def __init__(
@@ -89,6 +110,8 @@ class TokenEmbedding(nn.Module):
             if len(self._positions_LD) < length or self._positions_LD.device != ids_BL.device:
                 self._positions_LD = sinusoids(max(length, 2 * len(self._positions_LD)), width).to(ids_BL.device)
             h_BLD = h_BLD + self._positions_LD[:length]
+        elif self._positional_encoding == "random":
+            h_BLD = h_BLD + sinusoids_at(spread_positions(keep_BL, self.training), width)
         return self.dropout(self.norm(h_BLD))
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
+from research_eval.analysis.automaton import WalkerAutomaton
 from research_eval.datasets.token_data import Batch
 from research_eval.errors import ConfigError
 
@@ -60,6 +61,17 @@ class EvaluableModel(nn.Module):
 
     def recorded_paths(self) -> NDArray[np.int64] | None:
         """The experts of each recorded sample, [samples, steps], -1 behind the end; None for a model without paths."""
+        return None
+
+    def follow(self, mapping_TF: torch.Tensor | None) -> bool:
+        """Send samples along the task's known paths: function f at step t to expert `mapping[t, f]`; None ends it.
+
+        False for a model without paths to give, which goes on as before.
+        """
+        return False
+
+    def read_automaton(self) -> WalkerAutomaton | None:
+        """The finite automaton that the model is, where it is one."""
         return None
 
     def recorded_probabilities(self) -> NDArray[np.float32] | None:

@@ -49,7 +49,10 @@ class DenseTransformerClassifier(EvaluableModel):
             token_dropout,
             embedding_scale,
         )
-        self.layers = nn.ModuleList(Block(embed_dim, num_heads, width, dropout) for _ in range(num_layers))
+        self.layers = nn.ModuleList(
+            Block(embed_dim, num_heads, width, dropout, positional_encoding=positional_encoding)
+            for _ in range(num_layers)
+        )
         self.head = ClassificationHead(embed_dim, num_classes, dropout, pool)
         self.embed_dim = embed_dim
 

@@ -91,7 +91,9 @@ class GoEClassifier(EvaluableModel):
             GRURouter(embed_dim, router_hidden_dim or embed_dim, num_total_experts, gumbel_tau)
             for _ in range(num_layers)
         )
-        self.experts = ExpertPool(num_total_experts, 1, embed_dim, num_heads, width, dropout)
+        self.experts = ExpertPool(
+            num_total_experts, 1, embed_dim, num_heads, width, dropout, positional_encoding=positional_encoding
+        )
         self.head = ClassificationHead(embed_dim, num_classes, dropout, pool)
         self.record = PathRecord(num_total_experts, num_layers * max_path_len)
         self._balance: list[Tensor] = []

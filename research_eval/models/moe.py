@@ -67,10 +67,17 @@ class MoEBlock(nn.Module):
     """A pre-LN block whose feed-forward part is routed per token."""
 
     def __init__(
-        self, embed_dim: int, num_heads: int, dim_feedforward: int, dropout: float, num_experts: int, top_k: int
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dim_feedforward: int,
+        dropout: float,
+        num_experts: int,
+        top_k: int,
+        positional_encoding: PositionalEncoding = "none",
     ) -> None:
         super().__init__()
-        self.attention = Attention(embed_dim, num_heads)
+        self.attention = Attention(embed_dim, num_heads, positional_encoding=positional_encoding)
         self.norm = StackedLayerNorm(1, embed_dim)
         self.feed_forward = RoutedFeedForward(embed_dim, dim_feedforward, dropout, num_experts, top_k)
         self.dropout = Dropout(dropout)
@@ -136,7 +143,8 @@ class MoETransformerClassifier(EvaluableModel):
             embedding_scale,
         )
         self.layers = nn.ModuleList(
-            MoEBlock(embed_dim, num_heads, width, dropout, num_experts, top_k_experts) for _ in range(num_layers)
+            MoEBlock(embed_dim, num_heads, width, dropout, num_experts, top_k_experts, positional_encoding)
+            for _ in range(num_layers)
         )
         self.head = ClassificationHead(embed_dim, num_classes, dropout, pool)
         self.start_recording()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ from research_eval.training.checkpoint import (
 from research_eval.training.evaluate import Evaluation, evaluate
 from research_eval.training.optimizers import build_optimizer, build_schedule
 from research_eval.training.runtime import Runtime, stop_requests
+from research_eval.training.trace import RoutingWatch
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 MODEL_FILE = "model.safetensors"
@@ -50,9 +51,11 @@ class TrainingState:
     step: int = 0
     best_f1: float = -1.0
     best_step: int = 0
+    best_loss: float | None = None  # validation loss at the best step
     epochs_without_gain: int = 0
     stopped_early: bool = False
     seconds: float = 0.0
+    reports: list[dict[str, Any]] = field(default_factory=list)  # the routing of every epoch, in short
 
 
 class Observer(Protocol):
@@ -118,6 +121,7 @@ def fit(
     if average is not None:
         assert isinstance(average.module, EvaluableModel)
         scored = average.module
+    watch = RoutingWatch(model, validation, data.num_classes, config, runtime, folder)
     runtime.seed(config.seed, "training")
     state = TrainingState()
     if (folder / CHECKPOINT_FILE).exists():
@@ -146,7 +150,8 @@ def fit(
                 if epoch_ends:
                     evaluation = _evaluate(scored, validation, data.num_classes, runtime)
                     _check_finite("validation loss", evaluation.loss, state.step)
-                    observer.epoch_end(state.step, evaluation, scored.get_model_specific_metrics())
+                    metrics = watch.epoch_end(epoch + 1, scored, evaluation, state.reports)
+                    observer.epoch_end(state.step, evaluation, metrics)
                     _keep_best(state, evaluation, scored, folder, options.early_stopping_patience)
                 if due or request.signal or (epoch_ends and state.step == total_steps):
                     state.seconds = time.perf_counter() - started
@@ -210,12 +215,13 @@ def _check_finite(name: str, loss: float, step: int) -> None:
 def _keep_best(
     state: TrainingState, evaluation: Evaluation, scored: EvaluableModel, folder: Path, patience: int | None
 ) -> None:
-    """The weights of the best validation macro-F1 so far go to `model.safetensors`."""
-    if evaluation.macro_f1 > state.best_f1:
-        state.best_f1, state.best_step, state.epochs_without_gain = evaluation.macro_f1, state.step, 0
+    """The weights of the best validation macro-F1 so far, of the lower loss among equals, go to `model.safetensors`."""
+    better = evaluation.macro_f1 > state.best_f1
+    equal = evaluation.macro_f1 == state.best_f1 and state.best_loss is not None and evaluation.loss < state.best_loss
+    state.epochs_without_gain = 0 if better else state.epochs_without_gain + 1
+    if better or equal:
+        state.best_f1, state.best_step, state.best_loss = evaluation.macro_f1, state.step, evaluation.loss
         save_tensors(folder / MODEL_FILE, scored.state_dict(), {"step": state.step, "val_f1": evaluation.macro_f1})
-    else:
-        state.epochs_without_gain += 1
     state.stopped_early = patience is not None and state.epochs_without_gain >= patience
 
 

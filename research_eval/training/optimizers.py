@@ -12,15 +12,19 @@ from torch import nn
 from research_eval.schema import OptimizerParams, SchedulerParams
 
 NORMS_AND_TABLES = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
-UNDECAYED_NAMES = ("bias", "scale", "shift", "tag")
+EDGE_TABLES = ("edge_logits", "start_logits")
+UNDECAYED_NAMES = ("bias", "scale", "shift", "tag", *EDGE_TABLES)
 
 
 def parameter_groups(model: nn.Module, params: OptimizerParams) -> list[dict[str, Any]]:
     """Every trainable parameter in exactly one group.
 
-    No weight decay on norms, biases, embeddings and expert tags. Parameters below a module called `router` or `experts`
-    get the learning rate times `router_lr_mult` or `expert_lr_mult`; the innermost of the two names counts.
+    No weight decay on norms, biases, embeddings, expert tags and the edge tables of scan experts. Parameters below a
+    module called `router` or `experts` get the learning rate times `router_lr_mult` or `expert_lr_mult`, edge tables
+    times `edge_lr_mult`; the innermost of the names counts.
     """
+    multipliers = {"router": params.router_lr_mult, "experts": params.expert_lr_mult}
+    multipliers |= dict.fromkeys(EDGE_TABLES, params.edge_lr_mult)
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     seen: set[nn.Parameter] = set()
     for path, owner in model.named_modules():
@@ -34,8 +38,8 @@ def parameter_groups(model: nn.Module, params: OptimizerParams) -> list[dict[str
                 or any(name in leaf for name in UNDECAYED_NAMES)
             )
             multiplier = 1.0
-            for name in path.split("."):
-                multiplier = {"router": params.router_lr_mult, "experts": params.expert_lr_mult}.get(name, multiplier)
+            for name in (*path.split("."), leaf):
+                multiplier = multipliers.get(name, multiplier)
             groups[0.0 if plain else params.weight_decay, params.lr * multiplier].append(parameter)
     return [{"params": members, "weight_decay": decay, "lr": lr} for (decay, lr), members in groups.items()]
 
@@ -49,12 +53,19 @@ def build_optimizer(model: nn.Module, params: OptimizerParams) -> torch.optim.Op
 
 
 def learning_rate_factor(step: int, total_steps: int, params: SchedulerParams) -> float:
-    """Factor of the base rate at step `step` (from 0): linear warm-up, then half a cosine to `min_lr_factor`."""
+    """Factor of the base rate at step `step` (from 0): linear warm-up, then down to `min_lr_factor`.
+
+    "cosine_warmup" falls along half a cosine; "wsd" stays flat and falls in a line over the last `decay_factor`.
+    """
     if params.name == "none":
         return 1.0
     warmup = round(params.warmup_factor * total_steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
+    if params.name == "wsd":
+        decay = max(min(round(params.decay_factor * total_steps), total_steps - warmup), 1)
+        left = min(max((total_steps - step) / decay, 0.0), 1.0)
+        return params.min_lr_factor + (1 - params.min_lr_factor) * left
     share = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
     return params.min_lr_factor + (1 - params.min_lr_factor) * 0.5 * (1 + math.cos(math.pi * share))
 

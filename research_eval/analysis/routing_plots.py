@@ -1,0 +1,140 @@
+"""Pictures of how routing went over a run: load, entropy, path lengths.
+
+T steps of a path (or layers)  N experts  E epochs  C classes or groups
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LOAD_FILE = "expert_load.png"
+ENTROPY_FILE = "router_entropy.png"
+LENGTH_FILE = "path_lengths.png"
+PANELS = 4  # with more steps than that the load is summed over them
+LEGEND = 16  # with more experts than that a colour bar takes the place of the legend
+
+
+def draw_routing(
+    metrics: dict[str, Any], reports: Sequence[dict[str, Any]], label_names: Sequence[str], folder: Path, title: str
+) -> None:
+    """All pictures that the metrics of a run and the reports of its epochs allow, as PNG files in `folder`."""
+    loads = [report["expert_load"] for report in reports if "expert_load" in report]
+    if len(loads) > 1:
+        draw_load(loads, folder / LOAD_FILE, title)
+    entropies = [report["router_entropy"] for report in reports if "router_entropy" in report]
+    if len(entropies) > 1:
+        draw_entropy(entropies, folder / ENTROPY_FILE, title)
+    if "path_length_by_group" in metrics:
+        names = [f"group {group}" for group, _ in metrics["path_length_by_group"]]
+        draw_lengths([counts for _, counts in metrics["path_length_by_group"]], names, folder / LENGTH_FILE, title)
+    elif "path_length_by_class" in metrics:
+        draw_lengths(metrics["path_length_by_class"], label_names, folder / LENGTH_FILE, title)
+
+
+@contextmanager
+def figure_for(path: Path, width: float, height: float, **options: Any) -> Iterator[tuple[Any, Any]]:
+    """A figure and its axes, saved to `path` at the end. No display is needed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(width, height), constrained_layout=True, **options)
+    try:
+        yield figure, axes
+        figure.savefig(path, dpi=130)
+    finally:
+        plt.close(figure)
+
+
+def expert_colours(num_experts: int) -> list[Any]:
+    """One colour per expert: clearly different ones for up to ten, a scale for more."""
+    from matplotlib import colormaps
+
+    if num_experts <= 10:
+        return [colormaps["tab10"](expert) for expert in range(num_experts)]
+    return [colormaps["turbo"](0.06 + 0.88 * expert / (num_experts - 1)) for expert in range(num_experts)]
+
+
+def draw_load(loads_ETN: Sequence[Sequence[Sequence[float]]], path: Path, title: str) -> None:
+    """The share of decisions that each expert got, stacked, over the epochs; one panel per step."""
+    shares_ETN = np.array(loads_ETN, float)
+    num_steps, num_experts = shares_ETN.shape[1:]
+    names = [f"step {step + 1}" for step in range(num_steps)]
+    if num_steps > PANELS:
+        shares_ETN, names = shares_ETN.mean(1, keepdims=True), [f"mean of {num_steps} steps"]
+    colours = expert_colours(num_experts)
+    epochs = np.arange(1, len(shares_ETN) + 1)
+    width = 2.6 + 2.6 * len(names)
+    with figure_for(path, width, 3.4, ncols=len(names), sharey=True, squeeze=False) as (figure, axes):
+        for panel, name, shares_EN in zip(axes[0], names, shares_ETN.swapaxes(0, 1), strict=True):
+            panel.stackplot(epochs, shares_EN.T, colors=colours, edgecolor="white", linewidth=3 / max(num_experts, 8))
+            panel.set(title=name, xlabel="epoch", xlim=(1, len(epochs)), ylim=(0, 1))
+            panel.xaxis.get_major_locator().set_params(integer=True)
+        axes[0, 0].set_ylabel("share of decisions")
+        _expert_key(figure, axes[0, -1], colours)
+        figure.suptitle(title, parse_math=False)
+
+
+def _expert_key(figure: Any, panel: Any, colours: list[Any]) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+    from matplotlib.patches import Patch
+
+    if len(colours) <= LEGEND:
+        patches = [Patch(color=colour, label=str(expert)) for expert, colour in enumerate(colours)]
+        panel.legend(handles=patches[::-1], title="expert", loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)
+    else:
+        scale = ScalarMappable(Normalize(-0.5, len(colours) - 0.5), ListedColormap(colours))
+        figure.colorbar(scale, ax=panel, label="expert")
+
+
+def draw_entropy(entropies_E: Sequence[float], path: Path, title: str) -> None:
+    """The router's normalised entropy over the epochs, between certain and undecided."""
+    with figure_for(path, 5.2, 3.4) as (_, axes):
+        axes.plot(range(1, len(entropies_E) + 1), entropies_E, marker="o", markersize=3)
+        for level, name in ((0.0, "0: certain"), (1.0, "1: undecided (log N)")):
+            axes.axhline(level, color="0.5", linestyle="--", linewidth=1)
+            axes.annotate(
+                name,
+                (1, level),
+                xycoords=("axes fraction", "data"),
+                xytext=(-4, 3),
+                textcoords="offset points",
+                ha="right",
+                fontsize=8,
+                color="0.35",
+            )
+        axes.set(xlabel="epoch", ylabel="entropy / log N", ylim=(-0.05, 1.12))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_title(title, parse_math=False)
+
+
+def draw_lengths(counts_CT: Sequence[Sequence[int]], names: Sequence[str], path: Path, title: str) -> None:
+    """How long the paths of each class (or group) are: the share of its samples with each length."""
+    counts = np.array(counts_CT, float)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    height = 1.5 + 0.3 * len(shares)
+    with figure_for(path, 3.2 + 0.55 * shares.shape[1], max(height, 2.6)) as (figure, axes):
+        image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        for row, column in np.argwhere(counts > 0).tolist():
+            share = shares[row, column]
+            colour = "white" if share > 0.6 else "black"
+            axes.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=7, color=colour)
+        axes.set_xticks(range(shares.shape[1]))
+        ticks = range(0, len(shares), math.ceil(len(shares) / 60))
+        axes.set_yticks(ticks, [shortened(names[row]) for row in ticks], parse_math=False, fontsize=8)
+        axes.set_xlabel("path length")
+        axes.set_title(title, parse_math=False)
+        figure.colorbar(image, ax=axes, label="share of the row's samples")
+
+
+def shortened(name: str, length: int = 24) -> str:
+    """A label that leaves room for the picture."""
+    return name if len(name) <= length else name[: length - 1] + "…"

@@ -1,0 +1,171 @@
+"""A path along the sequence: walkers on a learnt graph make one hop per token (equations: docs/scan.md).
+
+B batch  L length  D width  R edge sets  S = R + 1 of them with "stay"  M walkers  K nodes
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from research_eval.layers.routing import entropy
+
+Estimator = Literal["soft", "st"]
+
+
+class ScanSettings(NamedTuple):
+    """Sizes of a scan expert, and how gradients pass its discrete choices."""
+
+    num_nodes: int = 16
+    num_walkers: int = 4
+    num_edge_sets: int = 8
+    edges: Estimator = "soft"
+    picks: Estimator = "st"
+
+
+def straight_through(logits: Tensor) -> Tensor:
+    """One-hot argmax over the last dimension with the gradient of the softmax."""
+    soft = logits.softmax(-1)
+    hard = F.one_hot(logits.argmax(-1), logits.shape[-1]).to(soft.dtype)
+    return hard + soft - soft.detach()
+
+
+class WalkerGraph(nn.Module):
+    """Every token moves each of M walkers along the edges of one of R edge sets; padding moves nobody.
+
+    p_0 = softmax(z_0), p_t = p_{t-1} A_t with A_t = sum_r c_t[r] softmax(Z_r). In training rows of A are probabilities
+    ("soft") or one-hot with the gradient of the softmax ("st"). In evaluation walkers, edges and picks are discrete:
+    a hop is a look-up.
+    """
+
+    def __init__(self, num_edge_sets: int, num_walkers: int, num_nodes: int, edges: Estimator = "soft") -> None:
+        super().__init__()
+        self.num_edge_sets = num_edge_sets
+        self.num_walkers = num_walkers
+        self.num_nodes = num_nodes
+        self.edges = edges
+        self.edge_logits = nn.Parameter(torch.randn(num_edge_sets, num_walkers, num_nodes, num_nodes))
+        self.start_logits = nn.Parameter(torch.randn(num_walkers, num_nodes))
+
+    def forward(self, picks: Tensor, every_position: bool = False) -> Tensor:
+        """Where the walkers are behind the last token [B, M K], or behind every token [B, L, M K].
+
+        `picks` are weights c [B, L, S], the last of which is "stay", or the numbers of edge sets [B, L], R to stay.
+        """
+        with torch.autocast(picks.device.type, enabled=False):
+            if self.training:
+                hops = self._mix if picks.is_floating_point() else self._grouped
+                return hops(picks, every_position).flatten(-2)
+            nodes = self.walk(picks.argmax(-1) if picks.is_floating_point() else picks, every_position)
+            return F.one_hot(nodes, self.num_nodes).float().flatten(-2)
+
+    def probabilities(self) -> tuple[Tensor, Tensor]:
+        """Start [M, K] and edges [R, M, K, K] as the estimator has them in training."""
+        rows = straight_through if self.edges == "st" else _softmax
+        return rows(self.start_logits), rows(self.edge_logits)
+
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        """Start [M, K] and edges with "stay" [S, M, K, K]."""
+        start_MK, edges_RMKK = self.probabilities()
+        stay_1MKK = torch.eye(self.num_nodes, device=start_MK.device).expand(1, self.num_walkers, -1, -1)
+        return start_MK, torch.cat([edges_RMKK, stay_1MKK])
+
+    def _mix(self, picks_BLS: Tensor, every_position: bool) -> Tensor:
+        """One product per token: (c_t outer p) [B, S K] with the stacked tables [S K, K], for each walker."""
+        start_MK, edges_SMKK = self._tables()
+        edges_MEK = edges_SMKK.transpose(0, 1).flatten(1, 2)
+        state_MBK = start_MK.unsqueeze(1).expand(-1, len(picks_BLS), -1)
+        states = []
+        for pick_BS in picks_BLS.float().unbind(1):
+            state_MBK = torch.bmm((pick_BS.unsqueeze(-1) * state_MBK.unsqueeze(2)).flatten(2), edges_MEK)
+            if every_position:
+                states.append(state_MBK)
+        return torch.stack(states).permute(2, 0, 1, 3) if every_position else state_MBK.transpose(0, 1)
+
+    def _grouped(self, edge_sets_BL: Tensor, every_position: bool) -> Tensor:
+        """One product per token and edge set that occurs there, with S times fewer FLOPs than `_mix`."""
+        start_MK, edges_SMKK = self._tables()
+        edge_sets_LB = edge_sets_BL.T
+        order_LB = edge_sets_LB.argsort(dim=1, stable=True)
+        back_LB = order_LB.argsort(dim=1)
+        moves_LB = torch.cat([order_LB[:1], back_LB[:-1].gather(1, order_LB[1:])])  # from one order to the next
+        sizes_LS = F.one_hot(edge_sets_LB, len(edges_SMKK)).sum(1).tolist()
+        state_MBK = start_MK.unsqueeze(1).expand(-1, len(edge_sets_BL), -1)
+        states = []
+        for move_B, back_B, sizes in zip(moves_LB, back_LB, sizes_LS, strict=True):
+            groups = zip(state_MBK[:, move_B].split(sizes, dim=1), edges_SMKK.unbind(), strict=True)
+            state_MBK = torch.cat([torch.bmm(rows, edges_MKK) for rows, edges_MKK in groups if rows.shape[1]], dim=1)
+            if every_position:
+                states.append(state_MBK[:, back_B])
+        if every_position:
+            return torch.stack(states).permute(2, 0, 1, 3)
+        return state_MBK[:, back_LB[-1]].transpose(0, 1)
+
+    @torch.no_grad()
+    def walk(self, edge_sets_BL: Tensor, every_position: bool = False) -> Tensor:
+        """The discrete path: edge sets (R to stay) -> nodes behind the last token [B, M], or behind all [B, L, M]."""
+        walkers_M = torch.arange(self.num_walkers, device=edge_sets_BL.device)
+        stay_1MK = torch.arange(self.num_nodes, device=edge_sets_BL.device).expand(1, self.num_walkers, -1)
+        targets = torch.cat([self.edge_logits.argmax(-1), stay_1MK]).flatten()
+        rows_BLM = (edge_sets_BL.unsqueeze(-1) * self.num_walkers + walkers_M) * self.num_nodes
+        node_BM = self.start_logits.argmax(-1).expand(len(edge_sets_BL), -1)
+        nodes = []
+        for row_BM in rows_BLM.unbind(1):
+            node_BM = targets.take(row_BM + node_BM)
+            if every_position:
+                nodes.append(node_BM)
+        return torch.stack(nodes, dim=1) if every_position else node_BM
+
+    def row_entropy(self) -> Tensor:
+        """Mean entropy in nats of the edges' rows: 0 when every node has one target per edge set."""
+        return entropy(self.edge_logits.softmax(-1)).mean()
+
+    def flops(self, length: int) -> float:
+        """Forward FLOPs of one sample in training; in evaluation a hop is a look-up."""
+        return 2.0 * length * self.num_walkers * (self.num_edge_sets + 1) * self.num_nodes**2
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    return logits.softmax(-1)
+
+
+class EdgePicker(nn.Module):
+    """c = softmax(W LN(h)): the edge set each token uses. In training "st" is the one-hot argmax of it."""
+
+    def __init__(self, embed_dim: int, num_edge_sets: int, estimator: Estimator = "st") -> None:
+        super().__init__()
+        self.estimator = estimator
+        self.norm = nn.LayerNorm(embed_dim)
+        self.linear = nn.Linear(embed_dim, num_edge_sets)
+        nn.init.normal_(self.linear.weight, std=0.5)
+
+    def forward(self, h_BLD: Tensor, keep_BL: Tensor) -> Tensor:
+        """States and mask -> picks [B, L, S], the last of which is "stay", for padding."""
+        with torch.autocast(h_BLD.device.type, enabled=False):
+            logits_BLR = self.linear(self.norm(h_BLD.float()))
+            soft = self.training and self.estimator == "soft"
+            picks_BLR = logits_BLR.softmax(-1) if soft else straight_through(logits_BLR)
+            keep_BL1 = keep_BL.unsqueeze(-1)
+            return torch.cat([picks_BLR * keep_BL1, (~keep_BL1).float()], dim=-1)
+
+
+class ScanExpert(nn.Module):
+    """E(h)_t = h_t + W_o vec(p_t): causal, and without positions of its own."""
+
+    def __init__(self, embed_dim: int, settings: ScanSettings) -> None:
+        super().__init__()
+        self.picker = EdgePicker(embed_dim, settings.num_edge_sets, settings.picks)
+        self.graph = WalkerGraph(settings.num_edge_sets, settings.num_walkers, settings.num_nodes, settings.edges)
+        self.output = nn.Linear(settings.num_walkers * settings.num_nodes, embed_dim)
+
+    def forward(self, h_BLD: Tensor, keep_BL: Tensor) -> Tensor:
+        """h_BLD, keep_BL -> [B, L, D]."""
+        states_BLE = self.graph(self.picker(h_BLD, keep_BL), every_position=True)
+        return h_BLD + self.output(states_BLE).to(h_BLD.dtype)
+
+    def flops(self, length: int) -> float:
+        """Forward FLOPs of one sample in evaluation."""
+        return 2.0 * length * (self.picker.linear.weight.numel() + self.output.weight.numel())

@@ -1,0 +1,124 @@
+"""A graph of experts along the sequence: the tokens lead walkers through a learnt graph, and the class follows from
+where they end (docs/scan.md). What is learnt can be read as a finite automaton.
+
+B batch  L length  D width  V vocabulary (padding included)  R edge sets  S = R + 1 with "stay"  M walkers  K nodes
+E = M K  C classes  N joint states
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from research_eval.analysis.automaton import WalkerAutomaton
+from research_eval.layers.scan import EdgePicker, Estimator, WalkerGraph
+from research_eval.layers.text import TokenEmbedding
+from research_eval.models.base_model import AuxiliaryLoss, EvaluableModel, keep_mask
+from research_eval.registry import MODELS_MAP
+from research_eval.schema import Count, Weight
+
+
+@MODELS_MAP.register("goe_scan")
+class GoEScanClassifier(EvaluableModel):
+    """One scan expert and a linear map of where its walkers are behind the last token.
+
+    `num_edge_sets` null ties an edge set to every token; a number lets tokens choose theirs by their embedding. The
+    edges used are those of tokens, never of positions, so that a trained model is a finite automaton.
+    """
+
+    model_type = "goe_scan"
+    progress: Tensor
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        num_classes: int,
+        padding_idx: int = 0,
+        num_nodes: Count = 16,
+        num_walkers: Count = 4,
+        num_edge_sets: Count | None = None,
+        edges: Estimator = "soft",
+        picks: Estimator = "st",
+        embed_dim: Count = 32,
+        edge_entropy_coef: Weight = 0.01,
+    ) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.padding_idx = padding_idx
+        self.edge_entropy_coef = edge_entropy_coef
+        self.embedding: TokenEmbedding | None = None
+        self.picker: EdgePicker | None = None
+        if num_edge_sets is not None:
+            self.embedding = TokenEmbedding(vocab_size, embed_dim, padding_idx, 0.0, positional_encoding="none")
+            self.picker = EdgePicker(embed_dim, num_edge_sets, picks)
+        self.head = nn.Linear(num_walkers * num_nodes, num_classes)
+        # Tied: every id has an edge set but the padding's.
+        self.graph = WalkerGraph(num_edge_sets or vocab_size - 1, num_walkers, num_nodes, edges)
+        self.register_buffer("progress", torch.zeros(()))
+
+    def picks(self, ids_BL: Tensor, keep_BL: Tensor) -> Tensor:
+        """What the walkers are told: numbers of edge sets [B, L], or weights [B, L, S] where tokens choose theirs."""
+        if self.embedding is None or self.picker is None:
+            edge_sets_BL = ids_BL - (ids_BL > self.padding_idx).long()
+            return edge_sets_BL.masked_fill(~keep_BL, self.graph.num_edge_sets)
+        ids_1V = torch.arange(self.vocab_size, device=ids_BL.device).unsqueeze(0)
+        keep_1V = ids_1V != self.padding_idx
+        picks_1VS = self.picker(self.embedding(ids_1V, keep_1V), keep_1V)  # once per token of the vocabulary
+        return F.embedding(ids_BL.masked_fill(~keep_BL, self.padding_idx), picks_1VS.squeeze(0))
+
+    def _states(self, input_ids: Tensor, attention_mask: Tensor | None, every_position: bool) -> Tensor:
+        keep_BL = keep_mask(input_ids, attention_mask, self.padding_idx)
+        return self.graph(self.picks(input_ids, keep_BL), every_position)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.head(self._states(input_ids, attention_mask, every_position=False))
+
+    def prefix_logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The class scores of every prefix, [B, L, C]: position t knows the tokens up to t."""
+        return self.head(self._states(input_ids, attention_mask, every_position=True))
+
+    def after_step(self, progress: float) -> None:
+        self.progress.fill_(progress)
+
+    def auxiliary_losses(self) -> dict[str, AuxiliaryLoss]:
+        weight = self.edge_entropy_coef * float(self.progress)
+        return {"edge_entropy_loss": AuxiliaryLoss(self.graph.row_entropy(), weight)}
+
+    @torch.no_grad()
+    def get_model_specific_metrics(self) -> dict[str, Any]:
+        """How undecided the edges are (1 at most), and how many edge sets the vocabulary uses."""
+        undecided = float(self.graph.row_entropy()) / np.log(max(self.graph.num_nodes, 2))
+        return {"edge_entropy": float(undecided), "edge_sets_used": len(set(self._edge_sets()))}
+
+    @torch.no_grad()
+    def _edge_sets(self) -> list[int]:
+        """The edge set of each token but the padding."""
+        ids_V = torch.arange(self.vocab_size, device=self.head.weight.device)
+        ids_1V = ids_V[ids_V != self.padding_idx].unsqueeze(0)
+        picks = self.picks(ids_1V, torch.ones_like(ids_1V, dtype=torch.bool)).squeeze(0)
+        edge_sets: list[int] = (picks.argmax(-1) if picks.is_floating_point() else picks).tolist()
+        return edge_sets
+
+    @torch.no_grad()
+    def read_automaton(self) -> WalkerAutomaton:
+        """Start nodes, targets per token, and the class of joint states, all as evaluation uses them."""
+        targets_RMK = self.graph.edge_logits.argmax(-1).cpu().numpy()
+        weight_MKC = self.head.weight.T.unflatten(0, (self.graph.num_walkers, self.graph.num_nodes)).cpu().numpy()
+        bias_C = self.head.bias.cpu().numpy()
+
+        def answers(nodes_NM: NDArray[np.int64]) -> NDArray[np.int64]:
+            logits_NC = weight_MKC[np.arange(nodes_NM.shape[1]), nodes_NM].sum(1) + bias_C
+            return logits_NC.argmax(-1)
+
+        start_M = self.graph.start_logits.argmax(-1).cpu().numpy()
+        return WalkerAutomaton(start_M, targets_RMK[self._edge_sets()], answers)
+
+    def get_flops_per_sample(self, length: int) -> float:
+        """Of evaluation, where a hop is a look-up; without the picks, which all samples of a batch share."""
+        return 2.0 * self.head.weight.numel()

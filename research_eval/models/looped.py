@@ -1,0 +1,79 @@
+"""The looped Transformer encoder: one stack of blocks is passed several times (Dehghani et al., 2019).
+
+B batch  L length  D width
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from research_eval.layers.block import Block, attention_mask_for, block_flops, feed_forward_width
+from research_eval.layers.stacked import Dispatch
+from research_eval.layers.text import ClassificationHead, Pool, PositionalEncoding, TokenEmbedding
+from research_eval.models.base_model import EvaluableModel, keep_mask
+from research_eval.registry import MODELS_MAP
+from research_eval.schema import Count, Natural, Positive, Share
+
+
+@MODELS_MAP.register("looped")
+class LoopedTransformerClassifier(EvaluableModel):
+    """Embedding, `num_layers` pre-LN blocks `num_loops` times, pooled head: the depth of their product.
+
+    The baseline for paths that visit an expert again: shared weights without a router.
+    """
+
+    model_type = "looped"
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        num_classes: int,
+        padding_idx: int = 0,
+        embed_dim: Count = 64,
+        num_layers: Count = 1,
+        num_loops: Count = 2,
+        num_heads: Count = 4,
+        dim_feedforward: Count | None = None,
+        dim_feedforward_factor: Positive | None = None,
+        dropout: Share = 0.1,
+        positional_encoding: PositionalEncoding = "sin",
+        pool: Pool = "mean",
+        bigram_buckets: Natural = 0,
+        token_dropout: Share = 0.0,
+        embedding_scale: Positive = 1.0,
+    ) -> None:
+        super().__init__()
+        width = feed_forward_width(embed_dim, dim_feedforward, dim_feedforward_factor, default=2)
+        self.padding_idx = padding_idx
+        self.num_loops = num_loops
+        self.embedding = TokenEmbedding(
+            vocab_size,
+            embed_dim,
+            padding_idx,
+            dropout,
+            positional_encoding,
+            bigram_buckets,
+            token_dropout,
+            embedding_scale,
+        )
+        self.layers = nn.ModuleList(
+            Block(embed_dim, num_heads, width, dropout, positional_encoding=positional_encoding)
+            for _ in range(num_layers)
+        )
+        self.head = ClassificationHead(embed_dim, num_classes, dropout, pool)
+        self.embed_dim = embed_dim
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        keep_BL = keep_mask(input_ids, attention_mask, self.padding_idx)
+        mask_B11L = attention_mask_for(keep_BL)
+        everyone = Dispatch.single(len(input_ids))
+        h_BLD = self.embedding(input_ids, keep_BL)
+        for _ in range(self.num_loops):
+            for layer in self.layers:
+                h_BLD = layer(h_BLD, mask_B11L, everyone)
+        return self.head(h_BLD, keep_BL)
+
+    def get_flops_per_sample(self, length: int) -> float:
+        one_loop = sum(block_flops(layer, self.embed_dim, length) for layer in self.layers)
+        return self.num_loops * one_loop + 2.0 * self.head.linear.weight.numel()

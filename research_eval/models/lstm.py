@@ -1,0 +1,54 @@
+"""The long short-term memory (Hochreiter and Schmidhuber, 1997), for comparison.
+
+B batch  L length  D width
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from research_eval.layers.text import ClassificationHead, TokenEmbedding
+from research_eval.models.base_model import EvaluableModel, keep_mask
+from research_eval.registry import MODELS_MAP
+from research_eval.schema import Count, Share
+
+
+@MODELS_MAP.register("lstm")
+class LSTMClassifier(EvaluableModel):
+    """Embedding without positions, `num_layers` LSTM layers from left to right, and a head at the last token.
+
+    Padding stands on the right, so no state before it can notice it.
+    """
+
+    model_type = "lstm"
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        num_classes: int,
+        padding_idx: int = 0,
+        embed_dim: Count = 64,
+        num_layers: Count = 1,
+        dropout: Share = 0.0,
+    ) -> None:
+        super().__init__()
+        self.padding_idx = padding_idx
+        self.embedding = TokenEmbedding(vocab_size, embed_dim, padding_idx, dropout, positional_encoding="none")
+        between = dropout if num_layers > 1 else 0.0  # torch warns of a dropout between layers that are not there
+        self.lstm = nn.LSTM(embed_dim, embed_dim, num_layers, batch_first=True, dropout=between)
+        self.head = ClassificationHead(embed_dim, num_classes, dropout, pool="last")
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        keep_BL = keep_mask(input_ids, attention_mask, self.padding_idx)
+        embedded_BLD = self.embedding(input_ids, keep_BL)
+        with torch.autocast(embedded_BLD.device.type, enabled=False):  # not every CPU has an LSTM in bf16
+            h_BLD, _ = self.lstm(embedded_BLD.float())
+        return self.head(h_BLD, keep_BL)
+
+    def get_flops_per_sample(self, length: int) -> float:
+        weights = sum(
+            parameter.numel() for name, parameter in self.lstm.named_parameters() if name.startswith("weight")
+        )
+        return 2.0 * (length * weights + self.head.linear.weight.numel())
