@@ -698,6 +698,8 @@ class GoEOriginalClassifier(EvaluableModel):
 
     def get_model_specific_metrics(self) -> dict[str, Any]:
         metrics = self.record.metrics()
+        if not metrics:
+            return {}
         if self.router is None:
             metrics = {name: value for name, value in metrics.items() if name not in ("router_entropy", "step_entropy")}
         else:
