@@ -67,7 +67,7 @@ STUDIES = {
         {"test_acc": "accuracy", "test_unseen_acc": "unseen", "planted_step_recovery": "recovery"}
         | {"router_regret": "regret", "test_unseen_router_regret": "regret, unseen"},
         compared=("test_acc", "test_unseen_acc"),
-        seeds={"random": 2},
+        seeds={"random": 2, "oracle": 3, "goe_pooled": 3},
     ),
     "hop": Study(
         ["dense", "loop", "loop_confidence", "goe_confidence"],
@@ -97,7 +97,7 @@ STUDIES = {
         [("goe", "dense_flops"), ("goe", "dense_params"), ("goe", "oracle")],
         {"final_val_acc": "accuracy", "nmi_adjusted_group": "information path-domain"},
         compared=("final_val_acc",),
-        seeds={"oracle": 3},
+        seeds={"oracle": 2, "dense_params": 3},
         needs_data=True,
     ),
 }

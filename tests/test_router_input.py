@@ -10,6 +10,7 @@ import torch
 from support import Build, evaluated
 from torch.testing import assert_close
 
+from research_eval.errors import ConfigError
 from research_eval.layers.router import RunningStatistics, TokenFeatures
 from research_eval.models.goe_original import GoEOriginalClassifier
 
@@ -158,6 +159,11 @@ def test_every_step_is_balanced_on_its_own(build_model: Build, ids_BL: torch.Ten
     shared.counts.copy_(torch.tensor([[10.0, 10.0]]))
     shared.after_step(0.1)
     assert_close(shared.balance_bias, torch.zeros(1, 2))
+
+
+def test_experts_of_two_kinds_cannot_be_tied(build_model: Build) -> None:
+    with pytest.raises(ConfigError, match="tie_experts needs experts of one kind, not num_scan_experts=1"):
+        model_with(build_model, tie_experts=True, num_scan_experts=1)
 
 
 def test_tied_experts_stay_equal(build_model: Build, ids_BL: torch.Tensor) -> None:

@@ -195,6 +195,8 @@ class GoEOriginalClassifier(EvaluableModel):
             raise ConfigError(f"gumbel_tau_min={gumbel_tau_min} is more than gumbel_tau={gumbel_tau}")
         if route != "learned" and halt in ("ponder", "action"):
             raise ConfigError(f'halt={halt!r} is decided by the router, but route={route!r} has none: use "confidence"')
+        if tie_experts and num_scan_experts:
+            raise ConfigError(f"tie_experts needs experts of one kind, not num_scan_experts={num_scan_experts}")
         if exit_threshold is not None and halt != "confidence":
             raise ConfigError(f'exit_threshold={exit_threshold} needs halt="confidence", not {halt!r}')
         width = feed_forward_width(embed_dim, dim_feedforward, dim_feedforward_factor, default=2)
