@@ -85,7 +85,7 @@ STUDIES = {
     "scan": Study(
         [f"{task}_{model}" for task in SCAN_TASKS for model in ("scan", "lstm")],
         metrics=LONG | {"certified": "certified"},
-        seeds={f"{task}_lstm": 1 for task in SCAN_TASKS} | {"modular_arithmetic_scan": 3, "s5_scan": 1},
+        seeds={f"{task}_lstm": 1 for task in SCAN_TASKS} | {"modular_arithmetic_scan": 3},
     ),
     "hybrid": Study(
         ["attention", "scan", "pool"],

@@ -434,21 +434,21 @@ def test_the_shortest_path_is_kept(
 
 
 def test_a_priced_path_does_not_collapse() -> None:
-    """Pitfall 10: pondered paths on a task of one and two hops still take more than one step after training."""
-    dataset = HopDataset(num_samples=256, num_symbols=3, max_hops=2)
+    """Pitfall 10: pondered paths on a task of one and two hops still take more than one step after 300 steps."""
+    dataset = HopDataset(num_samples=320, num_symbols=3, max_hops=2)
     batches = Batches(dataset.to_token_data(), 32, seed=0)
     model = GoEOriginalClassifier(
         vocab_size=dataset.vocab_size + 1, num_classes=3, embed_dim=16, num_heads=2, num_total_experts=2, max_visits=3,
         halt="ponder", path_penalty_coef=0.02, dropout=0.0,
     )  # fmt: skip
     optimizer = build_optimizer(model, OptimizerParams(lr=4e-3))
-    for epoch in range(4):
-        for batch in batches.epoch(epoch):
+    for epoch in range(30):
+        for number, batch in enumerate(batches.epoch(epoch)):
             loss = model.train().task_loss(logits_of(model, batch), batch.labels) + model.get_auxiliary_loss()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            model.after_step((epoch + 1) / 4)
+            model.after_step((epoch * 10 + number + 1) / 300)
     model.eval().start_recording()
     for batch in batches.epoch(0):
         logits_of(model, batch)
