@@ -81,11 +81,12 @@ STUDIES = {
         | {f"steps_{hops}": f"{hops} hops" for hops in (1, 2, 3)}
         | {"rising": "rising with hops"},
         compared=("test_acc", "depth_gain"),
+        seeds={"goe_confidence": 2},
     ),
     "scan": Study(
         [f"{task}_{model}" for task in SCAN_TASKS for model in ("scan", "lstm")],
         metrics=LONG | {"certified": "certified"},
-        seeds={f"{task}_lstm": 1 for task in SCAN_TASKS} | {"modular_arithmetic_scan": 3},
+        seeds={f"{task}_lstm": 1 for task in SCAN_TASKS} | {"modular_arithmetic_scan": 3, "s5_scan": 3},
     ),
     "hybrid": Study(
         ["attention", "scan", "pool"],
@@ -97,7 +98,7 @@ STUDIES = {
         [("goe", "dense_flops"), ("goe", "dense_params"), ("goe", "oracle")],
         {"final_val_acc": "accuracy", "nmi_adjusted_group": "information path-domain"},
         compared=("final_val_acc",),
-        seeds={"oracle": 2, "dense_params": 3},
+        seeds={"oracle": 1, "dense_params": 2},
         needs_data=True,
     ),
 }
@@ -227,8 +228,9 @@ def main() -> None:
     jobs = [
         (study, arm, seed)
         for study in chosen
+        for seed in range(arguments.seeds)
         for arm in STUDIES[study].arms
-        for seed in range(STUDIES[study].seeds.get(arm, arguments.seeds))
+        if seed < STUDIES[study].seeds.get(arm, arguments.seeds)
     ]
     with ThreadPoolExecutor(arguments.workers) as pool:
         list(pool.map(lambda job: train(job, arguments), jobs))

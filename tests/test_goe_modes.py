@@ -683,7 +683,7 @@ def test_the_share_of_limited_logits_is_counted(
     evaluated(model, ids_BL)
     assert model.get_model_specific_metrics()["logits_at_limit_share"] == pytest.approx(share)
     model.start_recording()
-    assert model.get_model_specific_metrics()["logits_at_limit_share"] == 0
+    assert model.get_model_specific_metrics() == {}  # nothing is recorded
 
 
 @every_halt
