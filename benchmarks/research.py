@@ -23,7 +23,7 @@ import numpy as np
 from scipy.stats import t as student_t
 
 from research_eval.db_utils import Store
-from research_eval.schema import load_config
+from research_eval.schema import ExperimentConfig, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "examples" / "research"
@@ -71,7 +71,7 @@ STUDIES = {
     ),
     "hop": Study(
         ["dense", "loop", "loop_confidence", "goe_confidence"],
-        [("loop_confidence", "loop"), ("loop_confidence", "dense"), ("goe_confidence", "loop_confidence")],
+        against("loop_confidence", "loop", "dense"),
         {
             "test_acc": "accuracy",
             "exit_gain": "exit - full depth",
@@ -81,7 +81,7 @@ STUDIES = {
         | {f"steps_{hops}": f"{hops} hops" for hops in (1, 2, 3)}
         | {"rising": "rising with hops"},
         compared=("test_acc", "depth_gain"),
-        seeds={"goe_confidence": 2},
+        seeds={"goe_confidence": 1},
     ),
     "scan": Study(
         [f"{task}_{model}" for task in SCAN_TASKS for model in ("scan", "lstm")],
@@ -133,15 +133,13 @@ def overrides_of(study: str, seed: int, data_dir: Path | None) -> dict[str, Any]
     return overrides
 
 
-def train(job: tuple[str, str, int], arguments: argparse.Namespace) -> None:
+def train(config: ExperimentConfig, arguments: argparse.Namespace) -> None:
     """One run in a process of its own; a finished run of the same config stays as it is."""
-    study, arm, seed = job
-    config = load_config(CONFIGS / study / f"{arm}.json", overrides_of(study, seed, arguments.data_dir))
     with Store(arguments.db) as store:
         known = store.find_experiment(config.to_dict())
     if known is not None and known["status"] == "finished":
         return
-    print(f"{study}/{arm}, seed {seed}", flush=True)
+    print(f"{config.experiment_name}, seed {config.seed}", flush=True)
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(config.to_dict(), file)
         file.flush()
@@ -225,15 +223,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/research.json"))
     arguments = parser.parse_args()
     chosen = [name for name in arguments.studies if arguments.data_dir or not STUDIES[name].needs_data]
-    jobs = [
-        (study, arm, seed)
+    configs = [
+        load_config(CONFIGS / study / f"{arm}.json", overrides_of(study, seed, arguments.data_dir))
         for study in chosen
         for seed in range(arguments.seeds)
         for arm in STUDIES[study].arms
         if seed < STUDIES[study].seeds.get(arm, arguments.seeds)
     ]
     with ThreadPoolExecutor(arguments.workers) as pool:
-        list(pool.map(lambda job: train(job, arguments), jobs))
+        list(pool.map(lambda config: train(config, arguments), configs))
     with Store(arguments.db, read_only=True) as store:
         runs = {study: collect(study, arguments.seeds, store, arguments.data_dir) for study in chosen}
     texts = {study: tables(study, runs[study]) for study in chosen}
