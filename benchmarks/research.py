@@ -96,7 +96,7 @@ STUDIES = {
     "text": Study(
         ["dense_flops", "dense_params", "oracle", "goe"],
         [("goe", "dense_flops"), ("goe", "dense_params"), ("goe", "oracle")],
-        {"final_val_acc": "accuracy", "nmi_adjusted_group": "information path-domain"},
+        {"final_val_acc": "accuracy", "path_group_nmi_adjusted": "information path-domain"},
         compared=("final_val_acc",),
         seeds={"oracle": 1, "dense_params": 2},
         needs_data=True,
@@ -195,7 +195,8 @@ def tables(study: str, runs: dict[str, list[dict[str, Any]]]) -> str:
         for metric in plan.compared:
             pairs = [(value(a, metric), value(b, metric)) for a, b in zip(runs[first], runs[second], strict=False)]
             differences = [a - b for a, b in pairs if a is not None and b is not None]
-            cells.append(f"{statistics.mean(differences):+.3f} ± {interval(differences):.3f}")
+            half = f"± {interval(differences):.3f}" if len(differences) > 1 else "(one pair)"
+            cells.append(f"{statistics.mean(differences):+.3f} {half}")
         lines.append(f"| {first} - {second} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
