@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from research import interval
 
 from research_eval.datasets.text import TextDataset
 from research_eval.db_utils import Store
@@ -51,15 +52,6 @@ def train(job: tuple[str, str, int], arguments: argparse.Namespace) -> None:
 
 def config_path(dataset: str, model: str) -> Path:
     return ROOT / "examples" / "configs" / f"{dataset}_{model}.json"
-
-
-def interval(values: list[float]) -> float:
-    """Half width of the 95 % t-interval of the mean; NaN for a single value."""
-    from scipy.stats import t
-
-    if len(values) < 2:
-        return math.nan
-    return float(t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)))
 
 
 def row(dataset: str, model: str, seeds: list[int], store: Store, data_dir: Path) -> dict[str, Any]:
