@@ -19,11 +19,13 @@ import difflib
 import io
 import json
 import math
+import operator
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -44,6 +46,7 @@ STATUSES = ("running", "finished", "failed", "interrupted", "pruned", "diverged"
 
 _LOCK_SECONDS = 60.0
 _BUSY_SECONDS = 30.0
+_IDS_PER_QUERY = 500
 _ADVISORY_LOCK_KEY = 0x676F65  # "goe"
 _SQLITE_MAGIC = b"SQLite format 3\0"
 _SPELLINGS = "Give a path, sqlite:///path or postgresql://user@host/name"
@@ -59,6 +62,59 @@ class HistoryRow(NamedTuple):
     value: float
 
 
+class RunRow(NamedTuple):
+    """A run as the analysis reads it, thousands at once; of its metrics only those asked for that are numbers."""
+
+    experiment_id: str
+    experiment_name: str
+    model_type: str
+    status: str
+    seed: int | None  # None in a database that an earlier program made
+    config_json: str
+    metrics: dict[str, float]
+
+
+class MetricSummary(NamedTuple):
+    """A metric over many runs; `low` and `high` are None where no value is a number, as with lists."""
+
+    name: str
+    num_runs: int
+    low: float | None
+    high: float | None
+
+
+class RunRecord(NamedTuple):
+    """All that the store holds of a run: its row, its metrics in their order, its history by step and name."""
+
+    experiment: dict[str, Any]
+    metrics: dict[str, Any]
+    history: list[HistoryRow]
+
+
+@dataclass(frozen=True)
+class RunFilter:
+    """Which runs; None asks for nothing. `where` compares metrics that are numbers: (name, operator, number)."""
+
+    dataset_name: str | None = None
+    model_type: str | None = None
+    status: str | None = None
+    experiment_name: str | None = None
+    run_type: str | None = None
+    study: str | None = None
+    since: datetime | None = None
+    where: tuple[tuple[str, str, float], ...] = ()
+
+
+COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    "==": operator.eq,
+    "!=": operator.ne,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+
+
 # --- Values ---------------------------------------------------------------------------------------------------------
 
 
@@ -69,7 +125,12 @@ class _Array(Protocol):
     def tolist(self) -> Any: ...
 
 
+_PLAIN_TYPES = frozenset({float, str, int, bool, list, tuple, dict, type(None)})
+
+
 def _plain(value: Any) -> Any:
+    if type(value) in _PLAIN_TYPES:  # much faster than asking the protocol
+        return value
     return value.tolist() if isinstance(value, _Array) else value
 
 
@@ -98,6 +159,11 @@ def _from_strict_json(value: Any) -> Any:
     if isinstance(value, list):
         return [_from_strict_json(item) for item in value]
     return _NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def strict_json(value: Any) -> str:
+    """JSON text that every parser accepts: non-finite numbers are the strings "NaN", "Infinity" and "-Infinity"."""
+    return json.dumps(_to_strict_json(value))
 
 
 def _normal_metric(name: str, value: Any) -> Any:
@@ -230,6 +296,8 @@ history_table = sa.Table(
     sa.Column("value", _NanAsNull),
     sqlite_with_rowid=False,
 )
+
+JSON_COLUMNS = ("full_config_json", "env_details_json")  # long; left out of lists of runs
 
 _version_table = sa.table(VERSION_TABLE, sa.column("version_num", sa.String))
 
@@ -570,6 +638,11 @@ class Store:
         )
         raise ConfigError(f"no experiment {experiment_id!r} in {self.location}. {hint}")
 
+    def find_id(self, experiment_id: str) -> dict[str, Any] | None:
+        """The run with exactly this id."""
+        found = self._rows(sa.select(experiments_table).where(experiments_table.c.experiment_id == experiment_id))
+        return found[0] if found else None
+
     def find_experiment(self, config: dict[str, Any], run_type: str = "json") -> dict[str, Any] | None:
         """The newest run of exactly this config."""
         found = self._rows(
@@ -602,6 +675,197 @@ class Store:
         with self._engine.connect() as connection:
             return [HistoryRow(*row) for row in connection.execute(query.order_by(columns.step, columns.name))]
 
+    # Reading many runs
+
+    def _number(self) -> sa.ColumnElement[float | None]:
+        """`metric_value` where it is a number, else NULL."""
+        value = sa.type_coerce(metrics_table.c.metric_value, sa.Double)
+        if self._file is not None:
+            return sa.case((sa.func.typeof(value).in_(["real", "integer"]), value))
+        text = sa.type_coerce(metrics_table.c.metric_value, postgresql.JSONB).op("#>>")(sa.text("'{}'"))
+        is_number = sa.func.jsonb_typeof(metrics_table.c.metric_value) == "number"
+        return sa.case((is_number | text.in_(["Infinity", "-Infinity"]), sa.cast(text, sa.Double)))
+
+    def dataset_names(self) -> list[str]:
+        """The datasets of all runs, by name."""
+        column = experiments_table.c.dataset_name
+        with self._engine.connect() as connection:
+            names = connection.scalars(sa.select(column).where(column.is_not(None)).distinct())
+            return sorted(names)
+
+    def runs(self, dataset_name: str, metrics: Sequence[str] = ()) -> list[RunRow]:
+        """The runs on a dataset, whatever became of them, oldest first, with their values of these metrics."""
+        columns = experiments_table.c
+        values = [
+            sa.select(self._number())
+            .where(metrics_table.c.experiment_id == columns.experiment_id, metrics_table.c.metric_name == name)
+            .limit(1)
+            .scalar_subquery()
+            .label(f"metric_{number}")
+            for number, name in enumerate(metrics)
+        ]
+        when = sa.type_coerce(columns.timestamp, sa.Text)  # as the driver gives it: it is only compared
+        query = sa.select(
+            when,
+            columns.experiment_id,
+            sa.func.coalesce(columns.experiment_name, ""),
+            sa.func.coalesce(columns.model_type, ""),
+            columns.status,
+            columns.seed,
+            sa.func.coalesce(columns.full_config_json, ""),
+            *values,
+        ).where(columns.dataset_name == dataset_name)
+        with self._engine.connect() as connection:
+            found = list(connection.execute(query))
+        found.sort(key=lambda row: (row[0] is not None, row[0], row[1]))  # a database would move the configs about
+        runs = []
+        for row in found:
+            numbers = {name: value for name, value in zip(metrics, row[7:], strict=True) if value is not None}
+            runs.append(RunRow._make((*row[1:7], numbers)))
+        return runs
+
+    def metric_summaries(self, dataset_name: str | None = None) -> list[MetricSummary]:
+        """Every metric of all runs, or of the runs on a dataset, by name."""
+        name, number = metrics_table.c.metric_name, self._number()
+        query = sa.select(name, sa.func.count(), sa.func.min(number), sa.func.max(number)).group_by(name)
+        if dataset_name is not None:
+            query = query.join(experiments_table).where(experiments_table.c.dataset_name == dataset_name)
+        with self._engine.connect() as connection:
+            return [MetricSummary(*row) for row in connection.execute(query.order_by(name))]
+
+    def find_runs(
+        self,
+        wanted: RunFilter = RunFilter(),
+        *,
+        sort: str = "timestamp",
+        descending: bool = False,
+        limit: int | None = None,
+        with_json: bool = False,
+    ) -> list[dict[str, Any]]:
+        """The runs that `wanted` describes, by a column or a metric; runs without a number there come last.
+
+        Equal ones are in the order of their ids. Config and environment are left out unless `with_json`.
+        """
+        table = experiments_table
+        columns = [column for column in table.columns if with_json or column.name not in JSON_COLUMNS]
+        key: sa.ColumnElement[Any] = table.columns[sort] if sort in table.columns else self._metric(sort)
+        if isinstance(key.type, sa.Text):
+            key = sa.collate(key, "BINARY" if self._file else "C")  # the order of Python, on every database
+        order = [key.is_(None), key.desc() if descending else key, table.c.experiment_id]
+        return self._rows(sa.select(*columns).where(*self._conditions(wanted)).order_by(*order).limit(limit))
+
+    def count_runs(self, wanted: RunFilter = RunFilter()) -> int:
+        with self._engine.connect() as connection:
+            query = sa.select(sa.func.count()).select_from(experiments_table).where(*self._conditions(wanted))
+            return int(connection.scalar(query) or 0)
+
+    def _conditions(self, wanted: RunFilter) -> list[sa.ColumnElement[bool]]:
+        columns = experiments_table.c
+        names = ("dataset_name", "model_type", "status", "experiment_name", "run_type")
+        conditions = [columns[name] == getattr(wanted, name) for name in names if getattr(wanted, name) is not None]
+        if wanted.study is not None:
+            conditions += [columns.run_type == "optuna_trial", columns.experiment_name == wanted.study]
+        if wanted.since is not None:
+            conditions.append(columns.timestamp >= wanted.since)
+        return conditions + [COMPARISONS[sign](self._metric(name), number) for name, sign, number in wanted.where]
+
+    def _metric(self, name: str) -> sa.ScalarSelect[float | None]:
+        """In a query of runs: the metric of this name, NULL where it is missing, NaN or no number."""
+        return (
+            sa.select(self._number())
+            .where(
+                metrics_table.c.experiment_id == experiments_table.c.experiment_id, metrics_table.c.metric_name == name
+            )
+            .order_by(metrics_table.c.metric_id.desc())  # an adopted database may have a name twice: the last counts
+            .limit(1)
+            .correlate(experiments_table)
+            .scalar_subquery()
+        )
+
+    def metrics_of(
+        self, experiment_ids: Sequence[str], names: Sequence[str] | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Id -> `metrics` of that run, or those of the given names; in few queries."""
+        found: dict[str, dict[str, Any]] = {experiment_id: {} for experiment_id in experiment_ids}
+        table = metrics_table.c
+        for start in range(0, len(experiment_ids), _IDS_PER_QUERY):
+            query = sa.select(table.experiment_id, table.metric_name, table.metric_value).where(
+                table.experiment_id.in_(experiment_ids[start : start + _IDS_PER_QUERY])
+            )
+            if names is not None:
+                query = query.where(table.metric_name.in_(names))
+            with self._engine.connect() as connection:
+                for experiment_id, name, value in connection.execute(query.order_by(table.metric_id)):
+                    found[experiment_id][name] = value
+        return found
+
+    def has_metric(self, name: str) -> bool:
+        """Whether any run has a metric of this name."""
+        with self._engine.connect() as connection:
+            return bool(connection.scalar(sa.select(sa.exists().where(metrics_table.c.metric_name == name))))
+
+    def children(self, experiment_id: str) -> list[str]:
+        """The ids of the runs whose parent this is, oldest first."""
+        table = experiments_table.c
+        query = sa.select(table.experiment_id).where(table.parent_id == experiment_id)
+        with self._engine.connect() as connection:
+            return list(connection.scalars(query.order_by(table.timestamp, table.experiment_id)))
+
+    # Merging
+
+    def records(self, experiment_ids: Sequence[str]) -> dict[str, RunRecord]:
+        """Id -> all of the run, for those ids that are here."""
+        with self._engine.connect() as connection:
+            return self._records(connection, experiment_ids)
+
+    def _records(self, connection: Connection, experiment_ids: Sequence[str]) -> dict[str, RunRecord]:
+        experiments, metrics, history = experiments_table, metrics_table, history_table
+        rows = connection.execute(sa.select(experiments).where(experiments.c.experiment_id.in_(experiment_ids)))
+        found = {row["experiment_id"]: RunRecord(dict(row), {}, []) for row in rows.mappings()}
+        values = (
+            sa.select(metrics.c.experiment_id, metrics.c.metric_name, metrics.c.metric_value)
+            .where(metrics.c.experiment_id.in_(found))
+            .order_by(metrics.c.metric_id)
+        )
+        for experiment_id, name, value in connection.execute(values):
+            found[experiment_id].metrics[name] = value
+        points = (
+            sa.select(history.c.experiment_id, history.c.step, history.c.epoch, history.c.name, history.c.value)
+            .where(history.c.experiment_id.in_(found))
+            .order_by(history.c.step, history.c.name)
+        )
+        for experiment_id, *point in connection.execute(points):
+            found[experiment_id].history.append(HistoryRow(*point))
+        return found
+
+    def merge_records(
+        self, records: dict[str, RunRecord], replaces: Callable[[RunRecord, RunRecord], bool]
+    ) -> dict[str, RunRecord]:
+        """Enter runs of another store in one transaction; return what was here before of these ids.
+
+        A run that is here too is replaced where `replaces(ours, theirs)`, and left alone otherwise.
+        """
+        tables = (metrics_table, history_table, experiments_table)  # rows that refer to a run go before it
+        with self._write() as connection:
+            ours = self._records(connection, list(records))
+            replaced = [key for key in ours if replaces(ours[key], records[key])]
+            for table in tables:
+                connection.execute(table.delete().where(table.c.experiment_id.in_(replaced)))
+            entered = {key: records[key] for key in records if key not in ours or key in replaced}
+            metrics = [
+                {"experiment_id": key, "metric_name": name, "metric_value": _normal_metric(name, value)}
+                for key, record in entered.items()
+                for name, value in record.metrics.items()
+            ]
+            history = [
+                {"experiment_id": key, **point._asdict()} for key, record in entered.items() for point in record.history
+            ]
+            experiments = [record.experiment for record in entered.values()]
+            for table, rows in zip(tables[::-1], (experiments, history, metrics), strict=True):
+                if rows:
+                    connection.execute(table.insert(), rows)
+        return ours
+
 
 # --- CSV --------------------------------------------------------------------------------------------------------------
 
@@ -630,6 +894,18 @@ def append_csv(path: str | Path, row: dict[str, Any]) -> None:
             raise ConfigError(
                 f"{path}: not UTF-8 text; it was left alone. Move it away or give another name."
             ) from error
+
+
+def csv_text(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A whole file, header first; cells as `append_csv` writes them."""
+    return csv_lines([columns, *rows])
+
+
+def csv_lines(rows: Sequence[Sequence[Any]]) -> str:
+    """Lines without a header, to go on with a file."""
+    text = io.StringIO()
+    csv.writer(text).writerows([_cell(value) for value in row] for row in rows)
+    return text.getvalue()
 
 
 def _cell(value: Any) -> Any:

@@ -6,7 +6,7 @@ import json
 import logging
 import secrets
 import string
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,13 +27,14 @@ from research_eval.datasets.token_data import Batches, DataSplits, TokenData
 from research_eval.db_utils import HistoryRow, Store, append_csv
 from research_eval.environment import environment_record
 from research_eval.errors import ConfigError
+from research_eval.files import write_atomically
 from research_eval.models.base_model import EvaluableModel, adapt
 from research_eval.progress import Progress
 from research_eval.registry import MODELS_MAP
 from research_eval.schema import ExperimentConfig, context_arguments
-from research_eval.training.checkpoint import load_tensors, write_atomically
+from research_eval.training.checkpoint import load_tensors
 from research_eval.training.evaluate import Evaluation, evaluate, measure_flops, measure_latency
-from research_eval.training.fit import MODEL_FILE, Diverged, Interrupted, TrainingState, fit
+from research_eval.training.fit import MODEL_FILE, Diverged, Interrupted, Pruned, TrainingState, fit
 from research_eval.training.runtime import Runtime
 from research_eval.training.trace import alarm_metrics, regret_metrics, routing_metrics
 
@@ -58,14 +59,41 @@ class Result:
     exit_code: int = 0
 
 
-def run(config: ExperimentConfig, *, db: str | None = None, resume: bool = False, quiet: bool = False) -> Result:
+Watch = Callable[[int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class TrialRun:
+    """A run as part of a study's trial, under an id that was given to it before: it goes on where it was.
+
+    `watch` gets the number of every epoch just evaluated and its scores (`val_loss`, `val_acc`, `val_f1`); it may raise
+    Pruned.
+    """
+
+    study: str
+    number: int
+    experiment_id: str
+    watch: Watch
+
+
+def run(
+    config: ExperimentConfig,
+    *,
+    db: str | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+    parent_id: str | None = None,
+    trial: TrialRun | None = None,
+) -> Result:
     """Train, score and store one experiment; `resume` goes on with the newest run of the same config.
 
-    Raises ConfigError before any work for what the user has to change. A run that diverges or is interrupted is a
-    Result with that status; anything else that goes wrong is stored as failed and raised.
+    Raises ConfigError before any work for what the user has to change. A run that diverges, is pruned or interrupted is
+    a Result with that status; anything else that goes wrong is stored as failed and raised.
     """
     with Store(db) as store:
         known = store.find_experiment(config.to_dict()) if resume else None
+        if trial is not None:
+            known = store.find_id(trial.experiment_id)
         if known is not None and known["status"] == "finished":
             log.info("run %s of this config is finished: nothing to resume", known["experiment_id"])
             metrics = store.metrics(known["experiment_id"])
@@ -78,8 +106,10 @@ def run(config: ExperimentConfig, *, db: str | None = None, resume: bool = False
             f"{len(data.validation):,}",
             f"{data.fingerprint['train_validation_duplicates']:,}",
         )
-        experiment_id = known["experiment_id"] if known else new_id()
+        experiment_id = known["experiment_id"] if known else trial.experiment_id if trial else new_id()
         environment = {**environment_record(str(runtime.device)), "data": data.fingerprint}
+        if trial is not None:
+            environment["study"] = {"name": trial.study, "trial": trial.number}
         with claimed_folder(experiment_id) as folder:
             if known is not None:
                 log.info("resuming run %s", experiment_id)
@@ -88,16 +118,23 @@ def run(config: ExperimentConfig, *, db: str | None = None, resume: bool = False
             else:
                 if resume:
                     log.info("no earlier run of this config to resume: starting a new one")
-                start_row(store, experiment_id, config, environment)
+                run_type = "json" if trial is None else "optuna_trial"
+                start_row(store, experiment_id, config, environment, run_type, parent_id)
             save_description(folder, config, data)
-            return _train_and_store(store, experiment_id, folder, config, runtime, data, model, quiet)
+            with Progress(config.epochs, quiet, warns=trial is None) as progress:
+                journal = Journal(store, experiment_id, progress, None if trial is None else trial.watch)
+                result = _train_and_store(store, experiment_id, folder, config, runtime, data, model, journal)
+        if trial is None and result.status != "interrupted":
+            append_csv_row(config, result)
+        return result
 
 
-def prepare(config: ExperimentConfig) -> tuple[Runtime, DataSplits, EvaluableModel]:
-    """Device, data and freshly initialised model of a config."""
+def prepare(config: ExperimentConfig, data: DataSplits | None = None) -> tuple[Runtime, DataSplits, EvaluableModel]:
+    """Device, data (unless it is given) and freshly initialised model of a config."""
     options = config.training_params
     runtime = Runtime(options.device, options.precision, options.num_threads)
-    data = load_splits(config.dataset_type, config.dataset_name, config.dataset_params, config.seed)
+    if data is None:
+        data = load_splits(config.dataset_type, config.dataset_name, config.dataset_params, config.seed)
     if options.test and data.test is None:
         raise ConfigError(f"training_params.test: {config.dataset_name} has no test split with labels: set it to false")
     runtime.seed(config.seed, "init")
@@ -156,11 +193,18 @@ def save_description(folder: Path, config: ExperimentConfig, data: DataSplits) -
         write_atomically(folder / "tokenizer.json", data.tokenizer.to_str().encode())
 
 
-def start_row(store: Store, experiment_id: str, config: ExperimentConfig, environment: dict[str, Any]) -> None:
+def start_row(
+    store: Store,
+    experiment_id: str,
+    config: ExperimentConfig,
+    environment: dict[str, Any],
+    run_type: str = "json",
+    parent_id: str | None = None,
+) -> None:
     """Enter the run into the store as running."""
     store.start_experiment(
         experiment_id=experiment_id,
-        run_type="json",
+        run_type=run_type,
         experiment_name=config.experiment_name,
         model_type=config.model_type,
         dataset_name=config.dataset_name,
@@ -170,6 +214,7 @@ def start_row(store: Store, experiment_id: str, config: ExperimentConfig, enviro
         seed=config.seed,
         config=config.to_dict(),
         environment=environment,
+        parent_id=parent_id,
     )
 
 
@@ -181,13 +226,11 @@ def _train_and_store(
     runtime: Runtime,
     data: DataSplits,
     model: EvaluableModel,
-    quiet: bool,
+    journal: Journal,
 ) -> Result:
     status, error, exit_code, metrics = "finished", None, 0, {}
     try:
-        with Progress(config.epochs, quiet) as progress:
-            journal = Journal(store, experiment_id, progress)
-            state, scored, evaluation = fit(model, data, config, runtime, folder, journal)
+        state, scored, evaluation = fit(model, data, config, runtime, folder, journal)
         metrics = score(state, scored, evaluation, data, config, runtime, folder)
         store.finish_experiment(experiment_id, metrics)
         title = f"{config.experiment_name}: paths of {len(data.validation):,} validation samples"
@@ -197,25 +240,28 @@ def _train_and_store(
             draw_routing(metrics, state.reports, data.label_names, folder, config.experiment_name)
     except Diverged as problem:
         status, error, exit_code = "diverged", str(problem), 1
+    except Pruned as problem:
+        status, error = "pruned", str(problem)
     except Interrupted as problem:
         status, error, exit_code = "interrupted", str(problem), 128 + problem.signal
     except KeyboardInterrupt:
         status, error, exit_code = "interrupted", "keyboard", 130
     except Exception as problem:
-        store.set_status(experiment_id, "failed", f"{type(problem).__name__}: {problem}")
-        _append_csv(config, experiment_id, "failed", {})
+        error = f"{type(problem).__name__}: {problem}"
+        store.set_status(experiment_id, "failed", error)
+        if journal.watch is None:
+            append_csv_row(config, Result(experiment_id, "failed", {}, folder, error, 1))
         raise
     if status != "finished":
         store.set_status(experiment_id, status, error)
-        log.warning("run %s: %s: %s", experiment_id, status, error)
-    if status != "interrupted":
-        _append_csv(config, experiment_id, status, metrics)
+        log.log(logging.INFO if status == "pruned" else logging.WARNING, "run %s: %s: %s", experiment_id, status, error)
     return Result(experiment_id, status, metrics, folder, error, exit_code)
 
 
-def _append_csv(config: ExperimentConfig, experiment_id: str, status: str, metrics: dict[str, Any]) -> None:
+def append_csv_row(config: ExperimentConfig, result: Result) -> None:
+    """One row of `json_experiment_results.csv`."""
     row = {
-        "experiment_id": experiment_id,
+        "experiment_id": result.experiment_id,
         "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
         "experiment_name": config.experiment_name,
         "model_type": config.model_type,
@@ -224,9 +270,10 @@ def _append_csv(config: ExperimentConfig, experiment_id: str, status: str, metri
         "epochs": config.epochs,
         "batch_size": config.batch_size,
         "seed": config.seed,
-        "status": status,
+        "status": result.status,
     }
-    append_csv(CSV_FILE, row | {name: value for name, value in metrics.items() if isinstance(value, int | float)})
+    numbers = {name: value for name, value in result.metrics.items() if isinstance(value, int | float)}
+    append_csv(CSV_FILE, row | numbers)
 
 
 def score(
@@ -298,9 +345,10 @@ def _details(split: str, evaluation: Evaluation, data: TokenData) -> dict[str, l
 
 
 class Journal:
-    """Writes what training reports to the store, and passes it on to the screen."""
+    """Writes what training reports to the store, and passes it on to the screen and to whoever watches."""
 
-    def __init__(self, store: Store, experiment_id: str, progress: Progress) -> None:
+    def __init__(self, store: Store, experiment_id: str, progress: Progress, watch: Watch | None = None) -> None:
+        self.watch = watch
         self._store = store
         self._id = experiment_id
         self._progress = progress
@@ -323,6 +371,8 @@ class Journal:
         self._progress.epoch(step // self._steps_per_epoch, values)
         for alarm in model_metrics.get("alarms", ()):
             self._progress.warn(str(alarm))
+        if self.watch is not None:
+            self.watch(step // self._steps_per_epoch, values)
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         epoch = step / self._steps_per_epoch

@@ -50,6 +50,39 @@ class Aka:
         self.names = names
 
 
+class Choice:
+    """The values that a study tries: `embed_dim: Annotated[Count, Choice(32, 64, 128)]`."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+
+
+class Range:
+    """The interval that a study searches, both ends included; whole numbers where the parameter is an int.
+
+    `upto` names parameters of the same section whose product is an upper bound too.
+    """
+
+    def __init__(
+        self, low: float, high: float, *, log: bool = False, step: float | None = None, upto: tuple[str, ...] = ()
+    ) -> None:
+        self.low, self.high, self.log, self.step, self.upto = low, high, log, step, upto
+
+
+class Divides:
+    """Only values that divide another parameter of the section are tried."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class When:
+    """Searched only where another parameter of the section has one of these values."""
+
+    def __init__(self, name: str, *values: Any) -> None:
+        self.name, self.values = name, values
+
+
 Count = Annotated[int, Field(ge=1, le=INT_MAX)]
 Natural = Annotated[int, Field(ge=0, le=INT_MAX)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -71,9 +104,9 @@ class OptimizerParams(_Section):
 
     name: Literal["adamw", "sgd"] = "adamw"
     """Update rule."""
-    lr: Positive = 1e-3
+    lr: Annotated[Positive, Range(3e-4, 1e-2, log=True)] = 1e-3
     """Largest learning rate."""
-    weight_decay: Weight = 0.01
+    weight_decay: Annotated[Weight, Range(1e-3, 0.3, log=True)] = 0.01
     """Decay of weight matrices: decoupled for adamw, added to the gradient for sgd."""
     grad_clip_norm: Positive | None = 1.0
     """Gradients are scaled down to this norm; null for no clipping."""
@@ -85,7 +118,7 @@ class OptimizerParams(_Section):
     """Learning rate of experts relative to `lr`."""
     edge_lr_mult: Weight = 10.0
     """Learning rate of the edge tables of scan experts relative to `lr`."""
-    momentum: Share = 0.9
+    momentum: Annotated[Share, Range(0.5, 0.95), When("name", "sgd")] = 0.9
     """Momentum of sgd; an error with adamw."""
 
     @field_validator("momentum")  # runs for a given value only, never for the default
@@ -99,9 +132,9 @@ class OptimizerParams(_Section):
 class SchedulerParams(_Section):
     """The learning rate over the steps."""
 
-    name: Literal["none", "cosine_warmup", "wsd"] = "none"
+    name: Annotated[Literal["none", "cosine_warmup", "wsd"], Choice("none", "cosine_warmup")] = "none"
     """Course of the learning rate: constant, a linear rise and half a cosine, or rise, flat and linear fall."""
-    warmup_factor: Share = 0.1
+    warmup_factor: Annotated[Share, Range(0.02, 0.2), When("name", "cosine_warmup", "wsd")] = 0.1
     """Share of the steps that the rise takes."""
     min_lr_factor: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Learning rate at the last step relative to the largest."""
@@ -229,16 +262,25 @@ def signature_model(cls: type, provided: frozenset[str]) -> type[BaseModel]:
     return model
 
 
-def _fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
+def dataset_model(dataset_type: str, dataset_name: str) -> type[BaseModel]:
+    """The parameters of a data set. Raises ConfigError for a synthetic task that is not registered."""
+    if dataset_type == "real_world":
+        from research_eval.datasets.text import TextDataset
+
+        return signature_model(TextDataset, TEXT_PROVIDED)
+    return signature_model(SYNTHETIC_DATASETS.get_or_explain(dataset_name), SYNTHETIC_PROVIDED)
+
+
+def fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
     """The fields by their canonical names."""
     return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
-def _spellings(model: type[BaseModel]) -> dict[str, str]:
+def spellings_of(model: type[BaseModel]) -> dict[str, str]:
     """Accepted spelling -> canonical name."""
     return {
         spelling: name
-        for name, field in _fields(model).items()
+        for name, field in fields_of(model).items()
         for spelling in (name, *(other for aka in field.metadata if isinstance(aka, Aka) for other in aka.names))
     }
 
@@ -352,7 +394,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _hint(name: str, known: Iterable[str]) -> str:
+def hint(name: str, known: Iterable[str]) -> str:
+    """What to write instead of an unknown name: the nearest known one, else all of them; begins with a blank."""
     near = difflib.get_close_matches(name, known := sorted(known), n=1)
     if near:
         return f" Did you mean {near[0]!r}?"
@@ -445,7 +488,7 @@ class _Report:
                 self.add(path, f"missing key {detail['loc'][-1]!r}")
             elif detail["type"] == "extra_forbidden":
                 names = _keys_at(known, detail["loc"][:-1])
-                self.add(path[:-1], f"unknown key {path[-1]!r}.{_hint(str(path[-1]), names)}", at=path)
+                self.add(path[:-1], f"unknown key {path[-1]!r}.{hint(str(path[-1]), names)}", at=path)
             else:
                 alternatives.setdefault(path, []).append(detail)
         for path, details in alternatives.items():
@@ -459,11 +502,11 @@ class _Report:
 def _keys_at(model: type[BaseModel], path: Iterable[str | int]) -> list[str]:
     """The spellings that the section at `path` knows; none for a type that is no pydantic model."""
     for step in path:
-        field = _fields(model).get(str(step))
+        field = fields_of(model).get(str(step))
         if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
             return []
         model = field.annotation
-    return list(_spellings(model))
+    return list(spellings_of(model))
 
 
 # --------------------------------------------------------------------------------------------------------- checking
@@ -471,6 +514,24 @@ def _keys_at(model: type[BaseModel], path: Iterable[str | int]) -> list[str]:
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> ExperimentConfig:
     """Read and check a config file. `overrides` as in `parse_config`. Raises ConfigError with all mistakes."""
+    return parse_config(_read_text(path), str(path), overrides)
+
+
+def load_json(path: str | Path) -> dict[str, Any]:
+    """An object from a file of JSON with comments. Raises ConfigError for duplicate keys and what is no object."""
+    reader = _Source(_read_text(path), str(path))
+    data = reader.values()
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected an object {{...}}, got {_shown(data)}")
+    lines, duplicates = reader.lines()
+    report = _Report(str(path), lines)
+    for location, message in duplicates:
+        report.add(location[:-1], message, at=location)
+    report.raise_if_any()
+    return data
+
+
+def _read_text(path: str | Path) -> str:
     try:
         with open(path, "rb") as file:  # noqa: PTH123 - also takes the text that cannot be a Path
             content = file.read(MAX_BYTES + 1)
@@ -481,10 +542,9 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     if len(content) > MAX_BYTES:
         raise ConfigError(f"{path}: larger than {MAX_BYTES // 1000} kB: this is not a config file")
     try:
-        text = content.decode()
+        return content.decode()
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}): save it as UTF-8") from error
-    return parse_config(text, str(path), overrides)
 
 
 def parse_config(text: str, source: str, overrides: Mapping[str, Any] | None = None) -> ExperimentConfig:
@@ -548,7 +608,7 @@ def _arguments(
     if not isinstance(given, dict):
         return None  # reported with the sections
     model = signature_model(cls, provided)
-    spellings = _spellings(model)
+    spellings = spellings_of(model)
     values: dict[str, Any] = {}
     spelled: dict[str, str] = {}
     mistakes = False
@@ -564,7 +624,7 @@ def _arguments(
             mistakes = True
             continue
         spelled[name], values[name] = key, value
-    for name, field in _fields(model).items():
+    for name, field in fields_of(model).items():
         # A default is right by definition, also one that its annotation does not cover (`size: int = None`).
         default = None if field.is_required() else _json_text(field.default)
         if name in values and default is not None and _json_text(values[name]) == default:
@@ -572,7 +632,9 @@ def _arguments(
     checked = _validated(model, values, spelled, (section,), report)
     if checked is None or mistakes:
         return None
-    arguments = {name: getattr(checked, field) for field, name in zip(model.model_fields, _fields(model), strict=True)}
+    arguments = {
+        name: getattr(checked, field) for field, name in zip(model.model_fields, fields_of(model), strict=True)
+    }
     arguments |= checked.model_extra or {}
     # What JSON cannot hold stays with the constructor.
     return {name: value for name, value in arguments.items() if name in values or _json_text(value) is not None}
@@ -629,8 +691,8 @@ def _dataset_params(data: Mapping[str, Any], report: _Report) -> dict[str, Any] 
         params = data.get("dataset_params")
         own_files = isinstance(params, dict) and (params.get("data_dir") or params.get("sources"))
         if isinstance(dataset_name, str) and not own_files and dataset_name not in REAL_WORLD_DATASETS:
-            hint = _hint(dataset_name, REAL_WORLD_DATASETS)
-            message = f"unknown {dataset_name!r}.{hint} A set of your own needs dataset_params.data_dir or sources."
+            near = hint(dataset_name, REAL_WORLD_DATASETS)
+            message = f"unknown {dataset_name!r}.{near} A set of your own needs dataset_params.data_dir or sources."
             report.add(("dataset_name",), message)
         return _arguments("dataset_params", TextDataset, TEXT_PROVIDED, data, report)
     if dataset_type != "synthetic" or not isinstance(dataset_name, str):
@@ -653,7 +715,7 @@ def _add_aliases(schema: JsonSchemaValue, model: type[BaseModel]) -> None:
     """Every spelling is a property; of the spellings of a required key one has to be there."""
     properties = schema.setdefault("properties", {})
     others: dict[str, list[str]] = {}
-    for spelling, name in _spellings(model).items():
+    for spelling, name in spellings_of(model).items():
         if spelling != name:
             properties[spelling] = {**properties[name], "description": f"Other spelling of {name}."}
             others.setdefault(name, []).append(spelling)

@@ -321,6 +321,35 @@ def test_four_processes_that_create_and_fill_a_store_at_once_lose_nothing(db):
             assert len(store.history(run)) == 5
 
 
+def test_many_runs_are_read_with_the_numbers_among_their_metrics(db):
+    values = {"f1": 0.5, "zero": 0, "inf": math.inf, "nan": math.nan, "list": [1.0], "text": "3", "it's": 2.5}
+    with Store(db) as store:
+        start(store, "b", seed=1, config={"a": 1})
+        start(store, "a", model_type="moe")
+        start(store, "other", dataset_name="addition")
+        store.finish_experiment("b", values)
+        store.finish_experiment("other", {"f1": 0.9, "only": 1.0})
+        first, second = store.runs("parity", [*values, "missing"])
+        numbers = {name: value for name, value in values.items() if name in ("f1", "zero", "it's")}
+        assert first == ("b", "a name", "dense", "finished", 1, '{"a": 1}', first.metrics)
+        assert {name: value for name, value in first.metrics.items() if name != "inf"} == numbers
+        assert (second.experiment_id, second.status, second.metrics) == ("a", "running", {}), "oldest first"
+        assert store.runs("parity'") == []
+        assert [run.metrics for run in store.runs("parity")] == [{}, {}]
+        assert store.dataset_names() == ["addition", "parity"]
+        summaries = {one.name: one[1:] for one in store.metric_summaries()}
+        assert summaries["f1"] == (2, 0.5, 0.9)
+        assert summaries["zero"] == (1, 0, 0)
+        assert summaries["list"] == summaries["text"] == summaries["nan"] == (1, None, None)
+        assert "only" not in {one.name for one in store.metric_summaries("parity")}
+
+
+def test_a_whole_csv_file_has_the_cells_of_an_appended_one(tmp_path):
+    row = {"=name": "=1+1", "number": -1.5, "none": None, "list": [1, math.nan], "text": 'a,"b"\n'}
+    append_csv(tmp_path / "a.csv", row)
+    assert db_utils.csv_text(list(row), [list(row.values())]).encode() == (tmp_path / "a.csv").read_bytes()
+
+
 # --- Schema and migrations --------------------------------------------------------------------------------------------
 
 

@@ -39,6 +39,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from research_eval.datasets.token_data import DataSplits, TokenData
 from research_eval.errors import ConfigError
+from research_eval.schema import Choice, Range
 from research_eval.seeding import derive_seed
 
 log = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ class TextDataset:
         self,
         *,
         dataset_name: str,
-        max_length: Annotated[int, Field(ge=1, le=65536)] = 256,
+        max_length: Annotated[int, Field(ge=1, le=65536), Choice(64, 128, 256)] = 256,
         train_samples: Annotated[int, Field(ge=2)] | None = None,
         val_samples: Annotated[int, Field(ge=1)] | None = None,
         data_dir: str | None = None,
@@ -119,7 +120,7 @@ class TextDataset:
         label_field: str | None = None,
         tokenizer: TokenizerKind = "word",
         tokenizer_vocab_size: Annotated[int, Field(ge=100, le=1_000_000)] = 20_000,
-        min_frequency: Annotated[int, Field(ge=1)] = 2,
+        min_frequency: Annotated[int, Field(ge=1), Range(1, 4)] = 2,
         lowercase: bool = True,
         truncation: Truncation = "head",
         cache_dir: str | None = None,

@@ -18,7 +18,7 @@ from research_eval.layers.routing import PathRecord, balance_loss, entropy
 from research_eval.layers.text import ClassificationHead, Pool, PositionalEncoding, TokenEmbedding, masked_mean
 from research_eval.models.base_model import AuxiliaryLoss, EvaluableModel, keep_mask, routed_parameters
 from research_eval.registry import MODELS_MAP
-from research_eval.schema import Aka, Count, Natural, Positive, Share, Weight
+from research_eval.schema import Aka, Choice, Count, Divides, Natural, Positive, Range, Share, Weight, When
 
 
 class GRURouter(nn.Module):
@@ -54,17 +54,17 @@ class GoEClassifier(EvaluableModel):
         vocab_size: int,
         num_classes: int,
         padding_idx: int = 0,
-        embed_dim: Count = 64,
-        num_layers: Annotated[Count, Aka("num_goe_layers")] = 1,
-        num_total_experts: Annotated[Count, Aka("num_total_experts_pool")] = 4,
-        max_path_len: Count = 3,
+        embed_dim: Annotated[Count, Choice(32, 64, 128)] = 64,
+        num_layers: Annotated[Count, Aka("num_goe_layers"), Range(1, 2)] = 1,
+        num_total_experts: Annotated[Count, Aka("num_total_experts_pool"), Choice(2, 4, 8)] = 4,
+        max_path_len: Annotated[Count, Range(1, 4)] = 3,
         router_hidden_dim: Count | None = None,
-        gumbel_tau: Positive = 1.0,
-        num_heads: Count = 4,
+        gumbel_tau: Annotated[Positive, Range(0.3, 3.0, log=True)] = 1.0,
+        num_heads: Annotated[Count, Choice(1, 2, 4, 8), Divides("embed_dim")] = 4,
         dim_feedforward: Count | None = None,
-        dim_feedforward_factor: Positive | None = None,
-        dropout: Share = 0.1,
-        balance_loss_coef: Weight = 0.05,
+        dim_feedforward_factor: Annotated[Positive | None, Choice(1.0, 2.0, 4.0), When("dim_feedforward", None)] = None,
+        dropout: Annotated[Share, Range(0.0, 0.3)] = 0.1,
+        balance_loss_coef: Annotated[Weight, Range(1e-3, 0.3, log=True)] = 0.05,
         positional_encoding: PositionalEncoding = "sin",
         pool: Pool = "mean",
         bigram_buckets: Natural = 0,

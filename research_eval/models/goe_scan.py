@@ -7,7 +7,7 @@ E = M K  C classes  N joint states
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from research_eval.layers.scan import EdgePicker, Estimator, WalkerGraph
 from research_eval.layers.text import TokenEmbedding
 from research_eval.models.base_model import AuxiliaryLoss, EvaluableModel, keep_mask
 from research_eval.registry import MODELS_MAP
-from research_eval.schema import Count, Weight
+from research_eval.schema import Choice, Count, Range, Weight
 
 
 @MODELS_MAP.register("goe_scan")
@@ -40,13 +40,13 @@ class GoEScanClassifier(EvaluableModel):
         vocab_size: int,
         num_classes: int,
         padding_idx: int = 0,
-        num_nodes: Count = 16,
-        num_walkers: Count = 4,
+        num_nodes: Annotated[Count, Choice(8, 16, 32)] = 16,
+        num_walkers: Annotated[Count, Choice(1, 2, 4, 8)] = 4,
         num_edge_sets: Count | None = None,
         edges: Estimator = "soft",
         picks: Estimator = "st",
         embed_dim: Count = 32,
-        edge_entropy_coef: Weight = 0.01,
+        edge_entropy_coef: Annotated[Weight, Range(1e-3, 0.1, log=True)] = 0.01,
     ) -> None:
         super().__init__()
         self.vocab_size = vocab_size

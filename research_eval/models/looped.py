@@ -5,6 +5,8 @@ B batch  L length  D width
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from torch import Tensor, nn
 
 from research_eval.layers.block import Block, attention_mask_for, block_flops, feed_forward_width
@@ -12,7 +14,7 @@ from research_eval.layers.stacked import Dispatch
 from research_eval.layers.text import ClassificationHead, Pool, PositionalEncoding, TokenEmbedding
 from research_eval.models.base_model import EvaluableModel, keep_mask
 from research_eval.registry import MODELS_MAP
-from research_eval.schema import Count, Natural, Positive, Share
+from research_eval.schema import Choice, Count, Divides, Natural, Positive, Range, Share, When
 
 
 @MODELS_MAP.register("looped")
@@ -30,13 +32,13 @@ class LoopedTransformerClassifier(EvaluableModel):
         vocab_size: int,
         num_classes: int,
         padding_idx: int = 0,
-        embed_dim: Count = 64,
-        num_layers: Count = 1,
-        num_loops: Count = 2,
-        num_heads: Count = 4,
+        embed_dim: Annotated[Count, Choice(32, 64, 128)] = 64,
+        num_layers: Annotated[Count, Range(1, 2)] = 1,
+        num_loops: Annotated[Count, Range(1, 4)] = 2,
+        num_heads: Annotated[Count, Choice(1, 2, 4, 8), Divides("embed_dim")] = 4,
         dim_feedforward: Count | None = None,
-        dim_feedforward_factor: Positive | None = None,
-        dropout: Share = 0.1,
+        dim_feedforward_factor: Annotated[Positive | None, Choice(1.0, 2.0, 4.0), When("dim_feedforward", None)] = None,
+        dropout: Annotated[Share, Range(0.0, 0.3)] = 0.1,
         positional_encoding: PositionalEncoding = "sin",
         pool: Pool = "mean",
         bigram_buckets: Natural = 0,

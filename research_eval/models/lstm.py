@@ -5,13 +5,15 @@ B batch  L length  D width
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor, nn
 
 from research_eval.layers.text import ClassificationHead, TokenEmbedding
 from research_eval.models.base_model import EvaluableModel, keep_mask
 from research_eval.registry import MODELS_MAP
-from research_eval.schema import Count, Share
+from research_eval.schema import Choice, Count, Range, Share
 
 
 @MODELS_MAP.register("lstm")
@@ -29,9 +31,9 @@ class LSTMClassifier(EvaluableModel):
         vocab_size: int,
         num_classes: int,
         padding_idx: int = 0,
-        embed_dim: Count = 64,
-        num_layers: Count = 1,
-        dropout: Share = 0.0,
+        embed_dim: Annotated[Count, Choice(32, 64, 128)] = 64,
+        num_layers: Annotated[Count, Range(1, 2)] = 1,
+        dropout: Annotated[Share, Range(0.0, 0.3)] = 0.0,
     ) -> None:
         super().__init__()
         self.padding_idx = padding_idx

@@ -18,7 +18,7 @@ from research_eval.layers.stacked import Dispatch, Dropout, StackedLayerNorm, we
 from research_eval.layers.text import ClassificationHead, Pool, PositionalEncoding, TokenEmbedding
 from research_eval.models.base_model import AuxiliaryLoss, EvaluableModel, keep_mask, routed_parameters
 from research_eval.registry import MODELS_MAP
-from research_eval.schema import Aka, Count, Natural, Positive, Share, Weight
+from research_eval.schema import Aka, Choice, Count, Divides, Natural, Positive, Range, Share, Weight, When
 
 
 class RoutedFeedForward(nn.Module):
@@ -104,15 +104,15 @@ class MoETransformerClassifier(EvaluableModel):
         vocab_size: int,
         num_classes: int,
         padding_idx: int = 0,
-        embed_dim: Count = 64,
-        num_layers: Count = 2,
-        num_heads: Count = 4,
-        num_experts: Annotated[Count, Aka("num_experts_per_layer")] = 4,
-        top_k_experts: Count = 2,
+        embed_dim: Annotated[Count, Choice(32, 64, 128)] = 64,
+        num_layers: Annotated[Count, Range(1, 4)] = 2,
+        num_heads: Annotated[Count, Choice(1, 2, 4, 8), Divides("embed_dim")] = 4,
+        num_experts: Annotated[Count, Aka("num_experts_per_layer"), Choice(2, 4, 8)] = 4,
+        top_k_experts: Annotated[Count, Range(1, 4, upto=("num_experts",))] = 2,
         dim_feedforward: Count | None = None,
-        dim_feedforward_factor: Positive | None = None,
-        dropout: Share = 0.1,
-        balance_loss_coef: Weight = 0.01,
+        dim_feedforward_factor: Annotated[Positive | None, Choice(1.0, 2.0, 4.0), When("dim_feedforward", None)] = None,
+        dropout: Annotated[Share, Range(0.0, 0.3)] = 0.1,
+        balance_loss_coef: Annotated[Weight, Range(1e-3, 0.1, log=True)] = 0.01,
         z_loss_coef: Weight = 1e-3,
         balance_bias_rate: Weight = 0.0,
         positional_encoding: PositionalEncoding = "sin",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from research_eval.errors import ConfigError
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write, fsync, rename: a reader sees the old file or the new one, never half of one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+from research_eval.files import write_atomically
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:

@@ -36,6 +36,10 @@ class Diverged(RuntimeError):
     """The loss is no longer a finite number."""
 
 
+class Pruned(RuntimeError):
+    """Whoever watches the run gives it up; the message says why."""
+
+
 class Interrupted(RuntimeError):
     """SIGINT or SIGTERM arrived; a checkpoint of the last finished step has been written."""
 
@@ -103,7 +107,7 @@ def fit(
 ) -> tuple[TrainingState, EvaluableModel, Evaluation]:
     """Train and return the state, the model to score (the weight average where one is kept), and its last evaluation.
 
-    A checkpoint in `folder` is continued exactly. Raises Diverged, Interrupted.
+    A checkpoint in `folder` is continued exactly. Raises Diverged, Interrupted, and Pruned where the observer does.
     """
     options = config.training_params
     train = Batches(

@@ -24,11 +24,11 @@ from research_eval.analysis.routing_report import routing_report
 from research_eval.datasets.token_data import Batches, TokenData
 from research_eval.db_utils import canonical_json
 from research_eval.errors import ConfigError
+from research_eval.files import write_atomically
 from research_eval.layers.router import RunningStatistics
 from research_eval.layers.stacked import Dropout
 from research_eval.models.base_model import EvaluableModel, logits_of, routed_parameters
 from research_eval.schema import ExperimentConfig
-from research_eval.training.checkpoint import write_atomically
 from research_eval.training.evaluate import Evaluation, evaluate
 from research_eval.training.runtime import Runtime
 
