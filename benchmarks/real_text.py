@@ -15,8 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from research import interval
-
+from research_eval.analysis.statistics import half_width as interval
 from research_eval.datasets.text import TextDataset
 from research_eval.db_utils import Store
 from research_eval.schema import load_config

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -20,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student_t
 
+from research_eval.analysis.statistics import half_width as interval
 from research_eval.db_utils import Store
 from research_eval.schema import ExperimentConfig, load_config
 
@@ -145,13 +144,6 @@ def train(config: ExperimentConfig, arguments: argparse.Namespace) -> None:
         file.flush()
         command = [sys.executable, "-m", "research_eval.main", "--resume", "--quiet", "--json_config_path", file.name]
         subprocess.run([*command, "--db", arguments.db], check=True)
-
-
-def interval(values: list[float]) -> float:
-    """Half width of the 95 % t-interval of the mean; NaN for a single value."""
-    if len(values) < 2:
-        return math.nan
-    return float(student_t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)))
 
 
 def collect(study: str, seeds: int, store: Store, data_dir: Path | None) -> dict[str, list[dict[str, Any]]]:

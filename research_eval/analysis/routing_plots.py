@@ -5,6 +5,7 @@ T steps of a path (or layers)  N experts  E epochs  C classes or groups
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from research_eval.files import write_atomically
 
 LOAD_FILE = "expert_load.png"
 ENTROPY_FILE = "router_entropy.png"
@@ -38,8 +41,10 @@ def draw_routing(
 
 
 @contextmanager
-def figure_for(path: Path, width: float, height: float, **options: Any) -> Iterator[tuple[Any, Any]]:
-    """A figure and its axes, saved to `path` at the end. No display is needed."""
+def figure_for(
+    path: Path, width: float, height: float, beside: Sequence[str] = (), **options: Any
+) -> Iterator[tuple[Any, Any]]:
+    """A figure and its axes, saved to `path` at the end, and `beside` it with these suffixes. No display is needed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -48,7 +53,12 @@ def figure_for(path: Path, width: float, height: float, **options: Any) -> Itera
     figure, axes = plt.subplots(figsize=(width, height), constrained_layout=True, **options)
     try:
         yield figure, axes
-        figure.savefig(path, dpi=130)
+        for file in (path, *(path.with_suffix(suffix) for suffix in beside)):
+            picture = io.BytesIO()
+            dated = {"Date": None} if file.suffix == ".svg" else None
+            with matplotlib.rc_context({"svg.hashsalt": path.stem}):  # equal data, equal file
+                figure.savefig(picture, format=file.suffix[1:], dpi=130, metadata=dated)
+            write_atomically(file, picture.getvalue())
     finally:
         plt.close(figure)
 

@@ -1,0 +1,153 @@
+"""Two model types against each other: the best config of each, over the seeds that both have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from research_eval.analysis.runs import Group, Results
+from research_eval.analysis.statistics import PairedDifference, holm, paired_difference
+from research_eval.analysis.summary import Options
+from research_eval.analysis.tables import Table, interval_text, metric_text
+from research_eval.errors import ConfigError
+from research_eval.metrics import direction
+
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """First minus second, by the metric that chose both configs and by the test score."""
+
+    task: str  # its label
+    first: Group
+    second: Group
+    seeds: list[int | str]
+    difference: PairedDifference
+    test: PairedDifference | None  # None unless every common seed has the score on both sides
+    adjusted_p: float | None
+
+
+def all_pairs(model_types: Sequence[str]) -> list[Pair]:
+    return list(combinations(model_types, 2))
+
+
+def parse_pair(text: str) -> Pair:
+    """`A,B` of the command line."""
+    names = [name.strip() for name in text.split(",")]
+    if len(names) != 2 or not all(names) or names[0] == names[1]:
+        raise ConfigError(f"--compare: expected two model types such as goe,dense, got {text!r}")
+    return names[0], names[1]
+
+
+def compare(results: Results, best: Sequence[Group], pairs: Sequence[Pair], options: Options) -> list[Comparison]:
+    """Every pair on every task where both are among the best groups; Holm's correction is over all of them."""
+    chosen = {(group.task, group.model_type): group for group in best}
+    found: list[Comparison] = []
+    for task, label in results.tasks.items():
+        for first, second in pairs:
+            if (task, first) in chosen and (task, second) in chosen:
+                found.append(_compared(label, chosen[task, first], chosen[task, second], options))
+    p_values = [one.difference.p_value for one in found if one.difference.p_value is not None]
+    adjusted = iter(holm(p_values))
+    return [
+        one if one.difference.p_value is None else Comparison(**{**vars(one), "adjusted_p": next(adjusted)})
+        for one in found
+    ]
+
+
+def _compared(label: str, first: Group, second: Group, options: Options) -> Comparison:
+    scores = first.scores(options.metric), second.scores(options.metric)
+    seeds = [seed for seed in scores[0] if seed in scores[1]]
+    tests = first.scores(options.test_metric), second.scores(options.test_metric)
+    tested = bool(seeds) and all(seed in one for one in tests for seed in seeds)
+    return Comparison(
+        label,
+        first,
+        second,
+        seeds,
+        _paired(scores, seeds, options.confidence),
+        _paired(tests, seeds, options.confidence) if tested else None,
+        None,
+    )
+
+
+def _paired(
+    scores: Sequence[dict[int | str, float]], seeds: Sequence[int | str], confidence: float
+) -> PairedDifference:
+    first, second = ([one[seed] for seed in seeds] for one in scores)
+    return paired_difference(first, second, confidence)
+
+
+# ---------------------------------------------------------------------------------------------------------- as text
+
+
+def comparison_table(results: Results, found: Sequence[Comparison], options: Options) -> Table:
+    """For people."""
+    percent = f"{100 * options.confidence:g} %"
+    tasks, tests = len(results.tasks) > 1, any(one.test for one in found)
+    columns = ["difference", *["task"] * tasks, "common seeds", options.metric, f"{percent} t-interval"]
+    columns += ["effect size", "p", "p (Holm)", *[options.test_metric] * tests, "remark"]
+    rows = []
+    for one in found:
+        line = [f"{one.first.model_type} - {one.second.model_type}", *[one.task] * tasks, str(len(one.seeds))]
+        line += [_signed(one.difference, options.metric), interval_text(one.difference.interval, options.metric)]
+        line += [_optional(one.difference.effect_size, "+.2f"), p_text(one.difference.p_value), p_text(one.adjusted_p)]
+        line += [_signed(one.test, options.test_metric)] * tests + [one.difference.note]
+        rows.append(line)
+    title = f"{results.dataset_name}: paired differences between the best configs by {options.metric}"
+    return Table(title, columns, rows, ("difference", "task", "remark"), _notes(found, options))
+
+
+def _signed(difference: PairedDifference | None, metric: str) -> str:
+    if difference is None or difference.mean is None:
+        return ""
+    return ("+" if difference.mean >= 0 else "") + metric_text(difference.mean, metric)
+
+
+def _optional(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def p_text(value: float | None) -> str:
+    """Three decimals, and no p of 0."""
+    if value is None:
+        return ""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _notes(found: Sequence[Comparison], options: Options) -> list[str]:
+    tests = sum(one.adjusted_p is not None for one in found)
+    better = "positive" if direction(options.metric) == "maximize" else "negative"
+    notes = [
+        f"First minus second over the common seeds, each with its best config by {options.metric}; "
+        f"{better} means that the first is better.",
+        "Effect size: mean over standard deviation of the differences, corrected for few seeds (Hedges).",
+        f"p: paired t-test, two-sided; Holm: adjusted for the {tests} tests of this table." if tests else "",
+        "Both configs were chosen by the scores that are compared: where one of them had many more trials, "
+        "compare fresh seeds.",
+    ]
+    return [note for note in notes if note]
+
+
+def comparison_csv(found: Sequence[Comparison], options: Options) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows with every figure in full."""
+    columns = ["first", "second", "task", "num_common_seeds", "common_seeds", "metric", "difference", "low", "high"]
+    columns += ["effect_size", "p_value", "p_value_holm", "test_metric", "test_difference", "test_low", "test_high"]
+    columns += ["remark", "first_experiment_ids", "second_experiment_ids"]
+    rows = []
+    for one in found:
+        low, high = one.difference.interval or (None, None)
+        test_low, test_high = (one.test and one.test.interval) or (None, None)
+        rows.append(
+            [
+                *(one.first.model_type, one.second.model_type, one.task, len(one.seeds), " ".join(map(str, one.seeds))),
+                *(options.metric, one.difference.mean, low, high, one.difference.effect_size),
+                *(one.difference.p_value, one.adjusted_p),
+                *(options.test_metric, one.test.mean if one.test else None, test_low, test_high, one.difference.note),
+                *(" ".join(run.experiment_id for run in group.runs) for group in (one.first, one.second)),
+            ]
+        )
+    return columns, rows

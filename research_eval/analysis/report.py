@@ -1,0 +1,307 @@
+"""One HTML page about the results on a dataset: it holds all that it shows and needs no network."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from research_eval.analysis.comparison import Comparison, comparison_table
+from research_eval.analysis.points import COST_LABELS, CURVES, SCORE, Curve, Point, is_wide, panels, points_of, styles
+from research_eval.analysis.runs import OPERATIONAL, Group, Results, described, differences, flat
+from research_eval.analysis.statistics import mean_interval
+from research_eval.analysis.summary import COSTS, SHOWN_COSTS, Options, Row, rate_texts, spread_text
+from research_eval.analysis.summary import summary_table as summary_table_of
+from research_eval.analysis.tables import interval_text, metric_text, printable, short_number
+from research_eval.files import file_stem
+from research_eval.metrics import direction
+
+if TYPE_CHECKING:
+    from research_eval.db_utils import Store
+
+RUNS_FOLDER = Path("runs")  # where a run leaves its files, in the working directory
+PICTURES = {
+    "expert_graph.png": "The way of the validation samples through the experts.",
+    "expert_load.png": "The share of each expert over the epochs.",
+    "router_entropy.png": "How undecided the router is: 0 certain, 1 undecided.",
+    "path_lengths.png": "How long the paths of each class or group are.",
+    "automaton.png": "The automaton that the scan experts have learned.",
+}
+ROUTED = ("router_entropy", "mean_path_length")  # metrics that only a model with routes has
+MAX_POINTS = 3000  # of a task; a browser draws more of them slowly
+MAX_LISTED = 50
+MAX_NAMED = 12  # hyperparameters of a point
+
+
+def report_html(
+    store: Store,
+    results: Results,
+    rows: Sequence[Row],
+    comparisons: Sequence[Comparison],
+    curves: Mapping[str, Mapping[str, Sequence[Curve]]],
+    options: Options,
+) -> str:
+    """The page. `curves`: task -> series -> one for each of the best configs."""
+    import jinja2
+    from plotly.offline import get_plotlyjs
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {}  # keys in their order
+    environment.filters["printable"] = printable
+    looks = styles(results.model_types)
+    listed = _listed(results, options)
+    return environment.get_template("report.html.j2").render(
+        results=results,
+        options=options,
+        made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        looks=looks,
+        cards=[_card(results, row, options) for row in rows],
+        summary=summary_table_of(results, rows, options),
+        comparison=comparison_table(results, comparisons, options) if comparisons else None,
+        listed=listed,
+        routing=_routing(results, rows, options),
+        recipes=[_recipe(store, results, row) for row in rows],
+        command=_command(results, options),
+        plotly=get_plotlyjs(),
+        data=_figures(results, curves, options),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- the figures
+
+
+def _figures(results: Results, curves: Mapping[str, Mapping[str, Sequence[Curve]]], options: Options) -> dict[str, Any]:
+    """All that the page's script draws, for each task; text in it is escaped, because plotly reads tags in text."""
+    return {
+        "tasks": [
+            {
+                "label": html.escape(results.tasks[task]),
+                "scatter": _scatter(results, task, options),
+                "curves": {
+                    series: [_curve(curve) for curve in curves.get(task, {}).get(series, ())] for series in CURVES
+                },
+            }
+            for task in panels(results)
+        ],
+        "costs": COST_LABELS,
+        "series": CURVES,
+        "score": SCORE,
+        "confidence": f"{100 * options.confidence:g} %",
+        "looks": {
+            html.escape(name): {"colour": look.colour, "marker": look.marker}
+            for name, look in styles(results.model_types).items()
+        },
+    }
+
+
+def _scatter(results: Results, task: str, options: Options) -> dict[str, Any]:
+    """Cost -> points; `hover` is shared by all costs."""
+    groups = results.of_task(task)
+    numbers = {id(group): number for number, group in enumerate(groups)}
+    by_cost = {cost: points_of(results, task, cost, options.confidence) for cost in COST_LABELS}
+    best = sorted(groups, key=lambda group: -(group.mean(SCORE) or -math.inf))[:MAX_POINTS]
+    kept = {id(group) for group in best}
+    kept |= {id(point.group) for points in by_cost.values() for point in points if point.on_front}
+    shown = [group for group in groups if id(group) in kept]
+    hover = dict(zip((numbers[id(group)] for group in shown), _hovers(shown, options), strict=True))
+    return {
+        "hidden": len(groups) - len(shown),
+        "hover": hover,
+        "costs": {
+            cost: {
+                "wide": is_wide([point.cost for point in points]),
+                "points": [_point(point, numbers[id(point.group)]) for point in points if id(point.group) in kept],
+            }
+            for cost, points in by_cost.items()
+        },
+    }
+
+
+def _point(point: Point, number: int) -> dict[str, Any]:
+    low, high = point.interval or (None, None)
+    return {
+        "n": number,
+        "model": html.escape(point.group.model_type),
+        "x": point.cost,
+        "y": point.score,
+        "low": low,
+        "high": high,
+        "front": point.on_front,
+    }
+
+
+def _hovers(groups: Sequence[Group], options: Options) -> list[str]:
+    """What a point says of itself."""
+    texts = []
+    for group, values in zip(groups, hyperparameters(groups), strict=True):
+        score = metric_text(group.mean(SCORE), SCORE)
+        spread = interval_text(mean_interval(group.values(SCORE), options.confidence), SCORE)
+        costs = (
+            f"{COSTS[cost]} {short_number(group.mean(cost))}" for cost in COST_LABELS if group.mean(cost) is not None
+        )
+        named = [described({name: value}) for name, value in list(values.items())[:MAX_NAMED]]
+        lines = [
+            f"{group.model_type}: {group.name}",
+            f"F1 {score} {spread}".rstrip() + f", {len(group.values(SCORE))} seeds",
+            ", ".join(costs),
+            *(", ".join(named[start : start + 3]) for start in range(0, len(named), 3)),
+            f"run {group.runs[0].experiment_id}",
+        ]
+        texts.append("<br>".join(html.escape(printable(line)[:160]) for line in lines if line))
+    return texts
+
+
+def hyperparameters(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Of each group what not all groups of its model type and task have in common, without what only names a run."""
+    together: dict[tuple[str, str], list[int]] = {}
+    for number, group in enumerate(groups):
+        together.setdefault((group.task, group.model_type), []).append(number)
+    found: list[dict[str, Any]] = [{} for _ in groups]
+    ignored = {"seed", "experiment_name", *(f"training_params.{name}" for name in OPERATIONAL)}
+    for members in together.values():
+        varied = differences([flat(groups[number].config) for number in members])
+        for number, values in zip(members, varied, strict=True):
+            found[number] = {_last(name): _rounded(value) for name, value in values.items() if name not in ignored}
+    return found
+
+
+def _last(name: str) -> str:
+    """`lr` of `optimizer_params.lr`."""
+    section, _, rest = name.partition(".")
+    return rest if section.endswith("_params") and rest else name
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def _curve(curve: Curve) -> dict[str, Any]:
+    return {
+        "model": html.escape(curve.group.model_type),
+        "x": curve.epochs,
+        "mean": curve.mean,
+        "low": [mean if one is None else one.low for mean, one in zip(curve.mean, curve.intervals, strict=True)],
+        "high": [mean if one is None else one.high for mean, one in zip(curve.mean, curve.intervals, strict=True)],
+        "banded": any(curve.intervals),
+        "seeds": [{"x": epochs, "y": values} for epochs, values in curve.seeds],
+    }
+
+
+# ----------------------------------------------------------------------------------------------------- the other parts
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`value` is what a column is sorted by."""
+
+    text: str
+    value: float | str
+
+
+def _card(results: Results, row: Row, options: Options) -> dict[str, Any]:
+    solved, rate = rate_texts(row.score)
+    facts = {
+        f"{100 * options.confidence:g} % interval": spread_text(row.score, options.metric),
+        "seeds": str(len(row.score.values)),
+        f"solved (≥ {options.solved_at:g})": f"{solved} {rate}".strip(),
+        options.test_metric: metric_text(row.test.mean, options.test_metric),
+        "parameters": short_number(row.costs["param_count"]),
+        "trials spent": f"{row.trials:,}",
+    }
+    return {
+        "model": row.group.model_type,
+        "task": results.tasks[row.group.task],
+        "score": metric_text(row.score.mean, options.metric),
+        "facts": {name: text for name, text in facts.items() if text},
+    }
+
+
+def _listed(results: Results, options: Options) -> dict[str, Any]:
+    """The best configs of all, as a table that can be sorted."""
+    sign = 1 if direction(options.metric) == "maximize" else -1
+    scored = [(mean, group) for group in results.groups if (mean := group.mean(options.metric)) is not None]
+    scored.sort(key=lambda one: -sign * one[0])
+    tasks = len(results.tasks) > 1
+    groups = [group for _, group in scored[:MAX_LISTED]]
+    columns = ["model", *["task"] * tasks, options.metric, "interval", "seeds", *(COSTS[cost] for cost in SHOWN_COSTS)]
+    rows = []
+    for group, values in zip(groups, hyperparameters(groups), strict=True):
+        mean, interval = group.mean(options.metric), mean_interval(group.values(options.metric), options.confidence)
+        cells = [Cell(group.model_type, group.model_type)]
+        cells += [Cell(results.tasks[group.task], results.tasks[group.task])] * tasks
+        cells += [Cell(metric_text(mean, options.metric), _sortable(mean))]
+        cells += [Cell(interval_text(interval, options.metric), _sortable(interval and interval.low))]
+        cells += [Cell(str(len(group.values(options.metric))), len(group.values(options.metric)))]
+        cells += [Cell(short_number(group.mean(cost)), _sortable(group.mean(cost))) for cost in SHOWN_COSTS]
+        cells += [Cell(text := described(values), text), Cell(group.name, group.name)]
+        rows.append(cells)
+    return {"columns": [*columns, "hyperparameters", "experiment"], "rows": rows, "total": len(scored)}
+
+
+def _sortable(value: float | None) -> float:
+    return -math.inf if value is None else value
+
+
+def _routing(results: Results, rows: Sequence[Row], options: Options) -> dict[str, Any] | None:
+    """The pictures of the best run with routes, of those whose files are here; None where no best config has routes."""
+    sign = 1 if direction(options.metric) == "maximize" else -1
+    routed = [row for row in rows if any(row.group.values(metric) for metric in ROUTED)]
+    routed.sort(key=lambda row: -sign * (row.score.mean or 0.0))
+    found: dict[str, Any] | None = None
+    for row in routed:
+        scored = [run for run in row.group.runs if options.metric in run.metrics]
+        run = max(scored, key=lambda run: sign * run.metrics[options.metric])
+        folder = RUNS_FOLDER / file_stem(run.experiment_id)  # an id of a foreign database may be anything
+        pictures = [
+            {"source": f"data:image/png;base64,{base64.b64encode((folder / name).read_bytes()).decode()}", "text": text}
+            for name, text in PICTURES.items()
+            if (folder / name).is_file()
+        ]
+        one = {"model": row.group.model_type, "run": run, "folder": str(folder), "pictures": pictures}
+        one["task"] = results.tasks[row.group.task]
+        if pictures:
+            return one
+        found = found or one
+    return found
+
+
+def _recipe(store: Store, results: Results, row: Row) -> dict[str, Any]:
+    """The config of a best row, how to run it again, and what it ran on."""
+    stored = store.experiment(row.group.runs[0].experiment_id)
+    seeds = ",".join(str(run.seed) for run in row.group.runs if run.seed is not None)
+    file = f"best_{file_stem(row.group.model_type)}.json"
+    command = f"python research_eval/main.py --json_config_path {file}" + (f" --seeds {seeds}" if seeds else "")
+    try:
+        environment = json.loads(stored["env_details_json"] or "{}")
+    except ValueError:
+        environment = {}
+    return {
+        "model": row.group.model_type,
+        "task": results.tasks[row.group.task],
+        "name": row.group.name,
+        "file": file,
+        "command": command,
+        "config": json.dumps(row.group.config, indent=2) if row.group.config else row.group.runs[0].config_json,
+        "runs": [run.experiment_id for run in row.group.runs],
+        "environment": flat(environment) if isinstance(environment, dict) else {},
+    }
+
+
+def _command(results: Results, options: Options) -> str:
+    words = ["python", "research_eval/analyze_results.py", "--dataset_name", results.dataset_name]
+    words += ["--model_types", ",".join(results.model_types), "--metric_to_optimize", options.metric]
+    words += ["--confidence", f"{options.confidence:g}", "--solved_at", f"{options.solved_at:g}", "--run_report"]
+    return shlex.join(words)

@@ -1,0 +1,234 @@
+"""The runs on one dataset in groups: a config and its seeds are a group, equal dataset parameters a task."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from research_eval.metrics import direction
+
+if TYPE_CHECKING:
+    from research_eval.db_utils import RunRow, Store
+
+# What a config may differ in and still be the same experiment: these training parameters say how a run is watched and
+# where it is computed, not what is computed.
+OPERATIONAL = ("device", "num_threads", "log_every", "checkpoint_every", "trace_routing", "test")
+LOST = ("failed", "diverged", "interrupted")
+
+
+@dataclass(frozen=True)
+class Group:
+    """The finished runs of one config, one for each seed, by seed."""
+
+    model_type: str
+    task: str  # its key in `Results.tasks`
+    runs: tuple[RunRow, ...]
+    lost: int  # seeds of this config that ended without a result
+
+    def scores(self, metric: str) -> dict[int | str, float]:
+        """Seed -> value, of the runs that have a finite one; a run without a known seed stands for itself."""
+        found = {_seed(run): run.metrics.get(metric, math.nan) for run in self.runs}
+        return {seed: value for seed, value in found.items() if math.isfinite(value)}
+
+    def values(self, metric: str) -> list[float]:
+        return list(self.scores(metric).values())
+
+    def mean(self, metric: str) -> float | None:
+        values = self.values(metric)
+        return fmean(values) if values else None
+
+    @property
+    def name(self) -> str:
+        return self.runs[0].experiment_name
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """That of its first run; empty where an earlier program stored something else."""
+        return _parsed(self.runs[0].config_json)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that was run on a dataset."""
+
+    dataset_name: str
+    groups: list[Group]  # in the order of their first runs
+    tasks: dict[str, str]  # key -> what tells it from the others; "" where it is the only one
+    spent: dict[tuple[str, str], Counter[str]]  # task, model type -> how many runs have each status
+
+    @property
+    def model_types(self) -> list[str]:
+        return sorted({model_type for _, model_type in self.spent})
+
+    @property
+    def num_runs(self) -> int:
+        return sum(count.total() for count in self.spent.values())
+
+    def only(self, model_types: Sequence[str]) -> Results:
+        """The same without other model types, and without tasks that only those have run."""
+        spent = {place: count for place, count in self.spent.items() if place[1] in model_types}
+        groups = [group for group in self.groups if group.model_type in model_types]
+        return Results(self.dataset_name, groups, _labels({task for task, _ in spent}), spent)
+
+    def of_task(self, task: str) -> list[Group]:
+        return [group for group in self.groups if group.task == task]
+
+    def best(self, metric: str) -> list[Group]:
+        """The group with the best mean for each task and model type; of equal ones that with more seeds, the first."""
+        sign = 1 if direction(metric) == "maximize" else -1
+        leaders: dict[tuple[str, str], tuple[tuple[float, int], Group]] = {}
+        for group in self.groups:
+            values = group.values(metric)
+            if values:
+                place, rank = (group.task, group.model_type), (sign * fmean(values), len(values))
+                if place not in leaders or rank > leaders[place][0]:
+                    leaders[place] = rank, group
+        order = list(self.tasks)
+        return [leaders[place][1] for place in sorted(leaders, key=lambda place: (order.index(place[0]), place[1]))]
+
+
+def load_results(store: Store, dataset_name: str, metrics: Sequence[str] = ()) -> Results:
+    """The runs on a dataset with the metrics asked for."""
+    seeds: dict[tuple[str, str, str], dict[int | str, RunRow]] = {}
+    ended: dict[tuple[str, str, str], set[int | str]] = {}
+    spent: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    for row in store.runs(dataset_name, metrics):
+        task, config = keys(row)
+        place = (row.model_type, task, config)
+        spent[task, row.model_type][row.status] += 1
+        if row.status == "finished":
+            seeds.setdefault(place, {})[_seed(row)] = row  # rows come oldest first: the newest of a seed stays
+        elif row.status in LOST:
+            ended.setdefault(place, set()).add(_seed(row))
+    groups = [
+        Group(
+            model_type,
+            task,
+            tuple(runs[seed] for seed in sorted(runs, key=lambda seed: (str(type(seed)), seed))),
+            len(ended.get((model_type, task, config), set()) - set(runs)),
+        )
+        for (model_type, task, config), runs in seeds.items()
+    ]
+    return Results(dataset_name, groups, _labels({task for task, _ in spent}), dict(spent))
+
+
+def with_all_metrics(store: Store, group: Group) -> Group:
+    """The group with every metric of its runs that is a number."""
+    runs = []
+    for run in group.runs:
+        stored = store.metrics(run.experiment_id)
+        runs.append(run._replace(metrics={name: value for name, value in stored.items() if isinstance(value, float)}))
+    return replace(group, runs=tuple(runs))
+
+
+def _seed(run: RunRow) -> int | str:
+    return run.experiment_id if run.seed is None else run.seed
+
+
+# ----------------------------------------------------------------------------------------------------- equal configs
+
+
+def keys(row: RunRow) -> tuple[str, str]:
+    """Two texts: equal ones for runs on the same task, and for runs of the same experiment but for the seed.
+
+    The stored text is canonical, so that what does not matter can be cut out of it,
+    ten times faster than by parsing. Other texts are parsed and brought into that form.
+    """
+    found = _cut(row.config_json, row.experiment_name, row.seed)
+    if found is not None:
+        return found
+    config = _parsed(row.config_json)
+    found = _cut(json.dumps(config, sort_keys=True), config.get("experiment_name"), config.get("seed"))
+    if found is not None:
+        return found
+    rest = {key: value for key, value in config.items() if key not in ("seed", "experiment_name")}
+    task = _task_key(json.dumps(config.get("dataset_params", {})))
+    return task or "{}", json.dumps(rest, sort_keys=True) if config else row.config_json
+
+
+def _cut(text: str, name: Any, seed: Any) -> tuple[str, str] | None:
+    """Both keys of a canonical config; None for any other text."""
+    head, found_seed, training = text.rpartition(f'"seed": {seed}, "training_params": ')
+    before, found_name, after = head.partition(f'"experiment_name": {json.dumps(name)}, ')
+    start, found_data, rest = before.partition('"dataset_params": ')
+    data, found_type, end = rest.partition(', "dataset_type": ')
+    if not (found_seed and found_name and found_data and found_type):
+        return None
+    task, watched = _task_key(data), _training_key(training[:-1])
+    return None if task is None or watched is None else (task, f"{start}{data}{end}{after}{watched}")
+
+
+@lru_cache(maxsize=4096)
+def _task_key(text: str) -> str | None:
+    return _without(text, ("data_dir",))
+
+
+@lru_cache(maxsize=4096)
+def _training_key(text: str) -> str | None:
+    return _without(text, OPERATIONAL)
+
+
+def _without(text: str, names: Sequence[str]) -> str | None:
+    """The JSON object of `text` without these keys; None where it is no object."""
+    section = _parsed(text)
+    if not section and text.strip() != "{}":
+        return None
+    return json.dumps({key: value for key, value in section.items() if key not in names}, sort_keys=True)
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+# ------------------------------------------------------------------------------------------------- what differs
+
+
+def flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, its keys joined with dots."""
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, dict) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def differences(sections: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each of several flat dictionaries what not all of them have in common."""
+    texts = [{key: json.dumps(value, sort_keys=True) for key, value in section.items()} for section in sections]
+    names = dict.fromkeys(name for section in sections for name in section)
+    varied = [name for name in names if len({text.get(name) for text in texts}) > 1]
+    return [{name: section[name] for name in varied if name in section} for section in sections]
+
+
+def described(values: dict[str, Any]) -> str:
+    """`seq_len=8, vocab_size=2`."""
+    return ", ".join(
+        f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()
+    )
+
+
+def _labels(tasks: set[str]) -> dict[str, str]:
+    """The tasks in an order that people expect, and what tells each from the others."""
+    if len(tasks) == 1:
+        return dict.fromkeys(tasks, "")
+    ordered = sorted(tasks)
+    varied = dict(zip(ordered, differences([flat(_parsed(task)) for task in ordered]), strict=True))
+    by_value = sorted(ordered, key=lambda task: [_sortable(value) for value in varied[task].values()])
+    return {task: described(varied[task]) or "no parameters" for task in by_value}
+
+
+def _sortable(value: Any) -> tuple[int, float, str]:
+    number = isinstance(value, int | float)
+    return (0 if number else 1, value if number else 0.0, "" if number else json.dumps(value, sort_keys=True))

@@ -1,0 +1,347 @@
+"""Pages of a study as HTML files, whose pictures answer to the mouse. They need no network.
+
+plotly reads tags in the text that it draws: all text of users is escaped for it.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from research_eval.analysis.result_plots import INK, PALE
+from research_eval.analysis.study_points import (
+    COLOURS,
+    GRID,
+    IMPORTANCE_LEGEND,
+    MANY,
+    Block,
+    Lines,
+    Scale,
+    Story,
+    bar_limit,
+    best_so_far,
+    described,
+    front_line,
+    importance_rows,
+    lines_of,
+    named,
+    rises_to_the_right,
+    scale_of,
+    values_of,
+    way,
+)
+from research_eval.analysis.study_trials import TrialRecord
+from research_eval.analysis.tables import metric_text
+from research_eval.files import write_atomically
+
+SCRIPT = "plotly.min.js"
+FONT = {"family": "system-ui, -apple-system, Segoe UI, Roboto, Arial, sans-serif", "size": 13, "color": INK}
+MARKS = {
+    "pruned": {"symbol": "circle", "color": PALE, "size": 6, "opacity": 0.55},
+    "diverged": {"symbol": "cross-thin-open", "color": INK, "size": 8},
+    "failed": {"symbol": "x-thin-open", "color": INK, "size": 8},
+}
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<link rel="icon" href="data:,">
+<script src="{script}"></script>
+<style>
+body {{ font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; color: #222; margin: 0 auto;
+  max-width: 1300px; padding: 20px 24px; }}
+h1 {{ font-size: 1.35rem; margin: 0; overflow-wrap: anywhere; }}
+h2 {{ font-size: 1.05rem; margin: 22px 0 0; overflow-wrap: anywhere; }}
+p {{ margin: 4px 0 12px; color: #666; }}
+nav a {{ margin-right: 14px; color: #0072B2; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p>{below}</p>
+<nav>{links}</nav>
+{body}
+</body>
+</html>
+"""
+
+Figure = dict[str, Any]
+Section = tuple[str, Figure]  # a heading, perhaps empty, and what is drawn under it
+
+
+def write_pages(story: Story, folder: Path, names: Sequence[str]) -> list[Path]:
+    """A page for each of the pictures of `study_plots`, and the one copy of plotly's script that they share."""
+    from plotly.offline import get_plotlyjs
+
+    script = get_plotlyjs().encode()
+    if not (folder / SCRIPT).is_file() or (folder / SCRIPT).read_bytes() != script:
+        write_atomically(folder / SCRIPT, script)
+    links = " ".join(f'<a href="{name}.html">{PAGES[name][0]}</a>' for name in names)
+    written = []
+    for name in names:
+        what, below, draw = PAGES[name]
+        page = PAGE.format(
+            title=html.escape(story.heading(what)),
+            below=html.escape(below(story)),
+            script=SCRIPT,
+            links=links,
+            body="\n".join(_section(number, *section) for number, section in enumerate(draw(story))),
+        )
+        write_atomically(folder / f"{name}.html", page.encode())
+        written.append(folder / f"{name}.html")
+    return written
+
+
+def _section(number: int, heading: str, figure: Figure) -> str:
+    from plotly.io import to_html
+
+    common = {"font": FONT, "paper_bgcolor": "white", "plot_bgcolor": "white", "hoverlabel": {"align": "left"}}
+    buttons = ["zoom2d", "pan2d", "resetScale2d", "toImage"] if figure["data"][0]["type"] == "scatter" else ["toImage"]
+    drawn = to_html(
+        {"data": figure["data"], "layout": figure["layout"] | common},
+        config={"displaylogo": False, "responsive": True, "typesetMath": False, "modeBarButtons": [buttons]},
+        include_plotlyjs=False,
+        full_html=False,
+        div_id=f"figure-{number}",
+    )
+    return (f"<h2>{html.escape(heading)}</h2>\n" if heading else "") + drawn
+
+
+# --------------------------------------------------------------------------------------------------- the four pages
+
+
+def history(story: Story) -> list[Section]:
+    """A figure per objective."""
+    return [("", _history(story, index)) for index in range(len(story.objectives))]
+
+
+def _history(story: Story, index: int) -> Figure:
+    objective = story.objectives[index]
+    scale = scale_of(values_of(story.finished, index), objective)
+    drawn = []
+    for name, records in story.by_type.items():
+        points = _points(story, records, f"{named(name)}: {len(records):,}", _look(story, name))
+        drawn.append(points | {"x": [record.number for record in records], "y": values_of(records, index)})
+    for status, look in MARKS.items():
+        records = [record for record in story.own if record.status == status]
+        values = [record.value(story.objectives, index) for record in records]
+        places = [value if scale.shows(value) else _floor(scale) for value in values]
+        if records:
+            points = _points(story, records, f"{status}: {len(records):,}", look)
+            drawn.append(points | {"x": [record.number for record in records], "y": places})
+    steps = best_so_far([record.number for record in story.finished], values_of(story.finished, index), objective)
+    number, best = steps[-1]
+    last = max(record.number for record in story.own)
+    x, y = [at for at, _ in steps] + [last], [value for _, value in steps] + [best]
+    drawn.append(_line(x, y, f"best so far: {metric_text(best, objective)} in trial {number}", "hv", "solid"))
+    layout = _layout(460, {"title": {"text": "trial"}, "gridcolor": GRID, "zeroline": False}, _axis(scale, objective))
+    return {"data": drawn, "layout": layout}
+
+
+def _floor(scale: Scale) -> float:
+    """Just above the lower end: where trials without a value lie."""
+    if scale.log:
+        return scale.low * (scale.high / scale.low) ** 0.025
+    return scale.low + 0.025 * (scale.high - scale.low)
+
+
+def importance(story: Story) -> list[Section]:
+    """A figure per row of lists."""
+    rows = importance_rows(story)
+    return [("", _bars(row, max(map(len, rows)), bar_limit(rows))) for row in rows]
+
+
+def _bars(row: Sequence[Block], columns: int, limit: float) -> Figure:
+    """Lists of bars side by side."""
+    drawn: list[Figure] = []
+    most = max([1] + [len(block.bars) for block in row])
+    layout: Figure = {"height": 24 * most + 78, "margin": {"l": 8, "r": 8, "t": 58, "b": 12}, "showlegend": False}
+    layout |= {"annotations": [], "barmode": "overlay"}
+    for number, block in enumerate(row):
+        suffix = "" if number == 0 else str(number + 1)
+        left, right = number / columns, (number + 1) / columns
+        start = left + 0.34 * (right - left)
+        plain = {"fixedrange": True, "zeroline": False, "showgrid": False}
+        layout[f"xaxis{suffix}"] = plain | {"domain": [start, right - 0.01], "range": [0, limit], "visible": False}
+        layout[f"yaxis{suffix}"] = plain | {"anchor": f"x{suffix}", "ticksuffix": " ", "showline": True}
+        layout[f"yaxis{suffix}"] |= {"range": [most - 0.4, -0.6], "linecolor": PALE, "visible": bool(block.bars)}
+        axes = {"xaxis": f"x{suffix}", "yaxis": f"y{suffix}"}
+        drawn += [one | axes for one in _bars_of(block, limit)]
+        layout["annotations"].append(_text(_title(block), left, 1, 14))
+        layout["annotations"][-1] |= {"yshift": 8}
+        if block.note:
+            layout["annotations"].append(_text(html.escape(block.note), left, 0, 0))
+    return {"data": drawn, "layout": layout}
+
+
+def _title(block: Block) -> str:
+    return f"<b>{html.escape(block.title)}</b>" + (f"<br>{html.escape(block.below)}" if block.below else "")
+
+
+def _bars_of(block: Block, limit: float) -> list[Figure]:
+    labels = [html.escape(f"{label}  {bar.share:.0%}") for label, bar in block.bars.items()]
+    said = [
+        f"{label}: {bar.share:.1%}" + (f", shuffled up to {bar.chance:.1%}" if bar.chance is not None else "")
+        for label, bar in block.bars.items()
+    ]
+    bars = {
+        "type": "bar",
+        "orientation": "h",
+        "x": [bar.share for bar in block.bars.values()],
+        "y": labels,
+        "marker": {"color": block.colour, "opacity": [1.0 if bar.is_clear else 0.3 for bar in block.bars.values()]},
+        "hoverinfo": "text",
+        "hovertext": list(map(html.escape, said)),
+    }
+    chances = [(label, bar.chance) for label, bar in zip(labels, block.bars.values(), strict=True)]
+    shown = [(label, chance) for label, chance in chances if chance is not None and chance < limit]
+    marks = {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [chance for _, chance in shown],
+        "y": [label for label, _ in shown],
+        "marker": {"symbol": "line-ns-open", "color": INK, "size": 15},
+        "hoverinfo": "skip",
+    }
+    return [bars, marks]
+
+
+def parallel_coordinates(story: Story) -> list[Section]:
+    """A figure per model type."""
+    found = [lines_of(story, name) for name in story.by_type]
+    return [(lines.title, _parallel(story, lines)) for lines in found]
+
+
+def _parallel(story: Story, lines: Lines) -> Figure:
+    bar = {
+        "title": {"text": html.escape(way(story.objectives[0])), "side": "right"},
+        "tickvals": [at for at, _ in lines.legend],
+        "ticktext": [text for _, text in lines.legend],
+        "thickness": 12,
+        "outlinewidth": 0,
+    }
+    colours = [[place / (len(COLOURS) - 1), colour] for place, colour in enumerate(COLOURS)]
+    drawn = {
+        "type": "parcoords",
+        "line": {
+            "color": lines.goodness,
+            "cmin": 0,
+            "cmax": 1,
+            "colorscale": colours,
+            "colorbar": bar,
+            "showscale": True,
+        },
+        "dimensions": [
+            {
+                "label": html.escape(axis.label),
+                "values": lines.places(axis),
+                "range": [-0.03, 1.03],
+                # plotly draws an axis between its ticks: the two empty ones are its ends.
+                "tickvals": [-0.03, *(at for at, _ in axis.ticks), 1.03],
+                "ticktext": ["", *(html.escape(text) for _, text in axis.ticks), ""],
+            }
+            for axis in lines.axes
+        ],
+        "labelfont": {"size": 12},
+        "tickfont": {"size": 11},
+        "labelangle": -18 if len(lines.axes) > 8 else 0,
+        "unselected": {"line": {"color": "#DDDDDD", "opacity": 0.3}},
+    }
+    return {"data": [drawn], "layout": {"height": 390, "margin": {"l": 80, "r": 40, "t": 85, "b": 30}}}
+
+
+def pareto(story: Story) -> list[Section]:
+    """The first objective against each of the others."""
+    return [("", _pareto(story, index)) for index in range(1, len(story.objectives))]
+
+
+def _pareto(story: Story, index: int) -> Figure:
+    drawn = []
+    for name, records in story.by_type.items():
+        for on_front in (False, True):
+            chosen = [record for record in records if (record.number in story.front) == on_front]
+            points = _points(story, chosen, f"{named(name)}: {len(records):,}", _look(story, name))
+            points["marker"] |= {"size": 11, "opacity": 1, "line": {"color": INK, "width": 1}} if on_front else {}
+            points["marker"]["opacity"] = 1 if on_front else 0.28
+            points |= {"x": values_of(chosen, index), "y": values_of(chosen, 0)}
+            drawn.append(points | {"legendgroup": html.escape(name), "showlegend": False})
+        legend = {"type": "scatter", "mode": "markers", "x": [None], "y": [None], "name": drawn[-1]["name"]}
+        drawn.append(legend | {"marker": _look(story, name), "legendgroup": html.escape(name)})
+    across = scale_of(values_of(story.finished, index), story.objectives[index])
+    up = scale_of(values_of(story.finished, 0), story.objectives[0])
+    if len(story.objectives) == 2:
+        x, y = zip(*front_line(story, across), strict=True)
+        drawn.append(_line(x, y, "Pareto front", "hv" if rises_to_the_right(story) else "vh", "dash"))
+    layout = _layout(620, _axis(across, story.objectives[index]), _axis(up, story.objectives[0]))
+    return {"data": drawn, "layout": layout}
+
+
+PAGES: dict[str, tuple[str, Callable[[Story], str], Callable[[Story], list[Section]]]] = {
+    "history": ("Optimisation history", Story.counts, history),
+    "importance": ("What mattered", lambda _: IMPORTANCE_LEGEND, importance),
+    "parallel_coordinates": (
+        "Settings and values",
+        lambda story: (
+            f"{story.counts()}. A line is a finished trial. Drag along an axis to choose some, click it to have all "
+            "again; drag an axis by its name to move it."
+        ),
+        parallel_coordinates,
+    ),
+    "pareto": ("Pareto front", Story.fronts, pareto),
+}
+
+
+# ----------------------------------------------------------------------------------------------------- common parts
+
+
+def _look(story: Story, model_type: str) -> Figure:
+    size = 9 if len(story.own) <= MANY else 5
+    style = story.styles[model_type]
+    return {"symbol": style.marker, "color": style.colour, "size": size, "opacity": 0.85}
+
+
+def _points(story: Story, records: Sequence[TrialRecord], name: str, look: Figure) -> Figure:
+    """Trials that say what they are; without their places."""
+    texts = ["<br>".join(map(html.escape, described(record, story.objectives))) for record in records]
+    common = {"type": "scatter", "mode": "markers", "hoverinfo": "text", "hovertext": texts}
+    return common | {"name": html.escape(name), "marker": dict(look)}
+
+
+def _line(x: Sequence[float], y: Sequence[float], name: str, shape: str, dash: str) -> Figure:
+    line = {"shape": shape, "color": INK, "width": 1.5, "dash": dash}
+    places = {"x": list(x), "y": list(y)}
+    return {"type": "scatter", "mode": "lines", "name": name, "line": line, "hoverinfo": "skip"} | places
+
+
+def _text(text: str, x: float, y: float, size: int) -> Figure:
+    """A line of text above (y 1) or in a list of bars, from its left."""
+    place = {"x": x, "y": y, "xref": "paper", "yref": "paper", "xanchor": "left", "align": "left", "showarrow": False}
+    return place | {
+        "text": text,
+        "yanchor": "bottom",
+        "font": {"size": size or 12, "color": INK if size else "#666666"},
+    }
+
+
+def _layout(height: int, across: Figure, up: Figure) -> Figure:
+    legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "itemsizing": "constant"}
+    margin = {"l": 90, "r": 20, "t": 60, "b": 60}
+    return {"height": height, "margin": margin, "xaxis": across, "yaxis": up, "legend": legend}
+
+
+def _axis(scale: Scale, objective: str) -> Figure:
+    ends = [math.log10(end) for end in (scale.low, scale.high)] if scale.log else [scale.low, scale.high]
+    return {
+        "title": {"text": html.escape(way(objective))},
+        "type": "log" if scale.log else "linear",
+        "range": ends,
+        "tickvals": scale.ticks,
+        "ticktext": scale.texts,
+        "gridcolor": GRID,
+        "zeroline": False,
+    }

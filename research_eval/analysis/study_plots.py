@@ -1,0 +1,355 @@
+"""Pictures of a study as PNG files: its history, what mattered, all settings at once, the Pareto front.
+
+T trials  A axes  X points along a line
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from research_eval.analysis.result_plots import INK, MATPLOTLIB_MARKERS, PALE
+from research_eval.analysis.routing_plots import figure_for
+from research_eval.analysis.study_pages import write_pages
+from research_eval.analysis.study_points import (
+    COLOURS,
+    GRID,
+    IMPORTANCE_LEGEND,
+    MANY,
+    Block,
+    Lines,
+    Scale,
+    Story,
+    bar_limit,
+    best_so_far,
+    front_line,
+    importance_rows,
+    lines_of,
+    named,
+    rises_to_the_right,
+    scale_of,
+    values_of,
+    way,
+)
+from research_eval.analysis.tables import metric_text
+
+BOLD = 20  # lines of a panel that can be followed, at most
+MARKS = {"pruned": (".", PALE), "diverged": ("+", INK), "failed": ("x", INK)}
+
+
+def draw_study(story: Story, folder: Path) -> list[Path]:
+    """All pictures, PNG and HTML, in `folder`; returns their paths. The story needs a finished trial."""
+    folder.mkdir(exist_ok=True)
+    pictures: dict[str, Callable[[Story, Path], None]] = {
+        "history": draw_history,
+        "importance": draw_importance,
+        "parallel_coordinates": draw_parallel_coordinates,
+    }
+    if len(story.objectives) > 1:
+        pictures["pareto"] = draw_pareto
+    written = []
+    for name, draw in pictures.items():
+        path = folder / f"{name}.png"
+        draw(story, path)
+        written.append(path)
+    return written + write_pages(story, folder, list(pictures))
+
+
+# ---------------------------------------------------------------------------------------------------------- history
+
+
+def draw_history(story: Story, path: Path) -> None:
+    """The value of every trial, and the best so far; one panel per objective."""
+    rows = len(story.objectives)
+    with figure_for(path, 9, 3.1 * rows + 1.1, nrows=rows, sharex=True, squeeze=False) as (figure, axes):
+        for index, panel in enumerate(axes[:, 0]):
+            scale = scale_of(values_of(story.finished, index), story.objectives[index])
+            _apply(panel, "y", scale)
+            _draw_finished(panel, story, index)
+            _draw_others(panel, story, index, scale)
+            _draw_best(panel, story, index)
+            panel.set_ylabel(way(story.objectives[index]).replace(" (", "\n("), parse_math=False)
+        axes[-1, 0].set_xlabel("trial")
+        axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
+        _heading(figure, story.heading("Optimisation history"), story.counts())
+        _legend(figure, [*_model_handles(story), *_mark_handles(story)])
+
+
+def _size(story: Story) -> int:
+    return 34 if len(story.own) <= MANY else 9
+
+
+def _draw_finished(panel: Any, story: Story, index: int) -> None:
+    for name, records in story.by_type.items():
+        panel.scatter(
+            [record.number for record in records],
+            values_of(records, index),
+            s=_size(story),
+            marker=MATPLOTLIB_MARKERS[story.styles[name].marker],
+            color=story.styles[name].colour,
+            alpha=0.85 if len(story.own) <= MANY else 0.6,
+            linewidths=0,
+            zorder=3,
+        )
+
+
+def _draw_others(panel: Any, story: Story, index: int, scale: Scale) -> None:
+    """Trials without a value, or with one out of sight, lie on the floor."""
+    for status, (marker, colour) in MARKS.items():
+        records = [record for record in story.own if record.status == status]
+        values = [record.value(story.objectives, index) for record in records]
+        for shown in (True, False):
+            chosen = [number for number, value in enumerate(values) if scale.shows(value) == shown]
+            panel.scatter(
+                [records[number].number for number in chosen],
+                [values[number] if shown else 0.025 for number in chosen],
+                s=_size(story),
+                marker=marker,
+                color=colour,
+                linewidths=0 if status == "pruned" else 1.1 if len(story.own) <= MANY else 0.7,
+                transform=panel.transData if shown else panel.get_xaxis_transform(),
+                zorder=2,
+            )
+
+
+def _draw_best(panel: Any, story: Story, index: int) -> None:
+    objective, numbers = story.objectives[index], [record.number for record in story.finished]
+    steps = best_so_far(numbers, values_of(story.finished, index), objective)
+    number, best = steps[-1]
+    last = max(record.number for record in story.own)
+    x, y = [at for at, _ in steps] + [last], [value for _, value in steps] + [best]
+    panel.step(x, y, where="post", color=INK, linewidth=1.2, zorder=4)
+    panel.scatter([number], [best], s=110, facecolors="none", edgecolors=INK, linewidths=1.2, zorder=5)
+    panel.set_title(f"best {metric_text(best, objective)} in trial {number}", fontsize=9, color=INK, loc="right")
+
+
+def _mark_handles(story: Story) -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    there = {record.status for record in story.own}
+    handles = [
+        Line2D([], [], linestyle="", marker=marker, color=colour, label=status)
+        for status, (marker, colour) in MARKS.items()
+        if status in there
+    ]
+    return [*handles, Line2D([], [], color=INK, linewidth=1.2, label="best so far")]
+
+
+# ------------------------------------------------------------------------------------------------------- importance
+
+
+def draw_importance(story: Story, path: Path) -> None:
+    """What mattered: the model type, then for each type its parameters."""
+    rows = importance_rows(story)
+    columns = max(map(len, rows))
+    heights = [max([1.5] + [len(block.bars) + 0.3 for block in row]) for row in rows]
+    grid = {"height_ratios": heights}
+    size = (
+        max(6.5, 5.4 * columns),
+        0.2 * sum(heights) + (0.5 if len(story.objectives) == 1 else 0.65) * len(rows) + 0.8,
+    )
+    with figure_for(path, *size, nrows=len(rows), ncols=columns, squeeze=False, gridspec_kw=grid) as (figure, axes):
+        for panels, row, height in zip(axes, rows, heights, strict=True):
+            for panel, block in zip(panels, row, strict=False):
+                _draw_bars(panel, block, bar_limit(rows), height)
+            for panel in panels[len(row) :]:
+                panel.axis("off")
+        objective = f" for {story.objectives[0]}" if len(story.objectives) == 1 else ""
+        _heading(figure, story.heading(f"What mattered{objective}"), story.counts())
+        figure.supxlabel(IMPORTANCE_LEGEND, fontsize=8, wrap=True)
+
+
+def _draw_bars(panel: Any, block: Block, limit: float, height: float) -> None:
+    title = f"{block.title}\n{block.below}" if block.below else block.title
+    panel.set_title(title, fontsize=9.5, loc="left", parse_math=False)
+    if not block.bars:
+        panel.text(0, 0.8, block.note, transform=panel.transAxes, va="top", color=PALE, fontsize=9)
+        panel.axis("off")
+        return
+    for place, bar in enumerate(block.bars.values()):
+        panel.barh(place, bar.share, height=0.72, color=block.colour, alpha=1.0 if bar.is_clear else 0.3)
+        if bar.chance is not None and bar.chance < limit:
+            panel.vlines(bar.chance, place - 0.36, place + 0.36, color=INK, linewidth=1)
+    labels = [f"{label}  {bar.share:.0%}" for label, bar in block.bars.items()]
+    panel.set_yticks(range(len(labels)), labels, parse_math=False, fontsize=8.5)
+    panel.set(xlim=(0, limit), ylim=(height - 0.6, -0.6), xticks=[])
+    panel.set_xlabel(block.note, fontsize=8, color=PALE, loc="left")
+    panel.spines[["top", "right", "bottom"]].set_visible(False)
+    panel.spines["left"].set_color(PALE)
+    panel.tick_params(length=0)
+
+
+# --------------------------------------------------------------------------------------------- parallel coordinates
+
+
+def draw_parallel_coordinates(story: Story, path: Path) -> None:
+    """A line per finished trial through all its settings to its values; one panel per model type."""
+    found = [lines_of(story, name) for name in story.by_type]
+    width = max(6.5, 2.0 + 0.95 * max(len(lines.axes) for lines in found))
+    with figure_for(path, width, 3.2 * len(found) + 0.8, nrows=len(found), squeeze=False) as (figure, panels):
+        for panel, lines in zip(panels[:, 0], found, strict=True):
+            panel.set_title(lines.title, fontsize=10, loc="left", parse_math=False, pad=44)
+            _draw_lines(panel, lines)
+            _draw_axes(panel, lines)
+        _colour_bar(figure, panels, story, found[0])
+        _heading(figure, story.heading("Settings and values"), story.counts())
+
+
+def _draw_lines(panel: Any, lines: Lines) -> None:
+    """Bad trials first and faint, the best ones last and bold."""
+    from matplotlib.collections import LineCollection
+
+    at_TA = np.array([lines.places(axis) for axis in lines.axes]).T
+    share = np.linspace(0, 1, 24)
+    eased = share * share * (3 - 2 * share)  # crosses every axis at a right angle
+    x = (np.arange(len(lines.axes) - 1)[:, None] + share).ravel()
+    y_TX = at_TA[:, :-1, None] + (at_TA[:, 1:] - at_TA[:, :-1])[:, :, None] * eased
+    good = np.array(lines.goodness)
+    order = np.argsort(good, kind="stable")
+    best = np.isin(np.arange(len(good)), order[-max(1, min(BOLD, len(good) // 10)) :])
+    colours = _colour_map()(good)
+    colours[:, 3] = np.where(best, 0.9, max(0.08, min(0.6, 30 / len(good))))
+    collection = LineCollection(
+        [np.column_stack([x, y_TX[trial].ravel()]) for trial in order],
+        colors=colours[order],
+        linewidths=np.where(best, 1.6, 0.9)[order],
+    )
+    panel.add_collection(collection)
+
+
+def _draw_axes(panel: Any, lines: Lines) -> None:
+    box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6}
+    for place, axis in enumerate(lines.axes):
+        panel.axvline(place, color=INK, linewidth=0.9, zorder=3)
+        panel.text(place, 1.09, axis.label, fontsize=8.5, rotation=18, rotation_mode="anchor", parse_math=False)
+        for at, text in axis.ticks:
+            panel.plot([place - 0.02, place + 0.02], [at, at], color=INK, linewidth=0.9, zorder=3)
+            panel.text(place + 0.04, at, text, va="center", fontsize=7, parse_math=False, zorder=4, bbox=box)
+    panel.set(xlim=(-0.15, len(lines.axes) - 0.55), ylim=(-0.06, 1.06))
+    panel.axis("off")
+
+
+def _colour_map() -> Any:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("goodness", COLOURS)
+
+
+def _colour_bar(figure: Any, panels: Any, story: Story, lines: Lines) -> None:
+    from matplotlib.cm import ScalarMappable
+
+    bar = figure.colorbar(ScalarMappable(cmap=_colour_map()), ax=panels, fraction=0.02, pad=0.02, aspect=40)
+    bar.set_ticks([at for at, _ in lines.legend], labels=[text for _, text in lines.legend], fontsize=8)
+    bar.set_label(way(story.objectives[0]), parse_math=False)
+    bar.outline.set_visible(False)
+
+
+# ------------------------------------------------------------------------------------------------------ Pareto front
+
+
+def draw_pareto(story: Story, path: Path) -> None:
+    """The first objective against each of the others."""
+    others = range(1, len(story.objectives))
+    size = (5.6 * len(others) + 1.0, 5.2)
+    with figure_for(path, *size, ncols=len(others), squeeze=False) as (figure, axes):
+        for panel, index in zip(axes[0], others, strict=True):
+            _draw_front(panel, story, index)
+        _heading(figure, story.heading("Pareto front"), story.fronts())
+        _legend(figure, _model_handles(story))
+
+
+def _draw_front(panel: Any, story: Story, index: int) -> None:
+    for name, records in story.by_type.items():
+        for on_front in (False, True):
+            chosen = [record for record in records if (record.number in story.front) == on_front]
+            panel.scatter(
+                values_of(chosen, index),
+                values_of(chosen, 0),
+                s=62 if on_front else _size(story),
+                marker=MATPLOTLIB_MARKERS[story.styles[name].marker],
+                color=story.styles[name].colour,
+                alpha=1.0 if on_front else 0.25,
+                edgecolors=INK if on_front else "none",
+                linewidths=0.8 if on_front else 0,
+                zorder=4 if on_front else 2,
+            )
+    scale = scale_of(values_of(story.finished, index), story.objectives[index])
+    _apply(panel, "x", scale)
+    _apply(panel, "y", scale_of(values_of(story.finished, 0), story.objectives[0]))
+    if len(story.objectives) == 2:
+        x, y = zip(*front_line(story, scale), strict=True)
+        where = "post" if rises_to_the_right(story) else "pre"
+        panel.step(x, y, where=where, color=INK, linewidth=1.1, linestyle=(0, (5, 3)), zorder=1)
+    _number_front(panel, story, index)
+    panel.set_xlabel(way(story.objectives[index]), parse_math=False)
+    panel.set_ylabel(way(story.objectives[0]), parse_math=False)
+
+
+def _number_front(panel: Any, story: Story, index: int) -> None:
+    """The numbers of the trials on the front, where there is room for them."""
+    taken: list[Any] = []
+    for record in story.finished:
+        point = (*values_of([record], index), *values_of([record], 0))
+        place = panel.transAxes.inverted().transform(panel.transData.transform(point))
+        if record.number in story.front and not any((abs(place - other) < (0.08, 0.04)).all() for other in taken):
+            panel.annotate(str(record.number), point, (6, -9), textcoords="offset points", fontsize=7.5, zorder=5)
+            taken.append(place)
+
+
+# ----------------------------------------------------------------------------------------------------- common parts
+
+
+def _apply(panel: Any, which: str, scale: Scale) -> None:
+    """`which` is "x" or "y"."""
+    from matplotlib.ticker import NullLocator
+
+    axis = panel.xaxis if which == "x" else panel.yaxis
+    if scale.log:
+        panel.set(**{f"{which}scale": "log"})
+    panel.set(**{f"{which}lim": (scale.low, scale.high)})
+    axis.set_ticks(scale.ticks, labels=scale.texts)
+    axis.set_minor_locator(NullLocator())
+    panel.grid(visible=True, color=GRID, linewidth=0.8)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.spines[["left", "bottom"]].set_color(PALE)
+    panel.tick_params(color=PALE, labelsize=9)
+
+
+def _heading(figure: Any, heading: str, below: str) -> None:
+    columns = int(figure.get_figwidth() / 0.088)  # matplotlib's own wrapping would read the text as mathematics
+    lines = [*textwrap.wrap(heading, columns), *textwrap.wrap(below, columns)]
+    figure.suptitle("\n".join(lines), fontsize=11, parse_math=False)
+
+
+def _model_handles(story: Story) -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    return [
+        Line2D(
+            [],
+            [],
+            linestyle="",
+            marker=MATPLOTLIB_MARKERS[story.styles[name].marker],
+            color=story.styles[name].colour,
+            markeredgewidth=0,
+            label=f"{named(name)}: {len(records):,}",
+        )
+        for name, records in story.by_type.items()
+    ]
+
+
+def _legend(figure: Any, handles: Sequence[Any]) -> None:
+    inches = [0.075 * len(handle.get_label()) + 0.5 for handle in handles]
+    columns = max(1, min(len(handles), int(figure.get_figwidth() / max(inches))))
+    if sum(inches) < figure.get_figwidth():
+        columns = len(handles)
+    legend = figure.legend(
+        handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9, columnspacing=1.4
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)

@@ -1,0 +1,212 @@
+"""The summary table: for each model type its best config, chosen on validation, with what its seeds say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from research_eval.analysis.runs import Group, Results
+from research_eval.analysis.statistics import FEWEST, Interval, mean_interval, no_spread, wilson_interval
+from research_eval.analysis.tables import Table, interval_text, is_score, metric_text, short_number
+from research_eval.metrics import direction
+
+COSTS = {
+    "param_count": "parameters",
+    "active_param_count": "active",
+    "inference_latency_ms_batch": "latency ms",
+    "inference_flops_per_sample": "FLOPs/sample",
+    "train_flops": "training FLOPs",
+    "training_duration_seconds": "training s",
+}
+SHOWN_COSTS = ("param_count", "inference_latency_ms_batch", "inference_flops_per_sample")
+STATUSES = ("finished", "pruned", "failed", "diverged", "interrupted", "running")
+TEST_SCORES = {"final_val_loss": "test_loss", "final_val_acc": "test_acc"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the tables are made by."""
+
+    metric: str
+    confidence: float
+    solved_at: float
+
+    @property
+    def test_metric(self) -> str:
+        """The test score that stands beside the metric."""
+        return TEST_SCORES.get(self.metric, "test_f1")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A metric over the seeds of a group."""
+
+    values: list[float]
+    mean: float | None
+    interval: Interval | None  # None for fewer than `FEWEST` seeds, or where all have the same value
+    solved: int | None  # None where the metric is no score, or the rate would say nothing
+    solve_rate: Interval | None
+
+    @property
+    def saturated(self) -> bool:
+        """Several seeds, one value."""
+        return len(self.values) > 1 and no_spread(self.values)
+
+
+def estimate(group: Group, metric: str, confidence: float, solved_at: float) -> Estimate:
+    """The solve rate is shown where a seed has solved the task, or all seeds are stuck at one value."""
+    values = group.values(metric)
+    if not values:
+        return Estimate([], None, None, None, None)
+    solved = sum(value >= solved_at for value in values)
+    shown = is_score(metric) and (solved > 0 or (len(values) > 1 and no_spread(values)))
+    return Estimate(
+        values,
+        fmean(values),
+        mean_interval(values, confidence),
+        solved if shown else None,
+        wilson_interval(solved, len(values), confidence) if shown else None,
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """The best config of a model type."""
+
+    group: Group
+    score: Estimate
+    test: Estimate
+    costs: dict[str, float | None]
+    spent: dict[str, int]  # status -> runs of this model type on this task
+
+    @property
+    def trials(self) -> int:
+        return sum(self.spent.values())
+
+
+def summary_rows(results: Results, best: Sequence[Group], options: Options) -> list[Row]:
+    """One for each of the best groups, which have all their metrics."""
+    return [
+        Row(
+            group,
+            estimate(group, options.metric, options.confidence, options.solved_at),
+            estimate(group, options.test_metric, options.confidence, options.solved_at),
+            {name: group.mean(name) for name in COSTS},
+            {status: results.spent[group.task, group.model_type][status] for status in STATUSES},
+        )
+        for group in best
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------- as text
+
+
+def summary_table(results: Results, rows: Sequence[Row], options: Options) -> Table:
+    """For people; `summary_csv` is for programs."""
+    percent = f"{100 * options.confidence:g} %"
+    tests = any(row.test.values for row in rows)
+    rates = any(row.score.solved is not None for row in rows)
+    tasks = len(results.tasks) > 1
+    columns = ["model", *["task"] * tasks, "seeds", options.metric, f"{percent} t-interval"]
+    columns += [f"solved (≥ {options.solved_at:g})", f"{percent} Wilson"] * rates
+    columns += [options.test_metric] * tests + [COSTS[name] for name in SHOWN_COSTS] + ["trials spent"]
+    cells = []
+    for row in rows:
+        line = [row.group.model_type, *[results.tasks[row.group.task]] * tasks, str(len(row.score.values))]
+        line += [metric_text(row.score.mean, options.metric), spread_text(row.score, options.metric)]
+        line += rate_texts(row.score) if rates else []
+        line += [_test_text(row, options.test_metric)] * tests
+        line += [short_number(row.costs[name]) for name in SHOWN_COSTS] + [spent_text(row.spent)]
+        cells.append(line)
+    return Table(
+        f"{results.dataset_name}: best config of each model type by {options.metric}",
+        columns,
+        cells,
+        left=("model", "task", "trials spent"),
+        notes=_notes(rows, options),
+    )
+
+
+def spread_text(score: Estimate, metric: str) -> str:
+    """The interval, or in words why there is none."""
+    if score.interval is not None:
+        return interval_text(score.interval, metric)
+    if score.saturated:
+        return "all seeds equal"
+    return "no interval"
+
+
+def rate_texts(score: Estimate) -> list[str]:
+    """Solved of all, and its interval."""
+    if score.solved is None or score.solve_rate is None:
+        return ["", ""]
+    low, high = score.solve_rate
+    return [f"{score.solved}/{len(score.values)}", f"[{low:.2f}, {high:.2f}]"]
+
+
+def spent_text(spent: dict[str, int]) -> str:
+    """`12 (9 finished, 3 pruned)`."""
+    parts = [f"{count} {status}" for status, count in spent.items() if count]
+    total = sum(spent.values())
+    return str(total) if parts == [f"{total} finished"] else f"{total} ({', '.join(parts)})"
+
+
+def _test_text(row: Row, metric: str) -> str:
+    """The mean, with the number of seeds where not all have the score."""
+    if not row.test.values:
+        return ""
+    missing = len(row.test.values) != len(row.score.values)
+    return metric_text(row.test.mean, metric) + f" ({len(row.test.values)} seeds)" * missing
+
+
+def _notes(rows: Sequence[Row], options: Options) -> list[str]:
+    """What has to be known to read the table rightly."""
+    way = "highest" if direction(options.metric) == "maximize" else "lowest"
+    notes = [
+        f"Chosen by the {way} mean of {options.metric} over the seeds of a config. The best of many tries looks better "
+        "than it is: compare the trials spent, and train the choice again with fresh seeds.",
+    ]
+    if any(row.test.values for row in rows):
+        notes.append(f"{options.test_metric} is shown for the chosen config; nothing was chosen by it.")
+    if any(len(row.score.values) < FEWEST for row in rows):
+        notes.append(f"No interval: fewer than {FEWEST} seeds.")
+    if any(row.score.saturated for row in rows):
+        rate = " Read the solve rate." if is_score(options.metric) else ""
+        notes.append(f"All seeds equal: no spread to make an interval from.{rate}")
+    for row in rows:
+        if row.group.lost:
+            notes.append(
+                f"{row.group.model_type}: {row.group.lost} more of the chosen config's seeds ended without a result; "
+                "its scores leave them out."
+            )
+    return notes
+
+
+def summary_csv(results: Results, rows: Sequence[Row], options: Options) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows with every figure in full."""
+    records = []
+    for row in rows:
+        rate = row.score.solve_rate or (None, None)
+        record: dict[str, Any] = {"model_type": row.group.model_type}
+        if len(results.tasks) > 1:
+            record["task"] = results.tasks[row.group.task]
+        record |= {"experiment_name": row.group.name, "num_seeds": len(row.score.values)}
+        record |= _figures(options.metric, row.score)
+        record |= {"solved": row.score.solved, "solve_rate_low": rate[0], "solve_rate_high": rate[1]}
+        record |= _figures(options.test_metric, row.test)
+        record |= row.costs | {"trials_spent": row.trials}
+        record |= {f"trials_{status}": count for status, count in row.spent.items()}
+        record |= {"seeds_lost": row.group.lost}
+        record |= {"seeds": " ".join(str(run.seed) for run in row.group.runs if run.seed is not None)}
+        record |= {"experiment_ids": " ".join(run.experiment_id for run in row.group.runs)}
+        record |= {"config_json": row.group.runs[0].config_json}
+        records.append(record)
+    columns = list(records[0]) if records else []
+    return columns, [list(record.values()) for record in records]
+
+
+def _figures(metric: str, score: Estimate) -> dict[str, Any]:
+    low, high = score.interval or (None, None)
+    return {metric: score.mean, f"{metric}_low": low, f"{metric}_high": high}
