@@ -1,4 +1,7 @@
-"""Run one experiment from a JSON config, or several seeds of it."""
+"""Run one experiment from a JSON config, or a study of many.
+
+With --json_config_path one experiment (or several seeds of it) is run; without it a hyper-parameter study.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,17 @@ if not __package__:  # run as a file: put the repository root where this folder 
     sys.path[:] = [str(_here.parent), *(p for p in sys.path if Path(p).resolve() != _here)]
 
 import argparse
-import difflib
 import logging
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from research_eval.commands import DB_HELP, add_flag, guarded, parse_or_suggest
 from research_eval.errors import ConfigError
 from research_eval.registry import MODELS_MAP as MODELS_MAP
+from research_eval.study_command import STUDY_ONLY, add_study_arguments, tune_command
 
 if TYPE_CHECKING:
+    import optuna
     import torch
     from torch import nn
 
@@ -57,6 +61,18 @@ def _create_model_internal(
     return create_model(model_type, model_arguments(model_type, model_params_dict), context, torch.device(device))
 
 
+def objective(trial: optuna.Trial, args: argparse.Namespace | Mapping[str, Any] | None = None) -> Any:
+    """What `optuna.Study.optimize` calls: one trial with the study's flags as `args`, such as `dataset_name`.
+
+    The values come from the annotations of the constructors (docs/studies.md). Returns the value of `--objectives`, a
+    tuple where there are several.
+    """
+    from research_eval import hpo, study_command
+
+    given = vars(args) if isinstance(args, argparse.Namespace) else dict(args or {})
+    return hpo.objective(trial, study_command.study_options(argparse.Namespace(**given)))
+
+
 MAX_SEEDS = 10_000
 
 # Flags that replace a value of the file, and where the file has it.
@@ -68,27 +84,27 @@ OVERRIDES = {
     "precision": "training_params.precision",
     "data_dir": "dataset_params.data_dir",
 }
+RUN_ONLY = ("seeds", "resume")
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of one experiment, each with its spelling in dashes."""
+def add_common_arguments(parser: argparse._ActionsContainer) -> None:
+    """The flags of experiments and studies alike."""
+    add_flag(parser, "epochs", type=int, help="passes over the training split (default: the file's; in a study 10)")
+    add_flag(parser, "batch_size", type=int, help="samples per batch (default: the file's; in a study 32)")
+    add_flag(parser, "data_dir", metavar="PATH", help="a local copy of the data set: a folder, or one file")
+    add_flag(parser, "seed", type=int, help="instead of the file's seed; in a study that of all trials (default 0)")
+    add_flag(parser, "device", help="auto, cpu, cuda, cuda:N or mps")
+    add_flag(parser, "precision", choices=["fp32", "bf16"], help="bf16: mixed precision")
+    add_flag(parser, "db", metavar="URL_OR_PATH", help=DB_HELP)
+    add_flag(parser, "dry_run", action="store_true", help="check and describe, do not train")
+    add_flag(parser, "quiet", action="store_true", help="print the final result only")
 
-    def flag(name: str, **options: Any) -> None:
-        spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
-        parser.add_argument(*spellings, dest=name, **options)
 
-    flag("json_config_path", metavar="FILE", required=True, help="the experiment (JSON with comments)")
-    flag("epochs", type=int, help="instead of the file's epochs")
-    flag("batch_size", type=int, help="instead of the file's batch_size")
-    flag("data_dir", metavar="PATH", help="a local copy of the data set: a folder, or one file")
-    flag("seed", type=int, help="instead of the file's seed")
-    flag("seeds", metavar="A-B", help="one run per seed, such as 0-4 or 0,2,5")
-    flag("device", help="auto, cpu, cuda, cuda:N or mps")
-    flag("precision", choices=["fp32", "bf16"], help="bf16: mixed precision")
-    flag("db", metavar="URL_OR_PATH", help="the results (default: $GOE_DB, else experiment_results.db)")
-    flag("resume", action="store_true", help="go on with the newest unfinished run of the same config")
-    flag("dry_run", action="store_true", help="check and describe the experiment, do not train")
-    flag("quiet", action="store_true", help="print the final result only")
+def add_run_arguments(parser: argparse._ActionsContainer, required: bool = True) -> None:
+    """The flags of one experiment."""
+    add_flag(parser, "json_config_path", metavar="FILE", required=required, help="the experiment (JSON with comments)")
+    add_flag(parser, "seeds", metavar="A-B", help="one run per seed, such as 0-4 or 0,2,5")
+    add_flag(parser, "resume", action="store_true", help="go on with the newest unfinished run of the same config")
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -169,40 +185,37 @@ def summary(config: ExperimentConfig, result: Result) -> str:
     return "\n".join(lines)
 
 
-def parse_or_suggest(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Parse; an unknown flag ends the program with exit code 2 and the nearest known one."""
-    arguments, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = [f"--{name.replace('_', dash)}" for name in vars(arguments) for dash in "_-"]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-        parser.error(f"unknown argument {unknown[0]!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
-    return arguments
-
-
-def guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace, quiet: bool = False) -> int:
-    """Run a command; a mistake of the user becomes its message on stderr and exit code 2."""
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("research_eval").setLevel(logging.WARNING if quiet else logging.INFO)
-    try:
-        return command(arguments)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-
-
 def main(argv: list[str] | None = None) -> int:
-    """`python research_eval/main.py --json_config_path FILE ...`."""
+    """`python research_eval/main.py`: with --json_config_path one experiment, without it a study."""
     parser = argparse.ArgumentParser(prog="main.py", description=__doc__, allow_abbrev=False)
-    add_run_arguments(parser)
+    add_common_arguments(parser.add_argument_group("experiments and studies"))
+    add_run_arguments(parser.add_argument_group("one experiment"), required=False)
+    add_study_arguments(parser.add_argument_group("a study (without --json_config_path)"))
     arguments = parse_or_suggest(parser, argv)
-    return guarded(run_command, arguments, arguments.quiet)
+    return guarded(run_or_tune, arguments, arguments.quiet)
+
+
+def run_or_tune(arguments: argparse.Namespace) -> int:
+    """The mode follows from --json_config_path. Raises ConfigError for flags of the other one."""
+    single = arguments.json_config_path is not None
+    given = [name for name in (STUDY_ONLY if single else RUN_ONLY) if getattr(arguments, name) not in (None, False)]
+    if single and given:
+        raise ConfigError(f"--{given[0]}: is a flag of studies, and --json_config_path runs one experiment: drop one")
+    if given == ["resume"]:
+        log.info("--resume: a study goes on by itself")
+    elif given:
+        raise ConfigError("--seeds: is a flag of one experiment; a study takes --seed and --seeds_per_trial")
+    if not single and arguments.dataset_name is None:
+        raise ConfigError(
+            "give --json_config_path FILE for one experiment, or at least --dataset_name for a study of many (--help)"
+        )
+    return run_command(arguments) if single else tune_command(arguments)
 
 
 def cli(argv: list[str] | None = None) -> int:
     """The console command `goe`."""
+    from research_eval import analyze_results, init_db, store_commands, suggest_configs
+
     parser = argparse.ArgumentParser(
         prog="goe", description="Train and compare dense, MoE and Graph-of-Experts models."
     )
@@ -213,27 +226,29 @@ def cli(argv: list[str] | None = None) -> int:
         sub.set_defaults(command=command)
         return sub
 
-    add_run_arguments(add("run", run_command, "run one experiment from a JSON config"))
-    add("init-db", init_db_command, "create or migrate the results database").add_argument(
-        "--db", metavar="URL_OR_PATH"
-    )
+    run_parser = add("run", run_command, "run one experiment from a JSON config")
+    add_run_arguments(run_parser)
+    add_common_arguments(run_parser)
+    tune_parser = add("tune", tune_command, "a study: many experiments whose settings a sampler chooses")
+    add_study_arguments(tune_parser, required=True)
+    add_common_arguments(tune_parser)
+    analyze_results.add_arguments(add("analyze", analyze_results.analyze_command, "tables, plots and reports"))
+    suggest_configs.add_arguments(add("suggest", suggest_configs.suggest_command, "new configs from the best runs"))
+    store = store_commands
+    store.add_runs_arguments(add("runs", store.runs_command, "list, filter and sort runs, show one, compare two"))
+    store.add_export_arguments(add("export", store.export_command, "runs as CSV or Parquet"))
+    store.add_merge_arguments(add("merge", store.merge_command, "copy the runs of another results database"))
+    store.add_replay_arguments(add("replay", store.replay_command, "run again, and compare with the first time"))
+    init_db.add_arguments(add("init-db", init_db.init_db_command, "create or migrate the results database"))
     predict = add("predict", predict_command, "probabilities of a trained model for your own text")
     predict.add_argument("--run", required=True, metavar="ID", help="experiment id, or the beginning of one")
     source = predict.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", help="one text (synthetic tasks: token ids with blanks)")
     source.add_argument("--file", metavar="FILE", help="one text per line")
-    predict.add_argument(
-        "--db", metavar="URL_OR_PATH", help="the results (default: $GOE_DB, else experiment_results.db)"
-    )
+    predict.add_argument("--db", metavar="URL_OR_PATH", help=DB_HELP)
     predict.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     arguments = parse_or_suggest(parser, argv)
     return guarded(arguments.command, arguments, getattr(arguments, "quiet", False))
-
-
-def init_db_command(arguments: argparse.Namespace) -> int:
-    from research_eval import init_db
-
-    return init_db.main([] if arguments.db is None else ["--db", arguments.db])
 
 
 def predict_command(arguments: argparse.Namespace) -> int:
