@@ -26,7 +26,7 @@ import subprocess
 import sys
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ import pytest
 from pydantic import BaseModel
 from support import MODELS, ROOT
 
-from research_eval import experiment, main
+from research_eval import analyze_results, experiment, main, study_command, suggest_configs
 from research_eval.datasets.text import TextDataset
 from research_eval.db_utils import DB_FILE, STATUSES, Store
 from research_eval.registry import MODELS_MAP, SYNTHETIC_DATASETS
@@ -53,6 +53,7 @@ from research_eval.schema import (
     signature_model,
     spellings_of,
 )
+from research_eval.search_space import build_space
 
 PACKAGE = ROOT / "research_eval"
 DOCS = ROOT / "docs"
@@ -374,14 +375,33 @@ def test_every_key_stands_on_the_page_with_its_values_and_default(headings: list
     assert all(row[3] for row in rows)
 
 
-def test_the_flags_are_those_of_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
+def flags_of(*adders: Callable[[argparse.ArgumentParser], None]) -> set[str]:
     parser = argparse.ArgumentParser(add_help=False)
-    main.add_run_arguments(parser)
-    flags = {flag.replace("-", "_") for flag in re.findall(r"--([\w-]+)", parser.format_help())}
-    documented = {
-        name.removeprefix("--") for name in one_table(DOCS / "configuration.md", "Command line", "flag").names()
-    }
-    assert documented == flags
+    for add in adders:
+        add(parser)
+    return {action.dest for action in parser._actions}
+
+
+def flags_on(page: str, heading: str) -> set[str]:
+    rows = one_table(DOCS / page, heading, "flag").rows
+    return {name for row in rows for name in re.findall(r"--(\w+)", row[0])}
+
+
+def test_what_studies_search_is_on_the_page() -> None:
+    base = {"dataset_type": "real_world", "dataset_name": "trec", "epochs": 1, "batch_size": 1}
+    models = [name for name, cls in MODELS_MAP.items() if cls.__module__.startswith("research_eval.")]
+    spaces = build_space(models, base, {}).parameters.values()
+    rows = one_table(DOCS / "studies.md", "What is searched", "parameter").rows
+    found = sorted({(f"`{parameter.name}`", str(parameter)) for space in spaces for parameter in space})
+    assert sorted((row[0], row[1]) for row in rows) == found
+
+
+def test_the_flags_are_those_of_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
+    assert flags_on("configuration.md", "Command line") == flags_of(main.add_run_arguments, main.add_common_arguments)
+    common = {"epochs", "batch_size", "seed", "dry_run"}  # that mean something else in a study
+    assert flags_on("studies.md", "Flags") == flags_of(study_command.add_study_arguments) | common
+    assert flags_on("suggestions.md", "What is promised") == flags_of(suggest_configs.add_arguments)
+    assert flags_on("analysis.md", "Flags") == flags_of(analyze_results.add_arguments)
     for command in ("predict", "init-db"):
         with pytest.raises(SystemExit):
             main.cli([command, "--help"])
