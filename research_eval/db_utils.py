@@ -643,14 +643,17 @@ class Store:
         found = self._rows(sa.select(experiments_table).where(experiments_table.c.experiment_id == experiment_id))
         return found[0] if found else None
 
-    def find_experiment(self, config: dict[str, Any], run_type: str = "json") -> dict[str, Any] | None:
-        """The newest run of exactly this config."""
+    def find_experiment(self, config: dict[str, Any]) -> dict[str, Any] | None:
+        """The newest run of exactly this config, trials of studies and replays of other runs aside."""
+        columns = experiments_table.c
         found = self._rows(
             sa.select(experiments_table)
             .where(
-                experiments_table.c.run_type == run_type, experiments_table.c.full_config_json == canonical_json(config)
+                columns.run_type == "json",
+                columns.parent_id.is_(None),
+                columns.full_config_json == canonical_json(config),
             )
-            .order_by(experiments_table.c.timestamp.desc())
+            .order_by(columns.timestamp.desc())
             .limit(1)
         )
         return found[0] if found else None

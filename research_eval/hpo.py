@@ -60,6 +60,7 @@ GRACE_SECONDS = 60  # without a heartbeat a trial's worker counts as dead
 MAX_ATTEMPTS = 3  # at one trial, by workers that died
 POLL_SECONDS = 0.5
 CSV_SECONDS = 5.0
+CHECKPOINT_SECONDS = 3.0
 STOP_SECONDS = 30.0  # for workers to write their checkpoints
 NEW_STATE = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED}  # everything else is FAIL
 
@@ -289,15 +290,23 @@ def _time_is_up(options: StudyOptions) -> bool:
 def _worker_process(options: StudyOptions, worker: str) -> None:
     """A process of its own."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    _quiet_runs()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # between two runs; during a run it is a request to stop
-    raise SystemExit(work(Desk(options), worker))
+    with _quiet_runs():
+        raise SystemExit(work(Desk(options), worker))
 
 
-def _quiet_runs() -> None:
-    """Of hundreds of runs only warnings are of interest."""
-    for name in ("experiment", "training", "datasets"):
-        logging.getLogger(f"research_eval.{name}").setLevel(logging.ERROR)
+@contextmanager
+def _quiet_runs() -> Iterator[None]:
+    """Of hundreds of runs only errors are of interest; how they end is in the line of their trial."""
+    loggers = [logging.getLogger(f"research_eval.{name}") for name in ("experiment", "training", "datasets")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 class Crew:
@@ -340,15 +349,19 @@ class Crew:
                 self._start()
         return bool(self._members)
 
+    def wait(self, seconds: float) -> None:
+        """Until all have ended, or the time is over."""
+        limit = time.time() + seconds
+        for process in self._members.values():
+            process.join(max(0.0, limit - time.time()))
+
     def stop(self) -> None:
         """Ask for checkpoints, and wait; whoever does not answer is killed."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             for process in self._members.values():
                 if process.is_alive() and process.pid is not None:
                     os.kill(process.pid, number)
-            limit = time.time() + STOP_SECONDS
-            for process in self._members.values():
-                process.join(max(0.0, limit - time.time()))
+            self.wait(STOP_SECONDS)
         for worker in self._members:
             self._desk.release(worker, died=False)
         self._members.clear()
@@ -357,8 +370,8 @@ class Crew:
 # ---------------------------------------------------------------------------------------------------------- studies
 
 
-class Stopped(Exception):
-    """SIGINT or SIGTERM has arrived."""
+class Stopped(KeyboardInterrupt):
+    """SIGINT or SIGTERM has arrived; a run that is cut off by it counts as interrupted."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -391,10 +404,10 @@ def tune(options: StudyOptions, timeout: float | None = None, quiet: bool = Fals
     if timeout is not None:
         options = replace(options, deadline=time.time() + timeout)
     check_feasible(options)
-    _quiet_runs()
     desk = Desk(options)
     try:
-        return _run_study(desk, quiet)
+        with _quiet_runs():
+            return _run_study(desk, quiet)
     finally:
         desk.close()
 
@@ -496,6 +509,9 @@ def _supervise(desk: Desk, progress: StudyProgress, files: StudyFiles) -> int:
             progress.update(trial_records(desk.study))
             time.sleep(POLL_SECONDS)
         progress.update(trial_records(desk.study))
+    except Stopped:
+        crew.wait(CHECKPOINT_SECONDS)  # Ctrl-C has reached them too, and a second signal would not wait
+        raise
     finally:
         crew.stop()
     return 0

@@ -234,11 +234,9 @@ def cli(argv: list[str] | None = None) -> int:
     add_common_arguments(tune_parser)
     analyze_results.add_arguments(add("analyze", analyze_results.analyze_command, "tables, plots and reports"))
     suggest_configs.add_arguments(add("suggest", suggest_configs.suggest_command, "new configs from the best runs"))
-    store = store_commands
-    store.add_runs_arguments(add("runs", store.runs_command, "list, filter and sort runs, show one, compare two"))
-    store.add_export_arguments(add("export", store.export_command, "runs as CSV or Parquet"))
-    store.add_merge_arguments(add("merge", store.merge_command, "copy the runs of another results database"))
-    store.add_replay_arguments(add("replay", store.replay_command, "run again, and compare with the first time"))
+    for name, text in store_commands.DESCRIPTIONS.items():
+        add_arguments, command = store_commands.COMMANDS[name]
+        add_arguments(add(name, command, text))
     init_db.add_arguments(add("init-db", init_db.init_db_command, "create or migrate the results database"))
     predict = add("predict", predict_command, "probabilities of a trained model for your own text")
     predict.add_argument("--run", required=True, metavar="ID", help="experiment id, or the beginning of one")

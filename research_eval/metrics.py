@@ -14,7 +14,8 @@ DEFAULT_METRIC = "final_val_f1"
 USUAL = (  # that every finished run has and something may be chosen by; models add their own
     *("final_val_f1", "final_val_acc", "final_val_loss", "best_val_f1_across_epochs"),
     *("param_count", "active_param_count", "inference_flops_per_sample", "train_flops", "peak_memory_mb"),
-    *("inference_latency_ms_batch", "inference_samples_per_second", "training_duration_seconds"),
+    *("inference_latency_ms_batch", "inference_latency_ms_batch_p95", "inference_samples_per_second"),
+    *("active_flops_per_sample", "training_duration_seconds"),
 )
 _COSTS = re.compile(r"loss|latency|seconds|duration|flops|param_count|memory|regret|num_alarms|(^|_)gap($|_)")
 _RATES = re.compile(r"per_second")
@@ -36,15 +37,16 @@ def is_measured(name: str) -> bool:
 
 
 def check_selectable(name: str, option: str) -> None:
-    """Raise ConfigError for a misspelt usual metric, and for one of a test split.
-
-    Whoever chooses by a test score has no honest score left to report.
-    """
-    near = difflib.get_close_matches(name, USUAL, n=1, cutoff=0.85)
-    if name not in USUAL and near:
-        raise ConfigError(f"{option}: unknown metric {name!r}. Did you mean {near[0]!r}?")
+    """Raise ConfigError for a metric of a test split: whoever chooses by it has no honest score left to report."""
     if name.startswith("test_"):
         raise ConfigError(
             f"{option}: {name!r} is a score of the test split, by which nothing is chosen. "
             f"Give one of the validation split, such as {DEFAULT_METRIC!r}; test scores are shown beside it."
         )
+
+
+def check_spelling(name: str, option: str) -> None:
+    """Raise ConfigError for what is nearly a usual metric, where no results can tell yet whether it exists."""
+    near = difflib.get_close_matches(name, USUAL, n=1, cutoff=0.85)
+    if name not in USUAL and near:
+        raise ConfigError(f"{option}: unknown metric {name!r}. Did you mean {near[0]!r}?")

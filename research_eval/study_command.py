@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from research_eval.commands import add_flag, names_of
 from research_eval.errors import ConfigError
-from research_eval.metrics import DEFAULT_METRIC, check_selectable
+from research_eval.metrics import DEFAULT_METRIC, check_selectable, check_spelling
 
 if TYPE_CHECKING:
     from research_eval.trials import StudyOptions
@@ -85,6 +85,7 @@ def study_options(arguments: argparse.Namespace) -> StudyOptions:
     objectives = tuple(names_of(_words(given("objectives", [DEFAULT_METRIC]))))
     for name in objectives:
         check_selectable(name, "--objectives")
+        check_spelling(name, "--objectives")
     if not objectives:
         raise ConfigError("--objectives: give at least one metric")
     sampler = given("sampler", "tpe")

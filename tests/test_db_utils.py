@@ -273,7 +273,8 @@ def test_find_experiment_takes_the_newest_run_of_an_equal_config(db):
         assert found is not None
         assert found["experiment_id"] == "new"
         assert json.loads(found["full_config_json"]) == config
-        assert store.find_experiment(config, run_type="optuna_trial")["experiment_id"] == "trial"
+        start(store, "replay", config=config, parent_id="new")
+        assert store.find_experiment(config)["experiment_id"] == found["experiment_id"]
         assert store.find_experiment({"a": 1}) is None
 
 
