@@ -235,9 +235,10 @@ def _neighbours(choices: Sequence[Any], value: Any) -> list[Any]:
 
 
 def _stepped(parameter: Parameter, domain: Range, value: float, size: float) -> float:
-    if domain.high == domain.low or (domain.log and value <= 0):  # 0 on a log scale is off, and stays off
+    if domain.high == domain.low:
         return value
     width = domain.high - domain.low
+    # On a log scale 0 is off, and stays off.
     moved = value * (domain.high / domain.low) ** size if domain.log else value + size * width
     if not _is_discrete(parameter):
         return rounded(moved)

@@ -24,6 +24,7 @@ from research_eval.errors import ConfigError
 from research_eval.perturbation import perturbed, space_around
 from research_eval.registry import MODELS_MAP
 from research_eval.schema import ExperimentConfig, config_from_dict, load_config
+from research_eval.search_space import random_pick
 from research_eval.suggestion import Request, Suggestion, identity, rehearse, suggest
 
 SHIPPED = sorted(MODELS_MAP)
@@ -66,9 +67,9 @@ def enter(
         config=config.to_dict() if stored is None else stored,
         environment={},
     )
-    if status == "finished":
+    if status == "finished" or value is not None:
         store.finish_experiment(run_id, {} if value is None else {metric: value})
-    else:
+    if status != "finished":
         store.set_status(run_id, status)
     return run_id
 
@@ -209,7 +210,7 @@ def test_the_seeds_of_a_config_are_one_template_with_their_mean(store: Store) ->
 def test_only_finished_runs_with_a_number_are_templates(store: Store) -> None:
     enter(store, small_config(model_params={"num_layers": 1}), 0.1)
     for layers, status in enumerate(("failed", "running", "diverged", "pruned", "interrupted"), 2):
-        enter(store, small_config(model_params={"num_layers": layers}), None, status=status)
+        enter(store, small_config(model_params={"num_layers": layers}), 0.9, status=status)
     enter(store, small_config(model_params={"num_layers": 7}), math.nan)
     enter(store, small_config(model_params={"num_layers": 8}), None)
     enter(store, small_config(model_type="moe"), 0.9)
@@ -329,6 +330,16 @@ def test_choices_go_to_their_neighbours_and_whole_numbers_by_one_at_least() -> N
     assert {one["scheduler_params"]["name"] for one in varied} == {"none", "cosine_warmup"}
 
 
+def test_one_value_moves_at_any_magnitude() -> None:
+    config, varied = variations("dense", 1e-6, 30, narrowing=LAYERS, model_params={"num_layers": 2})
+    assert {one["model_params"]["num_layers"] for one in varied} == {1, 3}
+    config, varied = variations("moe", 1e-6, 60)
+    moved = {
+        key for one in varied for key, value in one["model_params"].items() if value != config["model_params"][key]
+    }
+    assert {"embed_dim", "num_layers", "num_experts", "num_heads", "top_k_experts"} <= moved
+
+
 def test_a_value_outside_what_a_study_searches_stays_there() -> None:
     far = {"dropout": 0.6, "num_layers": 12, "embed_dim": 256, "num_heads": 16}
     _, varied = variations("dense", 0.05, 100, model_params=far, optimizer_params={"lr": 0.3, "weight_decay": 0.0})
@@ -390,8 +401,12 @@ def test_conditional_parameters_come_and_go_with_their_condition() -> None:
 
 def test_what_is_not_called_for_is_left_as_it_is() -> None:
     """`gumbel_tau` says nothing to a gate, but the constructor compares it with `gumbel_tau_min`."""
-    _, varied = variations("goe_original", 0.3, 20, model_params={"gumbel_tau": 5.0, "gumbel_tau_min": 4.0})
+    changes = {"gumbel_tau": 5.0, "gumbel_tau_min": 4.0}
+    _, varied = variations("goe_original", 0.3, 20, model_params=changes)
     assert {one["model_params"]["gumbel_tau"] for one in varied} == {5.0}
+    search = space_around(small_config(model_type="goe_original", model_params=changes), {}).search
+    drawn = config_from_dict(search.sample(random_pick(np.random.default_rng(0))))
+    assert drawn.model_params["gumbel_tau"] == 5.0
 
 
 # ------------------------------------------------------------------------------------------------------- rehearsals
