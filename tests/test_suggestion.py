@@ -140,7 +140,8 @@ def test_the_same_seed_gives_the_same_files_and_another_one_others(store: Store)
 
 @pytest.mark.parametrize("model", MODELS)
 def test_suggestions_of_every_model_run(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiment, "draw_expert_graph", lambda *_: None)  # the larger part of such a short run
+    monkeypatch.setattr(experiment, "draw_expert_graph", lambda *_: None)  # the larger part of such short runs
+    monkeypatch.setattr(experiment, "measure_flops", lambda *_: (0.0, 0.0))
     settings = {"model_type": model, "epochs": 1, "dataset_params": {"num_samples": 40, "seq_len": 4}}
     with Store(str(tmp_path / DB_FILE)) as store:
         enter(store, small_config(**settings), 0.5)
