@@ -237,12 +237,13 @@ def train_config(
             outcome, metrics = _train_seed(study, storage, trial_id, options, config, index)
             if outcome is not None:
                 return outcome
+            missing = [name for name in options.objectives if name not in metrics]
+            if missing:
+                return Outcome("failed", reason=f"the run has no metric {missing[0]!r}")
             results.append(metrics)
         values = tuple(statistics.fmean(metrics[name] for metrics in results) for name in options.objectives)
         if not all(map(math.isfinite, values)):
             return Outcome("failed", reason=f"{', '.join(options.objectives)} = {values}: not finite")
-    except KeyError as problem:
-        return Outcome("failed", reason=f"the run has no metric {problem}")
     except Exception as problem:
         log.debug("trial failed", exc_info=True)
         return Outcome("failed", reason=f"{type(problem).__name__}: {problem}")

@@ -340,7 +340,13 @@ def test_a_study_without_a_finished_trial_ends_with_1(monkeypatch: pytest.Monkey
 
 def test_an_objective_that_no_run_has_is_the_reason_of_the_failure() -> None:
     study_of("--objectives", "no_such_metric", "--model_types", "lstm", n_trials=1, epochs=1)
-    assert "no_such_metric" in load().trials[0].user_attrs["reason"]
+    assert load().trials[0].user_attrs["reason"] == "the run has no metric 'no_such_metric'"
+
+
+def test_a_key_error_of_a_run_is_not_taken_for_a_missing_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment, "fit", lambda *_, **__: {}["weights"])
+    study_of("--model_types", "lstm", n_trials=1, epochs=1)
+    assert load().trials[0].user_attrs["reason"] == "KeyError: 'weights'"
 
 
 # ------------------------------------------------------------------------------------------------- workers
