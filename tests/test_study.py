@@ -476,6 +476,22 @@ def test_a_signal_stops_the_study_with_a_checkpoint(monkeypatch: pytest.MonkeyPa
     assert len(rows()) == 2
 
 
+def test_a_signal_while_a_run_is_scored_interrupts_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    score = experiment.score
+
+    def stopping(*arguments: Any) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return score(*arguments)
+
+    monkeypatch.setattr(experiment, "score", stopping)
+    assert study_of("--model_types", "lstm", n_trials=1, epochs=1).code > 128
+    assert [row["status"] for row in rows()] == ["interrupted"]
+    assert load().trials[0].state == TrialState.RUNNING
+    monkeypatch.setattr(experiment, "score", score)
+    assert study_of("--model_types", "lstm", n_trials=1, epochs=1).code == 0
+    assert [row["status"] for row in rows()] == ["finished"]
+
+
 # ------------------------------------------------------------------------------------------------- past runs
 
 
