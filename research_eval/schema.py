@@ -15,6 +15,7 @@ import os
 import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -669,9 +670,28 @@ def _model_params(data: Mapping[str, Any], report: _Report) -> dict[str, Any] | 
         if issubclass(cls, EvaluableModel):
             meta = torch.device("meta")  # shapes without memory: any size is built at once
             context = {"vocab_size": 8, "num_classes": 2, "padding_idx": 0, "max_length": 16, "device": meta}
-            with meta:
+            with meta, _without_draws():
                 _try(lambda: cls(**context_arguments(cls, context), **arguments), "model_params", report)
     return arguments
+
+
+def _without_draws() -> AbstractContextManager[object]:
+    """Meta tensors have no values to draw, and torch would import its compiler, a second's work, for the attempt."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class WithoutDraws(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            kwargs = kwargs or {}
+            if func in (torch.nn.init.normal_, torch.Tensor.normal_):
+                tensor: torch.Tensor = args[0] if args else kwargs["tensor"]
+                if tensor.is_meta:
+                    return tensor
+            return func(*args, **kwargs)
+
+    return WithoutDraws()
 
 
 def model_arguments(model_type: str, params: Mapping[str, Any]) -> dict[str, Any]:

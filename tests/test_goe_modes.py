@@ -65,9 +65,10 @@ from research_eval import experiment
 from research_eval.datasets.hop import HopDataset
 from research_eval.datasets.token_data import Batch, Batches
 from research_eval.errors import ConfigError
+from research_eval.layers.kernels import Dispatch
+from research_eval.layers.packing import Samples
 from research_eval.layers.router import fixed_route
 from research_eval.layers.routing import entropy
-from research_eval.layers.stacked import Dispatch
 from research_eval.layers.text import sinusoids
 from research_eval.models.base_model import AuxiliaryLoss, EvaluableModel, logits_of
 from research_eval.models.goe_original import (
@@ -112,10 +113,16 @@ def batch_of(ids_BL: torch.Tensor, labels_B: torch.Tensor, paths_BT: torch.Tenso
     return Batch(ids_BL, ids_BL != 0, labels_B, paths_BT)
 
 
-def executed_rows(model: GoEOriginalClassifier) -> list[int]:
-    """A list that grows by the number of rows each time the pool runs."""
+def executed_rows(model: GoEOriginalClassifier, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows by the number of samples each time the pool runs."""
     rows: list[int] = []
-    model.experts.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    change = model.experts._change
+
+    def counted(h: torch.Tensor, samples: Samples, dispatch: Dispatch) -> torch.Tensor:
+        rows.append(len(samples.keep_RL))
+        return change(h, samples, dispatch)
+
+    monkeypatch.setattr(model.experts, "_change", counted)
     return rows
 
 
@@ -177,7 +184,7 @@ def slow_logits(
             }.get(model.router_mode, hard_N)
             change_LD = torch.zeros_like(h_LD)
             for expert in range(num_experts):
-                dispatch = Dispatch([int(e == expert) for e in range(num_experts)], torch.tensor([expert]))
+                dispatch = Dispatch([int(e == expert) for e in range(num_experts)])
                 image_LD = model.experts(h_LD.unsqueeze(0), everything, dispatch)[0]
                 change_LD = change_LD + coefficient_N[expert] * (image_LD - h_LD)
             h_LD, visits_N = h_LD + change_LD, visits_N + hard_N
@@ -740,7 +747,7 @@ def test_a_fixed_route_has_no_router(
         for expert in path:
             if expert >= 0:
                 sizes = [int(e == expert) for e in range(4)]
-                h_1LD = model.experts(h_1LD, everything, Dispatch(sizes, torch.tensor([expert])))
+                h_1LD = model.experts(h_1LD, everything, Dispatch(sizes))
         assert_close(model.head(h_1LD, everything)[0], logits_BC[row], rtol=1e-5, atol=1e-5)
     if route == "oracle":
         assert paths == batch.paths.tolist()
@@ -845,7 +852,7 @@ def test_a_model_follows_given_paths_and_then_its_router_again(
     h_BLD = model.embedding(ids_BL, keep_BL)
     assert_close(logits_BC[5], model.head(h_BLD, keep_BL)[5], rtol=1e-5, atol=1e-5)
     if mode != "gate":  # c = 1
-        image_BLD = model.experts(h_BLD[3:4], keep_BL[3:4], Dispatch([0, 0, 1, 0], torch.tensor([2])))
+        image_BLD = model.experts(h_BLD[3:4], keep_BL[3:4], Dispatch([0, 0, 1, 0]))
         assert_close(logits_BC[3:4], model.head(image_BLD, keep_BL[3:4]), rtol=1e-5, atol=1e-5)
     with pytest.raises(ConfigError, match="knows the right path"):
         logits_of(model, batch._replace(paths=None))
@@ -891,13 +898,13 @@ def test_confident_training_is_the_mean_over_all_exits(
 @pytest.mark.parametrize("route", ["learned", "hash"])
 @every_mode
 def test_a_confident_sample_leaves_and_is_no_longer_computed(
-    mode: str, route: str, build_model: Build, ids_BL: torch.Tensor
+    mode: str, route: str, build_model: Build, ids_BL: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At its first exit above the threshold, with the scores it has there; behind that no expert sees it."""
     model = wake(build(build_model, mode, "confidence", route=route))
     exits_XBC = all_exits(model, ids_BL)
     confidence_XB = exits_XBC.softmax(-1).amax(-1).detach()
-    rows = executed_rows(model)
+    rows = executed_rows(model, monkeypatch)
     for threshold in (0.0, float(confidence_XB[:2].median()), float(confidence_XB.max()), 1.0):
         model.threshold.fill_(threshold)
         rows.clear()

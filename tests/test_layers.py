@@ -19,9 +19,11 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from research_eval.errors import ConfigError
-from research_eval.layers.block import Attention, Block, attention_mask_for, feed_forward_width
+from research_eval.layers.block import Attention, Block, feed_forward_width
 from research_eval.layers.experts import ExpertPool
-from research_eval.layers.stacked import Dispatch, Dropout, StackedLayerNorm, StackedLinear, weight_count
+from research_eval.layers.kernels import Dispatch
+from research_eval.layers.packing import Layout, Packing, attention_mask_for
+from research_eval.layers.stacked import Dropout, StackedLayerNorm, StackedLinear, weight_count
 from research_eval.layers.text import ClassificationHead, TokenEmbedding, masked_max, masked_mean
 from research_eval.models.moe import RoutedFeedForward
 
@@ -37,7 +39,11 @@ def scramble(module: nn.Module) -> None:
 
 
 def dispatch_of(sizes: list[int]) -> Dispatch:
-    return Dispatch(sizes, torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)))
+    return Dispatch(sizes)
+
+
+def experts_of(sizes: list[int]) -> torch.Tensor:
+    return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
 
 
 def keep_of(lengths: list[int], width: int) -> torch.Tensor:
@@ -80,7 +86,7 @@ def test_stacked_linear_is_one_linear_map_per_row(
     scramble(layer)
 
     def slow(x: torch.Tensor) -> torch.Tensor:
-        pairs = zip(x, dispatch.experts_R, strict=True)
+        pairs = zip(x, experts_of(sizes), strict=True)
         return torch.stack([F.linear(row, layer.weight[expert], layer.bias[expert]) for row, expert in pairs])
 
     shape = (sum(sizes), 3, inputs) if tokens else (sum(sizes), inputs)
@@ -95,7 +101,7 @@ def test_stacked_layer_norm_is_one_norm_per_row(seed: int, sizes: list[int], wid
     scramble(layer)
 
     def slow(x: torch.Tensor) -> torch.Tensor:
-        pairs = zip(x, dispatch.experts_R, strict=True)
+        pairs = zip(x, experts_of(sizes), strict=True)
         return torch.stack([F.layer_norm(row, (width,), layer.scale[e], layer.shift[e]) for row, e in pairs])
 
     x = torch.randn(sum(sizes), 3, width).double()
@@ -134,7 +140,7 @@ def test_a_path_through_the_pool_is_every_sample_alone(
 
     def fast(h_BLD: torch.Tensor) -> torch.Tensor:
         for choice_B, coefficient_B in zip(choice_BT.unbind(1), coefficient_BT.unbind(1), strict=True):
-            h_BLD = pool.step(h_BLD, keep_BL, choice_B, coefficient_B).h_BLD
+            h_BLD = pool.step(h_BLD, Packing(keep_BL), choice_B, coefficient_B).h_BLD
         return h_BLD * keep_BL.unsqueeze(-1)
 
     def slow(h_BLD: torch.Tensor) -> torch.Tensor:
@@ -154,9 +160,10 @@ def test_a_path_through_the_pool_is_every_sample_alone(
 def test_a_step_reports_what_each_running_sample_was_given() -> None:
     pool = ExpertPool(3, 1, 8, 2, 12, 0.0)
     h_BLD, keep_BL, choice_B = torch.randn(5, 4, 8), keep_of([4, 2, 3, 1, 4], 4), torch.tensor([2, 3, 0, 2, 0])
-    step = pool.step(h_BLD, keep_BL, choice_B, torch.ones(5))
+    step = pool.step(h_BLD, Packing(keep_BL), choice_B, torch.ones(5), pooled=True)
     rows = [2, 4, 0, 3]  # sorted by expert, then by place; sample 1 stopped
     assert step.experts_R.tolist() == [0, 0, 2, 2]
+    assert step.delta_RD is not None
     assert_close(step.delta_RD, masked_mean(step.h_BLD - h_BLD, keep_BL)[rows], rtol=1e-5, atol=1e-6)
     assert torch.equal(step.h_BLD[1], h_BLD[1])
 
@@ -229,7 +236,7 @@ def test_attention_is_the_formula(gated: bool) -> None:
     scramble(layer)
     lengths, dispatch = [3, 5, 1], dispatch_of([2, 1])
     h_BLD = torch.randn(3, 5, 8)
-    fast = layer(h_BLD, attention_mask_for(keep_of(lengths, 5)), dispatch)
+    fast = layer(h_BLD, Layout.whole(keep_of(lengths, 5)), dispatch)
     for h_LD, result_LD, length, expert in zip(h_BLD, fast, lengths, [0, 0, 1], strict=True):
         assert_close(result_LD[:length], naive_attention(layer, expert, h_LD[:length]), rtol=1e-5, atol=1e-5)
 
@@ -258,7 +265,7 @@ def test_the_dense_block_is_a_transformer_encoder_layer() -> None:
         for theirs, ours in pairs:
             theirs.copy_(ours[0])
     h_BLD, keep_BL = torch.randn(3, 6, 8), keep_of([6, 4, 1], 6)
-    ours = block(h_BLD, attention_mask_for(keep_BL), Dispatch.single(3))
+    ours = block(h_BLD, Layout.whole(keep_BL), Dispatch.single(3))
     assert_close(ours[keep_BL], peer(h_BLD, src_key_padding_mask=~keep_BL)[keep_BL], rtol=1e-5, atol=1e-5)
     assert weight_count(block) == 4 * 8 * 8 + 2 * 8 * 20
 
@@ -272,7 +279,7 @@ def test_an_expert_keeps_part_of_its_input_and_adds_its_tag() -> None:
     result_BLD = pool(h_BLD, keep_BL, dispatch_of([0, 2]))
     z_BLD = h_BLD
     for block in pool.blocks:
-        z_BLD = block(z_BLD, attention_mask_for(keep_BL), dispatch_of([0, 2]))
+        z_BLD = block(z_BLD, Layout.whole(keep_BL), dispatch_of([0, 2]))
     for h_LD, z_LD, result_LD, length in zip(h_BLD, z_BLD, result_BLD, [5, 3], strict=True):
         g = torch.sigmoid(pool.gate.weight[1] @ z_LD[:length].mean(0) + pool.gate.bias[1])
         assert_close(result_LD, g * z_LD + (1 - g) * h_LD + pool.gate.tag[1], rtol=1e-5, atol=1e-5)

@@ -19,8 +19,9 @@ from torch.testing import assert_close
 
 from research_eval.datasets.token_data import Batches, TokenData
 from research_eval.errors import ConfigError
-from research_eval.layers.block import Attention, attention_mask_for, rotated, with_distances
-from research_eval.layers.stacked import Dispatch
+from research_eval.layers.block import Attention, rotated, with_distances
+from research_eval.layers.kernels import Dispatch
+from research_eval.layers.packing import Layout
 from research_eval.layers.text import (
     RANDOM_RANGE,
     PositionalEncoding,
@@ -180,7 +181,7 @@ def test_attention_follows_the_formula_with_padding(encoding: Any) -> None:
     layer, lengths = Attention(8, 2, positional_encoding=encoding), [3, 5, 1]
     h_BLD = torch.randn(3, 5, 8)
     keep_BL = torch.arange(5) < torch.tensor(lengths).unsqueeze(1)
-    fast_BLD = layer(h_BLD, attention_mask_for(keep_BL), Dispatch.single(3))
+    fast_BLD = layer(h_BLD, Layout.whole(keep_BL), Dispatch.single(3))
     for h_LD, result_LD, length in zip(h_BLD, fast_BLD, lengths, strict=True):
         y_LD = F.layer_norm(h_LD[:length], (8,))
         query_HLC, key_HLC, value_HLC = (

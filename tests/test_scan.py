@@ -27,6 +27,8 @@ from research_eval.datasets.token_data import Batches
 from research_eval.errors import ConfigError
 from research_eval.experiment import Result, create_model
 from research_eval.layers.experts import ExpertPool
+from research_eval.layers.kernels import Dispatch
+from research_eval.layers.packing import Layout
 from research_eval.layers.scan import (
     EdgePicker,
     ScanExpert,
@@ -34,7 +36,7 @@ from research_eval.layers.scan import (
     WalkerGraph,
     straight_through,
 )
-from research_eval.layers.stacked import Dispatch
+from research_eval.layers.text import masked_mean
 from research_eval.models.base_model import EvaluableModel, auxiliary_terms
 from research_eval.models.goe_scan import GoEScanClassifier
 from research_eval.models.lstm import LSTMClassifier
@@ -233,7 +235,7 @@ def test_every_row_of_a_mixed_pool_goes_through_its_expert(num_attention: int, n
     number = num_attention + num_scan
     h_BLD, keep_BL = torch.randn(9, 5, 8), torch.arange(5) < torch.randint(1, 6, (9, 1))
     choice_B = torch.randint(0, number + 1, (9,))
-    step = pool.step(h_BLD, keep_BL, choice_B, torch.full((9,), 0.5))
+    step = pool.step(h_BLD, pool.packing(keep_BL), choice_B, torch.full((9,), 0.5))
     for row, expert in enumerate(choice_B.tolist()):
         one, mask = h_BLD[row : row + 1], keep_BL[row : row + 1]
         expected = one
@@ -242,17 +244,17 @@ def test_every_row_of_a_mixed_pool_goes_through_its_expert(num_attention: int, n
                 z = pool.scans[expert - num_attention](one, mask)
             else:
                 sizes = [int(expert == other) for other in range(num_attention)]
-                z = pool._attend(one, mask, Dispatch(sizes, torch.tensor([expert])))
+                z = pool._attend(one, Layout.whole(mask), Dispatch(sizes))
             assert pool.gate is not None
-            z = pool.gate(one, z, mask, Dispatch([1], torch.tensor([expert])))
-            expected = one + 0.5 * (z - one)
-        assert_close(step.h_BLD[row : row + 1], expected, rtol=1e-5, atol=1e-5)
+            gate = torch.sigmoid(pool.gate.weight[expert] @ masked_mean(z, mask)[0] + pool.gate.bias[expert])
+            expected = one + 0.5 * (gate * (z - one) + pool.gate.tag[expert])
+        assert_close(step.h_BLD[row][mask[0]], expected[mask], rtol=1e-5, atol=1e-5)
 
 
 def test_unselected_experts_get_no_gradient() -> None:
     pool = mixed_pool(2, 2).train()
     h_BLD, keep_BL = torch.randn(4, 5, 8), torch.ones(4, 5, dtype=torch.bool)
-    step = pool.step(h_BLD, keep_BL, torch.tensor([1, 2, 2, 1]), torch.ones(4))
+    step = pool.step(h_BLD, pool.packing(keep_BL), torch.tensor([1, 2, 2, 1]), torch.ones(4))
     assert step.edge_entropy is not None
     (step.h_BLD.square().sum() + step.edge_entropy).backward()
     for name, parameter in pool.named_parameters():
@@ -268,13 +270,13 @@ def test_the_edge_entropy_is_that_of_the_scan_experts_at_work() -> None:
     pool = mixed_pool(1, 2)
     h_BLD, keep_BL = torch.randn(2, 3, 8), torch.ones(2, 3, dtype=torch.bool)
     for choice, used in (([0, 0], []), ([0, 1], [0]), ([1, 2], [0, 1]), ([2, 3], [1]), ([3, 3], [])):
-        step = pool.train().step(h_BLD, keep_BL, torch.tensor(choice), torch.ones(2))
+        step = pool.train().step(h_BLD, pool.packing(keep_BL), torch.tensor(choice), torch.ones(2))
         if used:
             entropies = [pool.scans[number].graph.row_entropy() for number in used]
             assert_close(step.edge_entropy, torch.stack(entropies).mean())
         else:
             assert step.edge_entropy is None
-        assert pool.eval().step(h_BLD, keep_BL, torch.tensor(choice), torch.ones(2)).edge_entropy is None
+        assert pool.eval().step(h_BLD, pool.packing(keep_BL), torch.tensor(choice), torch.ones(2)).edge_entropy is None
 
 
 def test_a_pool_without_scan_experts_draws_no_other_numbers() -> None:

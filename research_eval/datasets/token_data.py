@@ -84,6 +84,7 @@ class Batch(NamedTuple):
     """`input_ids` [B, L] int64, padded with 0; `attention_mask` [B, L], True where a token is real; `labels` [B].
 
     `paths` [B, T] is the right path of each sample, where the task knows it; `rows` [B] its place in the split.
+    `num_tokens` counts the real tokens, and a sample without any as one.
     """
 
     input_ids: torch.Tensor
@@ -91,6 +92,7 @@ class Batch(NamedTuple):
     labels: torch.Tensor
     paths: torch.Tensor | None = None
     rows: NDArray[np.int64] | None = None
+    num_tokens: int | None = None
 
 
 class Batches:
@@ -158,11 +160,12 @@ class Batches:
 
     def take(self, rows: NDArray[np.int64]) -> Batch:
         """The given samples as one batch."""
-        longest = max(int(self._lengths[rows].max()), 1)
+        lengths = np.maximum(self._lengths[rows], 1)
+        longest = int(lengths.max())
         rows_B = torch.from_numpy(rows).to(self._tokens_S.device)
         steps_L = self._steps_L[:longest]
         keep_BL = steps_L < self._lengths_N[rows_B].unsqueeze(1)
         index_BL = (self._offsets[rows_B].unsqueeze(1) + steps_L).clamp_(max=max(len(self._tokens_S) - 1, 0))
         ids_BL = self._tokens_S[index_BL].long() * keep_BL
         paths_BT = None if self._paths_NT is None else self._paths_NT[rows_B]
-        return Batch(ids_BL, keep_BL, self._labels_N[rows_B], paths_BT, rows)
+        return Batch(ids_BL, keep_BL, self._labels_N[rows_B], paths_BT, rows, int(lengths.sum()))

@@ -10,20 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from research_eval.errors import ConfigError
-from research_eval.layers.stacked import Dispatch, Dropout, StackedLayerNorm, StackedLinear, weight_count
+from research_eval.layers.kernels import Dispatch, each_expert
+from research_eval.layers.packing import Layout
+from research_eval.layers.stacked import Dropout, StackedLayerNorm, StackedLinear, weight_count
 from research_eval.layers.text import PositionalEncoding
-
-
-def attention_mask_for(keep_BL: torch.Tensor) -> torch.Tensor | None:
-    """The key mask [B, 1, 1, L] for attention, or None when nothing is padded.
-
-    A sample without any token may look at its first position, so that no softmax runs over an empty set.
-    """
-    if bool(keep_BL.all()):
-        return None
-    allowed_BL = keep_BL.clone()
-    allowed_BL[:, 0] |= ~keep_BL.any(1)
-    return allowed_BL[:, None, None, :]
 
 
 def rotated(x_BHLC: torch.Tensor) -> torch.Tensor:
@@ -84,23 +74,35 @@ class Attention(nn.Module):
         self.output = StackedLinear(num_experts, embed_dim, embed_dim)
         self.gate = StackedLinear(num_experts, embed_dim, embed_dim) if gated else None
 
-    def forward(self, h_BLD: torch.Tensor, mask_B11L: torch.Tensor | None, dispatch: Dispatch) -> torch.Tensor:
-        batch, length, width = h_BLD.shape
-        projected = self.input(self.norm(h_BLD, dispatch), dispatch)
-        query, key, value = (
-            part.view(batch, length, self.num_heads, -1).transpose(1, 2)
-            for part in projected[..., : 3 * width].split(width, dim=-1)
-        )
-        mask = mask_B11L
+    def forward(self, h: torch.Tensor, layout: Layout, dispatch: Dispatch) -> torch.Tensor:
+        """Rows [S, D], or a grid [R, L, D], in the order of the experts -> the same shape."""
+        width = h.shape[-1]
+        projected = each_expert(self._projected, h, dispatch=dispatch)
+        grids = zip(layout.grids_of(projected[..., : 3 * width]), layout.grids, strict=True)
+        attended = layout.rows_of([self._attended(qkv, grid.mask) for qkv, grid in grids])
+        return each_expert(self._gated, attended, projected[..., 3 * width :], dispatch=dispatch)
+
+    def _projected(self, h: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+        """Queries, keys and values side by side, and where there is a gate its half that reads y."""
+        projected: torch.Tensor = self.input(self.norm(h, dispatch), dispatch)
+        return projected
+
+    def _gated(self, attended: torch.Tensor, from_input: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+        attended = self.output(attended, dispatch)
+        if self.gate is None:
+            return attended
+        return attended * torch.sigmoid(from_input + self.gate(attended, dispatch))
+
+    def _attended(self, qkv_BLE: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Queries, keys and values side by side [B, L, 3 D] -> [B, L, D]."""
+        batch, length, _ = qkv_BLE.shape
+        # One view, and not three slices: their gradients would each be filled up to the whole.
+        query, key, value = qkv_BLE.view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind()
         if self.positional_encoding == "rope":
             query, key = rotated(query), rotated(key)
         elif self.positional_encoding == "alibi":
-            mask = with_distances(mask_B11L, self.num_heads, query)
-        attended_BLD = _attend(query, key, value, mask).transpose(1, 2).reshape(batch, length, width)
-        attended_BLD = self.output(attended_BLD, dispatch)
-        if self.gate is None:
-            return attended_BLD
-        return attended_BLD * torch.sigmoid(projected[..., 3 * width :] + self.gate(attended_BLD, dispatch))
+            mask = with_distances(mask, self.num_heads, query)
+        return _attend(query, key, value, mask).transpose(1, 2).reshape(batch, length, -1)
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -124,7 +126,11 @@ class FeedForward(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
-        return self.contract(self.dropout(F.gelu(self.expand(x, dispatch))), dispatch)
+        return each_expert(self._of_expert, x, dispatch=dispatch)
+
+    def _of_expert(self, x: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+        image: torch.Tensor = self.contract(self.dropout(F.gelu(self.expand(x, dispatch))), dispatch)
+        return image
 
 
 class Block(nn.Module):
@@ -146,9 +152,14 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(embed_dim, dim_feedforward, dropout, num_experts)
         self.dropout = Dropout(dropout)
 
-    def forward(self, h_BLD: torch.Tensor, mask_B11L: torch.Tensor | None, dispatch: Dispatch) -> torch.Tensor:
-        h_BLD = h_BLD + self.dropout(self.attention(h_BLD, mask_B11L, dispatch))
-        return h_BLD + self.dropout(self.feed_forward(self.norm(h_BLD, dispatch), dispatch))
+    def forward(self, h: torch.Tensor, layout: Layout, dispatch: Dispatch) -> torch.Tensor:
+        """Rows [S, D], or a grid [R, L, D], in the order of the experts -> the same shape."""
+        h = h + self.dropout(self.attention(h, layout, dispatch))
+        return h + self.dropout(each_expert(self._fed_forward, h, dispatch=dispatch))
+
+    def _fed_forward(self, h: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+        update: torch.Tensor = self.feed_forward(self.norm(h, dispatch), dispatch)
+        return update
 
 
 def block_flops(block: nn.Module, embed_dim: int, length: int) -> float:

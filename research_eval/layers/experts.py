@@ -9,20 +9,23 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from research_eval.errors import ConfigError
-from research_eval.layers.block import Block, attention_mask_for
+from research_eval.layers.block import Block
+from research_eval.layers.kernels import Dispatch, each_expert, for_rows
+from research_eval.layers.packing import Layout, Packing, Samples
 from research_eval.layers.scan import ScanExpert, ScanSettings
-from research_eval.layers.stacked import Dispatch
-from research_eval.layers.text import PositionalEncoding, masked_mean
+from research_eval.layers.stacked import Stacked
+from research_eval.layers.text import PositionalEncoding
 
 
 class Step(NamedTuple):
     """The states after one step, and what the executed experts added (in the order of the sorted rows)."""
 
     h_BLD: torch.Tensor
-    delta_RD: torch.Tensor  # pooled E_a(h) - h
     experts_R: torch.Tensor
+    delta_RD: torch.Tensor | None = None  # pooled E_a(h) - h, where it was asked for
     edge_entropy: torch.Tensor | None = None  # of the scan experts executed in training: mean entropy of their edges
 
 
@@ -61,25 +64,28 @@ class ExpertPool(nn.Module):
         self.scans = nn.ModuleList(ScanExpert(embed_dim, scan or ScanSettings()) for _ in range(num_scan_experts))
 
     def forward(self, h_RLD: torch.Tensor, keep_RL: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
-        """States of rows sorted by expert -> E_e(h)."""
-        z_RLD = self._split(h_RLD, keep_RL, dispatch) if self.scans else self._attend(h_RLD, keep_RL, dispatch)
-        if self.gate is None:
-            return z_RLD
-        return self.gate(h_RLD, z_RLD, keep_RL, dispatch)
+        """States of samples sorted by expert -> E_e(h)."""
+        samples = Packing(keep_RL, packed=False).samples()
+        return h_RLD + self._change(h_RLD, samples, dispatch)
 
-    def _attend(self, h_RLD: torch.Tensor, keep_RL: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
-        mask_R11L = attention_mask_for(keep_RL)
+    def _change(self, h: torch.Tensor, samples: Samples, dispatch: Dispatch) -> torch.Tensor:
+        """E_e(h) - h for the rows of samples that are sorted by expert."""
+        z = self._split(h, samples.keep_RL, dispatch) if self.scans else self._attend(h, samples.layout, dispatch)
+        return z - h if self.gate is None else self.gate(h, z, samples, dispatch)
+
+    def _attend(self, h: torch.Tensor, layout: Layout, dispatch: Dispatch) -> torch.Tensor:
         for block in self.blocks:
-            h_RLD = block(h_RLD, mask_R11L, dispatch)
-        return h_RLD
+            h = block(h, layout, dispatch)
+        return h
 
     def _split(self, h_RLD: torch.Tensor, keep_RL: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         """The rows of the attention experts come first; an idle scan expert is not part of the computation."""
-        sizes = dispatch.sizes[: self.num_attention_experts]
+        sizes, scan_sizes = (
+            dispatch.counts()[: self.num_attention_experts],
+            dispatch.counts()[self.num_attention_experts :],
+        )
         cut = sum(sizes)
-        experts_R = None if dispatch.experts_R is None or len(sizes) == 1 else dispatch.experts_R[:cut]
-        parts = [self._attend(h_RLD[:cut], keep_RL[:cut], Dispatch(sizes, experts_R))] if cut else []
-        scan_sizes = dispatch.sizes[self.num_attention_experts :]
+        parts = [self._attend(h_RLD[:cut], Layout.whole(keep_RL[:cut]), Dispatch(sizes))] if cut else []
         groups = zip(self.scans, h_RLD[cut:].split(scan_sizes), keep_RL[cut:].split(scan_sizes), strict=True)
         parts += [scan(rows_RLD, rows_RL) for scan, rows_RLD, rows_RL in groups if len(rows_RLD)]
         return torch.cat(parts)
@@ -92,31 +98,43 @@ class ExpertPool(nn.Module):
         entropies = [cast(ScanExpert, scan).graph.row_entropy() for scan, size in executed if size]
         return torch.stack(entropies).mean() if entropies else None
 
+    def packing(self, keep_BL: torch.Tensor, num_tokens: int | None = None) -> Packing:
+        """How `step` sees a batch: without its padding, unless scan experts walk over it."""
+        return Packing(keep_BL, num_tokens, packed=False if self.scans else None)
+
     def step(
-        self, h_BLD: torch.Tensor, keep_BL: torch.Tensor, choice_B: torch.Tensor, coefficient_B: torch.Tensor
+        self,
+        h_BLD: torch.Tensor,
+        packing: Packing,
+        choice_B: torch.Tensor,
+        coefficient_B: torch.Tensor,
+        all_run: bool = False,
+        pooled: bool = False,
     ) -> Step:
         """h + c (E_a(h) - h) for running samples; `choice` = N leaves a sample as it is and costs nothing.
 
-        One stable sort per step: stopped samples come last and leave the batch, each expert sees one slice.
+        One stable sort per step: stopped samples come last and leave the batch, each expert sees one slice. `all_run`
+        promises that nobody has stopped, so that no number has to be read back from the device.
         """
         order_B = choice_B.argsort(stable=True)
-        sizes = choice_B.bincount(minlength=self.num_experts + 1).tolist()
-        running = len(choice_B) - sizes.pop()
-        rows_R = order_B[:running]
-        experts_R = choice_B[rows_R]
-        if not running:
-            return Step(h_BLD, h_BLD.new_zeros(0, h_BLD.shape[-1]), experts_R)
-        before_RLD, keep_RL = h_BLD[rows_R], keep_BL[rows_R]
-        dispatch = Dispatch(sizes, experts_R) if self.num_experts > 1 else Dispatch.single(running)
-        delta_RLD = self(before_RLD, keep_RL, dispatch) - before_RLD
-        after_BLD = before_RLD + coefficient_B[rows_R, None, None] * delta_RLD
-        if running < len(choice_B):
-            after_BLD = torch.cat([after_BLD, h_BLD[order_B[running:]].to(after_BLD.dtype)])
-        delta_RD = masked_mean(delta_RLD, keep_RL)
-        return Step(after_BLD[order_B.argsort()], delta_RD, experts_R, self._edge_entropy(sizes))
+        member_BN = choice_B.unsqueeze(1) == torch.arange(self.num_experts, device=choice_B.device)
+        rows_R = order_B if all_run else order_B[: int(member_BN.sum())]
+        if not len(rows_R):
+            return Step(h_BLD, rows_R, h_BLD.new_zeros(0, h_BLD.shape[-1]) if pooled else None)
+        samples = packing.samples(rows_R)
+        dispatch = Dispatch.of((member_BN * samples.num_rows(packing.lengths_B).unsqueeze(1)).sum(0))
+        before = samples.take(h_BLD)
+        change = self._change(before, samples, dispatch)
+        after_BLD = samples.add_to(h_BLD, samples.spread(coefficient_B[rows_R]) * change)
+        return Step(
+            after_BLD,
+            choice_B[rows_R],
+            samples.mean(change) if pooled else None,
+            self._edge_entropy(dispatch.counts()) if self.scans else None,
+        )
 
 
-class AdaptiveGate(nn.Module):
+class AdaptiveGate(Stacked):
     """Lets an expert keep part of its input, and marks its output with a tag of its own."""
 
     def __init__(self, num_experts: int, embed_dim: int) -> None:
@@ -125,12 +143,20 @@ class AdaptiveGate(nn.Module):
         self.bias = nn.Parameter(torch.full((num_experts,), 2.0))  # mostly open at the start
         self.tag = nn.Parameter(torch.randn(num_experts, embed_dim) * 0.02)
 
-    def forward(
-        self, h_RLD: torch.Tensor, z_RLD: torch.Tensor, keep_RL: torch.Tensor, dispatch: Dispatch
-    ) -> torch.Tensor:
-        experts_R = (
-            keep_RL.new_zeros(len(h_RLD), dtype=torch.long) if dispatch.experts_R is None else dispatch.experts_R
-        )
-        score_R = (self.weight[experts_R] * masked_mean(z_RLD, keep_RL)).sum(-1) + self.bias[experts_R]
-        gate_R11 = torch.sigmoid(score_R)[:, None, None]
-        return torch.lerp(h_RLD, z_RLD.to(h_RLD.dtype), gate_R11.to(h_RLD.dtype)) + self.tag[experts_R].unsqueeze(1)
+    def forward(self, h: torch.Tensor, z: torch.Tensor, samples: Samples, dispatch: Dispatch) -> torch.Tensor:
+        """E_e(h) - h = g (z - h) + tag."""
+        # The mean over tokens of w z is w times their mean, and cheaper.
+        score = samples.mean(each_expert(self._scored, z, dispatch=dispatch))
+        gate = samples.spread(torch.sigmoid(score.squeeze(1))).to(h.dtype)
+        return each_expert(self._tagged, gate, z.to(h.dtype) - h, dispatch=dispatch)
+
+    def _scored(self, z: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+        if dispatch.expert is None:
+            weight, bias = for_rows(self.weight, z, dispatch), for_rows(self.bias.unsqueeze(1), z, dispatch)
+            return (z * weight).sum(-1, keepdim=True) + bias
+        weight_D, bias, _ = self.of_expert(dispatch.expert)
+        return F.linear(z, weight_D.unsqueeze(0), bias.unsqueeze(0))
+
+    def _tagged(self, gate: torch.Tensor, gap: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+        tag = for_rows(self.tag, gap, dispatch) if dispatch.expert is None else self.of_expert(dispatch.expert)[2]
+        return torch.addcmul(tag, gate, gap)

@@ -52,8 +52,10 @@ class Router(nn.Module):
         if self.norm is not None:
             nn.init.constant_(self.norm.weight, 2.0)
 
-    def standardized(self, summary_BS: Tensor, running_B: Tensor, step: int) -> Tensor:
-        """The summary as `forward` takes it; in training the running samples are added to the statistics first."""
+    def standardized(self, summary_BS: Tensor, running_B: Tensor | None, step: int) -> Tensor:
+        """The summary as `forward` takes it; in training the running samples (None: all) are added to the statistics
+        first.
+        """
         if self.statistics is None:
             return summary_BS
         standardized_BS: Tensor = self.statistics(summary_BS, running_B, step)
@@ -100,9 +102,10 @@ class RunningStatistics(nn.Module):
         self.register_buffer("variance_TS", torch.ones(num_steps, width))
         self.register_buffer("batches_T", torch.zeros(num_steps))
 
-    def forward(self, summary_BS: Tensor, running_B: Tensor, step: int) -> Tensor:
+    def forward(self, summary_BS: Tensor, running_B: Tensor | None, step: int) -> Tensor:
         if self.training:
-            self._add(summary_BS.detach()[running_B].float(), step)
+            summary_RS = summary_BS.detach() if running_B is None else summary_BS.detach()[running_B]
+            self._add(summary_RS.float(), step)
         return (summary_BS - self.mean_TS[step]) / (self.variance_TS[step].sqrt() + 1e-3)
 
     @torch.no_grad()

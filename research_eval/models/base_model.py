@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from research_eval.analysis.automaton import WalkerAutomaton
 from research_eval.datasets.token_data import Batch
 from research_eval.errors import ConfigError
+from research_eval.layers.packing import Packing, Samples
 
 
 class AuxiliaryLoss(NamedTuple):
@@ -30,9 +31,20 @@ class EvaluableModel(nn.Module):
     """Base class of all classifiers. A class with the same methods that does not inherit works too (see `adapt`)."""
 
     model_type: str = ""
+    _num_tokens: int | None = None
 
     def prepare(self, batch: Batch) -> None:
         """Called before each forward pass with the whole batch, for what the arguments of `forward` do not carry."""
+        self._num_tokens = batch.num_tokens
+
+    def num_tokens(self) -> int | None:
+        """Tokens of the batch that was prepared for this forward pass, once; None when nobody counted them."""
+        known, self._num_tokens = self._num_tokens, None
+        return known
+
+    def packed(self, keep_BL: torch.Tensor, always: bool = False) -> Samples:
+        """The batch without its padding, or with it where the kernels say so, unless `always`."""
+        return Packing(keep_BL, self.num_tokens(), packed=True if always else None).samples()
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """input_ids [B, L] int64, attention_mask [B, L] True where a token is real -> logits [B, C]."""

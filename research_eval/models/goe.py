@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from research_eval.layers.block import block_flops, feed_forward_width
 from research_eval.layers.experts import ExpertPool
 from research_eval.layers.routing import PathRecord, balance_loss, entropy
+from research_eval.layers.stacked import unbound
 from research_eval.layers.text import ClassificationHead, Pool, PositionalEncoding, TokenEmbedding, masked_mean
 from research_eval.models.base_model import AuxiliaryLoss, EvaluableModel, keep_mask, routed_parameters
 from research_eval.registry import MODELS_MAP
@@ -99,16 +101,20 @@ class GoEClassifier(EvaluableModel):
         self._balance: list[Tensor] = []
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        keep_BL = keep_mask(input_ids, attention_mask, self.padding_idx)
+        with unbound(self.experts):
+            return self._walk(input_ids, keep_mask(input_ids, attention_mask, self.padding_idx))
+
+    def _walk(self, input_ids: Tensor, keep_BL: Tensor) -> Tensor:
         h_BLD = self.embedding(input_ids, keep_BL)
+        packing = self.experts.packing(keep_BL, self.num_tokens())
         self._balance, path, entropies = [], [], []
         for router in self.router:
             state_BG = None
             for _ in range(self.max_path_len):
                 probabilities_BN, state_BG = router(masked_mean(h_BLD, keep_BL), state_BG)
                 coefficient_B, choice_B = probabilities_BN.max(-1)
-                h_BLD = self.experts.step(h_BLD, keep_BL, choice_B, coefficient_B).h_BLD
-                load_N = choice_B.bincount(minlength=self.experts.num_experts) / len(choice_B)
+                h_BLD = self.experts.step(h_BLD, packing, choice_B, coefficient_B, all_run=True).h_BLD
+                load_N = F.one_hot(choice_B, self.experts.num_experts).sum(0) / len(choice_B)
                 self._balance.append(balance_loss(load_N, probabilities_BN))
                 path.append(choice_B)
                 entropies.append(entropy(probabilities_BN.detach()))

@@ -22,6 +22,7 @@ from research_eval.errors import ConfigError
 from research_eval.layers.block import block_flops, feed_forward_width
 from research_eval.layers.experts import ExpertPool, Step
 from research_eval.layers.halting import calibrated_threshold, exit_probabilities, expected_length, geometric_prior_kl
+from research_eval.layers.packing import Packing
 from research_eval.layers.returns import RewardNormalizer, path_returns
 from research_eval.layers.router import LOGIT_LIMIT, ActionValues, Router, TokenFeatures, fixed_route
 from research_eval.layers.routing import (
@@ -35,6 +36,7 @@ from research_eval.layers.routing import (
     z_loss,
 )
 from research_eval.layers.scan import ScanSettings
+from research_eval.layers.stacked import unbound
 from research_eval.layers.text import (
     ClassificationHead,
     Pool,
@@ -308,6 +310,7 @@ class GoEOriginalClassifier(EvaluableModel):
         return True
 
     def prepare(self, batch: Batch) -> None:
+        super().prepare(batch)
         self._known_path_BT = None
         if self.route != "oracle" and self._mapping_TF is None:
             return
@@ -326,8 +329,12 @@ class GoEOriginalClassifier(EvaluableModel):
         self._known_path_BT = F.pad(known_BT, (0, self.max_path_len - known_BT.shape[1]), value=STOPPED)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        keep_BL = keep_mask(input_ids, attention_mask, self.padding_idx)
+        with unbound(self.experts):
+            return self._walk(input_ids, keep_mask(input_ids, attention_mask, self.padding_idx))
+
+    def _walk(self, input_ids: Tensor, keep_BL: Tensor) -> Tensor:
         h_BLD = self.embedding(input_ids, keep_BL)
+        packing, all_run = self.experts.packing(keep_BL, self.num_tokens()), self._nobody_stops()
         trace = self._trace = _Trace()
         visits_BN = h_BLD.new_zeros(len(h_BLD), self.num_experts)
         running_B = keep_BL.new_ones(len(h_BLD), dtype=torch.bool)
@@ -337,18 +344,18 @@ class GoEOriginalClassifier(EvaluableModel):
         values_BTA = None if self.action_values is None else torch.zeros_like(policy_BTA)
         for step in range(self.max_path_len):
             features_BS = None if self.features is None else self.features(input_ids, keep_BL, step)
-            view = self._look(h_BLD, keep_BL, features_BS, visits_BN, running_B, step)
+            view = self._look(h_BLD, keep_BL, features_BS, visits_BN, None if all_run else running_B, step)
             if step >= self.min_path_len:
                 running_B = running_B & self._goes_on(h_BLD, keep_BL, view)
             choice = self._fixed_choice(input_ids * keep_BL, step) if view is None else self._choose(view, step)
             if view is not None:
                 running_B = running_B & ~view.full_BN.all(1)
                 if self.training:
-                    self._note_decision(view, choice.action_B, running_B)
+                    self._note_decision(view, choice.action_B, running_B, all_run)
             running_B = running_B & (choice.action_B < self.num_experts)
-            if not bool(running_B.any()):
+            if not all_run and not bool(running_B.any()):
                 break
-            h_BLD = self._execute(h_BLD, keep_BL, choice, running_B)
+            h_BLD = self._execute(h_BLD, packing, choice, running_B, all_run)
             visits_BN = visits_BN + F.one_hot(choice.action_B, self.num_experts + 1)[:, :-1] * running_B.unsqueeze(1)
             path_BT[:, step] = choice.action_B.masked_fill(~running_B, STOPPED)
             if view is not None:
@@ -374,7 +381,7 @@ class GoEOriginalClassifier(EvaluableModel):
         keep_BL: Tensor,
         features_BS: Tensor | None,
         visits_BN: Tensor,
-        running_B: Tensor,
+        running_B: Tensor | None,
         step: int,
     ) -> _View | None:
         """What the router sees and says; None for a fixed route."""
@@ -475,30 +482,37 @@ class GoEOriginalClassifier(EvaluableModel):
         known_B = self._known_path_BT[:, step]
         return known_B.masked_fill(known_B == STOPPED, self.num_experts)
 
-    def _execute(self, h_BLD: Tensor, keep_BL: Tensor, choice: _Choice, running_B: Tensor) -> Tensor:
+    def _nobody_stops(self) -> bool:
+        """Known beforehand, so that no decision has to be read back: paths without halting that visits do not end."""
+        visits_suffice = self.max_path_len <= self.num_experts * self.max_visits or self.router is None
+        return self.halt == "off" and self._known_path_BT is None and self.route != "oracle" and visits_suffice
+
+    def _execute(self, h_BLD: Tensor, packing: Packing, choice: _Choice, running_B: Tensor, all_run: bool) -> Tensor:
         """The states after the step; those of samples that do not run stay."""
         if self.router_mode == "st_dense" and self.training and self.router is not None:
-            return self._execute_all(h_BLD, keep_BL, choice, running_B)
+            return self._execute_all(h_BLD, packing, choice, running_B)
         executed_B = choice.action_B.masked_fill(~running_B, self.num_experts)
-        outcome = self.experts.step(h_BLD, keep_BL, executed_B, choice.coefficient_B)
+        outcome = self.experts.step(
+            h_BLD, packing, executed_B, choice.coefficient_B, all_run, pooled=bool(self.contrastive_loss_coef)
+        )
         self._trace.steps.append(outcome)
         return outcome.h_BLD
 
-    def _execute_all(self, h_BLD: Tensor, keep_BL: Tensor, choice: _Choice, running_B: Tensor) -> Tensor:
+    def _execute_all(self, h_BLD: Tensor, packing: Packing, choice: _Choice, running_B: Tensor) -> Tensor:
         """h + sum_i y_i (E_i(h) - h) with y the choice in value and its probabilities in gradient."""
         chosen_BN = F.one_hot(choice.action_B, self.num_experts + 1)[:, :-1]
         weights_BN = chosen_BN + choice.probabilities_BN - choice.probabilities_BN.detach()
         after_BLD = h_BLD
         for expert, weight_B in enumerate(weights_BN.unbind(1)):
             action_B = torch.full_like(choice.action_B, expert).masked_fill(~running_B, self.num_experts)
-            outcome = self.experts.step(h_BLD, keep_BL, action_B, weight_B)
+            outcome = self.experts.step(h_BLD, packing, action_B, weight_B, pooled=bool(self.contrastive_loss_coef))
             self._trace.steps.append(outcome)
             after_BLD = after_BLD + (outcome.h_BLD - h_BLD)
         return after_BLD
 
-    def _note_decision(self, view: _View, action_B: Tensor, decided_B: Tensor) -> None:
+    def _note_decision(self, view: _View, action_B: Tensor, decided_B: Tensor, all_run: bool) -> None:
         trace = self._trace
-        own_RA = view.own_BA[decided_B]
+        own_RA = view.own_BA if all_run else view.own_BA[decided_B]
         if len(own_RA):
             trace.logits_RA.append(own_RA)
         if view.values_BA is not None or self.halt == "action":
@@ -583,7 +597,7 @@ class GoEOriginalClassifier(EvaluableModel):
         trace = self._trace
         losses = self._router_losses() if trace.logits_RA else {}
         if self.contrastive_loss_coef and trace.steps:
-            delta_RD = torch.cat([step.delta_RD for step in trace.steps])
+            delta_RD = torch.cat([step.delta_RD for step in trace.steps if step.delta_RD is not None])
             experts_R = torch.cat([step.experts_R for step in trace.steps])
             contrast = contrastive_loss(delta_RD, experts_R, self.num_experts)
             losses["contrastive_loss"] = AuxiliaryLoss(contrast, self.contrastive_loss_coef)
@@ -724,6 +738,7 @@ class GoEOriginalClassifier(EvaluableModel):
         decisions = min(self.max_path_len, steps + 1)  # where visits end the path, one more finds nothing left to visit
         one_expert = block_flops(self.experts, self.embed_dim, length)
         one_expert += (len(self.experts.blocks) - 1) * 4.0 * length**2 * self.embed_dim
+        one_expert += 2.0 * length * self.embed_dim  # the score of its adaptive gate
         weights = 0 if self.router is None else self.router.num_weights()
         if self.action_values is not None:
             weights += sum(m.weight.numel() for m in self.action_values.modules() if isinstance(m, nn.Linear))

@@ -9,8 +9,8 @@ from typing import Annotated
 
 from torch import Tensor, nn
 
-from research_eval.layers.block import Block, attention_mask_for, block_flops, feed_forward_width
-from research_eval.layers.stacked import Dispatch
+from research_eval.layers.block import Block, block_flops, feed_forward_width
+from research_eval.layers.kernels import Dispatch
 from research_eval.layers.text import ClassificationHead, Pool, PositionalEncoding, TokenEmbedding
 from research_eval.models.base_model import EvaluableModel, keep_mask
 from research_eval.registry import MODELS_MAP
@@ -68,13 +68,13 @@ class LoopedTransformerClassifier(EvaluableModel):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         keep_BL = keep_mask(input_ids, attention_mask, self.padding_idx)
-        mask_B11L = attention_mask_for(keep_BL)
-        everyone = Dispatch.single(len(input_ids))
-        h_BLD = self.embedding(input_ids, keep_BL)
+        samples = self.packed(keep_BL)
+        h = samples.take(self.embedding(input_ids, keep_BL))
+        everyone = Dispatch.single(len(h))
         for _ in range(self.num_loops):
             for layer in self.layers:
-                h_BLD = layer(h_BLD, mask_B11L, everyone)
-        return self.head(h_BLD, keep_BL)
+                h = layer(h, samples.layout, everyone)
+        return self.head(samples.grid(h), keep_BL)
 
     def get_flops_per_sample(self, length: int) -> float:
         one_loop = sum(block_flops(layer, self.embed_dim, length) for layer in self.layers)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from research_eval.errors import ConfigError
-from research_eval.layers.block import Attention, FeedForward, attention_mask_for, block_flops, feed_forward_width
+from research_eval.layers.block import Attention, FeedForward, block_flops, feed_forward_width
+from research_eval.layers.kernels import Dispatch
+from research_eval.layers.packing import Layout
 from research_eval.layers.routing import balance_loss, balanced_bias, entropy, load_metrics, z_loss
-from research_eval.layers.stacked import Dispatch, Dropout, StackedLayerNorm, weight_count
+from research_eval.layers.stacked import Dropout, StackedLayerNorm, unbound, weight_count
 from research_eval.layers.text import ClassificationHead, Pool, PositionalEncoding, TokenEmbedding
 from research_eval.models.base_model import AuxiliaryLoss, EvaluableModel, keep_mask, routed_parameters
 from research_eval.registry import MODELS_MAP
@@ -49,18 +51,23 @@ class RoutedFeedForward(nn.Module):
         if self.top_k > 1:  # for one expert the renormalised weight is 1 and the router would get no gradient
             weights_SK = weights_SK / weights_SK.sum(-1, keepdim=True)
         order_R = self.chosen_SK.flatten().argsort(stable=True)
-        sizes = self.chosen_SK.flatten().bincount(minlength=self.num_experts)
+        sizes_N = self._sizes()
         if self.training:
-            self.counts += sizes
+            self.counts += sizes_N
         rows_RD = x_SD[order_R // self.top_k]
-        outputs_RD = self.experts(rows_RD, Dispatch(sizes.tolist(), None))
+        with unbound(self.experts):
+            outputs_RD = self.experts(rows_RD, Dispatch.of(sizes_N))
         # Un-sorting and a sum over K, not `index_add`: the result does not depend on the order of threads.
         unsorted_SKD = outputs_RD[order_R.argsort()].view(*self.chosen_SK.shape, x_SD.shape[1])
         return (unsorted_SKD * weights_SK.unsqueeze(-1).to(unsorted_SKD.dtype)).sum(1)
 
+    def _sizes(self) -> Tensor:
+        experts_N = torch.arange(self.num_experts, device=self.chosen_SK.device)
+        return (self.chosen_SK.unsqueeze(-1) == experts_N).sum((0, 1))
+
     def load(self) -> Tensor:
         """Share of the last forward's assignments per expert, [N]."""
-        return self.chosen_SK.flatten().bincount(minlength=self.num_experts) / max(self.chosen_SK.numel(), 1)
+        return self._sizes() / max(self.chosen_SK.numel(), 1)
 
 
 class MoEBlock(nn.Module):
@@ -82,14 +89,11 @@ class MoEBlock(nn.Module):
         self.feed_forward = RoutedFeedForward(embed_dim, dim_feedforward, dropout, num_experts, top_k)
         self.dropout = Dropout(dropout)
 
-    def forward(self, h_BLD: Tensor, keep_BL: Tensor, mask_B11L: Tensor | None) -> Tensor:
-        everyone = Dispatch.single(len(h_BLD))
-        h_BLD = h_BLD + self.dropout(self.attention(h_BLD, mask_B11L, everyone))
-        normed_BLD = self.norm(h_BLD, everyone)
-        if mask_B11L is None:
-            return h_BLD + self.dropout(self.feed_forward(normed_BLD.flatten(0, 1)).view_as(h_BLD))
-        update_SD = self.dropout(self.feed_forward(normed_BLD[keep_BL]))
-        return h_BLD + torch.zeros_like(h_BLD).masked_scatter(keep_BL.unsqueeze(-1), update_SD.to(h_BLD.dtype))
+    def forward(self, h: Tensor, layout: Layout) -> Tensor:
+        """Rows of real tokens [S, D], or a grid [B, L, D] without padding -> the same shape."""
+        everyone = Dispatch.single(len(h))
+        h = h + self.dropout(self.attention(h, layout, everyone))
+        return h + self.dropout(self.feed_forward(self.norm(h, everyone).flatten(0, -2)).view_as(h))
 
 
 @MODELS_MAP.register("moe")
@@ -151,13 +155,13 @@ class MoETransformerClassifier(EvaluableModel):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         keep_BL = keep_mask(input_ids, attention_mask, self.padding_idx)
-        mask_B11L = attention_mask_for(keep_BL)
-        h_BLD = self.embedding(input_ids, keep_BL)
+        samples = self.packed(keep_BL, always=True)  # padding is neither dispatched nor counted
+        h = samples.take(self.embedding(input_ids, keep_BL))
         for layer in self.layers:
-            h_BLD = layer(h_BLD, keep_BL, mask_B11L)
+            h = layer(h, samples.layout)
         if not self.training:
             self._record()
-        return self.head(h_BLD, keep_BL)
+        return self.head(samples.grid(h), keep_BL)
 
     def _routed(self) -> list[RoutedFeedForward]:
         return [module for module in self.modules() if isinstance(module, RoutedFeedForward)]

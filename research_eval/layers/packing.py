@@ -1,0 +1,234 @@
+"""Batches without their padding: where the rows of real tokens lie on the grid of samples and positions.
+
+R samples  L length  S real tokens  F features  B batch  G places of all grids
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from research_eval.layers.kernels import kernels_for
+from research_eval.layers.text import masked_mean
+
+MIN_GROUP = 8  # samples that attend together at least, and into how many grids a batch is cut at most
+MAX_GROUPS = 4
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_GF: Tensor, index_S: Tensor) -> Tensor:
+        ctx.save_for_backward(index_S)
+        ctx.num_rows = len(x_GF)
+        return x_GF.index_select(0, index_S)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_SF: Tensor) -> tuple[Tensor, None]:
+        (index_S,) = ctx.saved_tensors
+        return _placed(gradient_SF, index_S, ctx.num_rows), None
+
+
+class _Place(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_SF: Tensor, index_S: Tensor, num_rows: int) -> Tensor:
+        ctx.save_for_backward(index_S)
+        return _placed(x_SF, index_S, num_rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_GF: Tensor) -> tuple[Tensor, None, None]:
+        (index_S,) = ctx.saved_tensors
+        return gradient_GF.index_select(0, index_S), None, None
+
+
+class _AddAt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_GF: Tensor, index_S: Tensor, change_SF: Tensor) -> Tensor:
+        ctx.save_for_backward(index_S)
+        return x_GF.index_copy(0, index_S, x_GF.index_select(0, index_S) + change_SF)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_GF: Tensor) -> tuple[Tensor, None, Tensor]:
+        (index_S,) = ctx.saved_tensors
+        return gradient_GF, None, gradient_GF.index_select(0, index_S)
+
+
+def take(x_GF: Tensor, index_S: Tensor) -> Tensor:
+    """Rows `index` of x; no row twice, so that the gradient is a copy and not a sum."""
+    rows: Tensor = _Take.apply(x_GF, index_S)  # type: ignore[no-untyped-call]
+    return rows
+
+
+def place(x_SF: Tensor, index_S: Tensor, num_rows: int) -> Tensor:
+    """The opposite: row s of x becomes row `index[s]` of `num_rows`, zero elsewhere."""
+    rows: Tensor = _Place.apply(x_SF, index_S, num_rows)  # type: ignore[no-untyped-call]
+    return rows
+
+
+def add_at(x_GF: Tensor, index_S: Tensor, change_SF: Tensor) -> Tensor:
+    """x with `change` added to its rows `index`, none of which comes twice."""
+    rows: Tensor = _AddAt.apply(x_GF, index_S, change_SF)  # type: ignore[no-untyped-call]
+    return rows
+
+
+def _placed(x_SF: Tensor, index_S: Tensor, num_rows: int) -> Tensor:
+    empty = x_SF.new_empty if len(index_S) == num_rows else x_SF.new_zeros
+    return empty(num_rows, x_SF.shape[1]).index_copy_(0, index_S, x_SF)
+
+
+class Grid(NamedTuple):
+    """Samples that attend together, and their key mask [R, 1, 1, L]; None when nothing is padded."""
+
+    num_samples: int
+    length: int
+    mask: Tensor | None
+
+
+class Layout(NamedTuple):
+    """Where rows lie on the grids of samples and positions that attention needs.
+
+    `places` [S] counts through the grids one behind the other; None: the rows are the only grid, [R, L, F].
+    """
+
+    grids: list[Grid]
+    places: Tensor | None = None
+
+    @classmethod
+    def whole(cls, keep_RL: Tensor) -> Layout:
+        """Rows that are a grid with its padding."""
+        return cls([Grid(keep_RL.shape[0], keep_RL.shape[1], attention_mask_for(keep_RL))])
+
+    def grids_of(self, x: Tensor) -> list[Tensor]:
+        """Rows [S, F] -> [r, l, F] for every grid, zero where padded."""
+        if self.places is None:
+            return [x]
+        sizes = [grid.num_samples * grid.length for grid in self.grids]
+        parts = place(x, self.places, sum(sizes)).split(sizes)
+        return [part.view(grid.num_samples, grid.length, -1) for part, grid in zip(parts, self.grids, strict=True)]
+
+    def rows_of(self, parts: list[Tensor]) -> Tensor:
+        """The opposite."""
+        if self.places is None:
+            return parts[0]
+        flat = [part.flatten(0, 1) for part in parts]
+        return take(flat[0] if len(flat) == 1 else torch.cat(flat), self.places)
+
+
+class Samples(NamedTuple):
+    """Some samples of a batch in some order, and the rows that stand for them."""
+
+    layout: Layout
+    source: Tensor | None  # of each row on the batch's grid [B L]; None: the batch as it is
+    places: Tensor | None  # of each row on these samples' grid [R L]; None: all of them, padding included
+    keep_RL: Tensor
+
+    def take(self, h_BLD: Tensor) -> Tensor:
+        """The states of these samples: rows [S, D], or [R, L, D] with their padding."""
+        if self.source is None:
+            return h_BLD
+        return take(h_BLD.flatten(0, 1), self.source) if self.places is not None else rows.view(*self.keep_RL.shape, -1)
+
+    def add_to(self, h_BLD: Tensor, change: Tensor) -> Tensor:
+        """The states of the batch after a change of these samples."""
+        if self.source is None:
+            return h_BLD + change
+        rows = change.flatten(0, -2).to(h_BLD.dtype)
+        after = add_at(h_BLD.flatten(0, 1), self.source, rows)
+        return after.view_as(h_BLD)
+
+    def grid(self, x: Tensor) -> Tensor:
+        """Rows -> [R, L, F], zero where nothing was computed."""
+        if self.places is None:
+            return x
+        grid = place(x, self.places, self.keep_RL.numel())
+        return grid.view(*self.keep_RL.shape, -1)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean over the tokens of each sample, [R, F]."""
+        return masked_mean(self.grid(x), self.keep_RL)
+
+    def spread(self, x_R: Tensor) -> Tensor:
+        """A number per sample for each of its rows, [S, 1] or [R, 1, 1]."""
+        if self.places is None:
+            return x_R[:, None, None]
+        return take(x_R.unsqueeze(1).expand(self.keep_RL.shape).reshape(-1, 1), self.places)
+
+    def num_rows(self, lengths_R: Tensor) -> Tensor:
+        """Of each sample: its tokens, or one where samples are rows."""
+        return torch.ones_like(lengths_R) if self.places is None else lengths_R
+
+
+class Packing:
+    """A batch of samples of different lengths.
+
+    What is computed are the real tokens, and the first position of a sample without any, so that no softmax runs over
+    an empty set. `num_tokens`, where it is known, spares asking the device how many there are. With `packed` False
+    padding is computed too.
+    """
+
+    def __init__(self, keep_BL: Tensor, num_tokens: int | None = None, packed: bool | None = None) -> None:
+        self.keep_BL = keep_BL.clone()
+        self.keep_BL[:, 0] |= ~keep_BL.any(1)
+        self.lengths_B = self.keep_BL.sum(1)
+        self.num_tokens = int(self.lengths_B.sum()) if num_tokens is None else num_tokens
+        self.packed = kernels_for(keep_BL.device) != "plain" if packed is None else packed
+        self.packed = self.packed and self.num_tokens < keep_BL.numel()
+        # Cutting a grid short supposes that padding stands on the right.
+        ragged = self.packed and keep_BL.device.type == "cpu"
+        positions = torch.arange(keep_BL.shape[1], device=keep_BL.device)
+        self._cut = ragged and torch.equal(self.keep_BL, positions < self.lengths_B.unsqueeze(1))
+
+    def samples(self, rows_R: Tensor | None = None) -> Samples:
+        """The samples with these numbers, in this order; without numbers all."""
+        length = self.keep_BL.shape[1]
+        whole = rows_R is None or len(rows_R) == len(self.keep_BL)
+        if not self.packed and rows_R is None:
+            return Samples(Layout.whole(self.keep_BL), None, None, self.keep_BL)
+        if rows_R is None:
+            rows_R = torch.arange(len(self.keep_BL), device=self.keep_BL.device)
+        keep_RL = self.keep_BL[rows_R]
+        if not self.packed:
+            index = (rows_R.unsqueeze(1) * length + torch.arange(length, device=rows_R.device)).flatten()
+            return Samples(Layout.whole(keep_RL), index, None, keep_RL)
+        flat = keep_RL.flatten()
+        places = (torch.nonzero_static(flat, size=self.num_tokens) if whole else flat.nonzero()).squeeze(1)
+        sample_S, position_S = places // length, places % length
+        index = rows_R[sample_S] * length + position_S
+        if not self._cut:
+            return Samples(Layout(Layout.whole(keep_RL).grids, places), index, places, keep_RL)
+        grids, starts_R = _cut_grids(self.lengths_B[rows_R])
+        return Samples(Layout(grids, starts_R[sample_S] + position_S), index, places, keep_RL)
+
+
+def _cut_grids(lengths_R: Tensor) -> tuple[list[Grid], Tensor]:
+    """Grids of samples of similar length, each as long as its longest sample, and where each sample begins."""
+    order_R = lengths_R.argsort(stable=True)
+    size = max(MIN_GROUP, -(-len(lengths_R) // MAX_GROUPS))
+    starts_R, grids, start = torch.empty_like(lengths_R), [], 0
+    for members in order_R.split(size):
+        lengths = lengths_R[members]
+        length = int(lengths[-1])
+        mask = None
+        if int(lengths[0]) < length:
+            mask = (torch.arange(length) < lengths.unsqueeze(1))[:, None, None, :]
+        starts_R[members] = start + torch.arange(len(members)) * length
+        grids.append(Grid(len(members), length, mask))
+        start += len(members) * length
+    return grids, starts_R
+
+
+def attention_mask_for(keep_BL: Tensor) -> Tensor | None:
+    """The key mask [B, 1, 1, L] for attention, or None when nothing is padded.
+
+    A sample without any token may look at its first position, so that no softmax runs over an empty set.
+    """
+    if bool(keep_BL.all()):
+        return None
+    allowed_BL = keep_BL.clone()
+    allowed_BL[:, 0] |= ~keep_BL.any(1)
+    return allowed_BL[:, None, None, :]

@@ -1,0 +1,120 @@
+"""What a process has imported, and so waited for, when it begins its work."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from support import ROOT, python, small_settings
+from torch import nn
+
+from research_eval.models.base_model import EvaluableModel
+from research_eval.registry import MODELS_MAP
+from research_eval.schema import config_from_dict
+
+QUICKSTART = ROOT / "examples" / "configs" / "quickstart.json"
+NUMBERS = {"torch", "numpy"}
+STORES = {"sqlalchemy", "alembic"}
+NOT_FOR_TRAINING = {"optuna", "matplotlib", "pandas", "sklearn", "scipy", "datasets", "plotly"}
+COMPILER = {"torch._dynamo", "torch._inductor"}
+
+
+def imported_by(program: str, folder: Path) -> set[str]:
+    """The modules that a new process has when it reaches the end of `program`."""
+    ended = python("-c", f"{program}\nimport sys\nprint('modules:', *sys.modules)", folder=folder)
+    assert ended.code == 0, ended.err
+    return set(ended.out.rpartition("modules:")[2].split())
+
+
+def test_the_package_alone_imports_nothing_heavy(tmp_path: Path) -> None:
+    modules = imported_by("import research_eval", tmp_path)
+    assert "research_eval" in modules and not modules & (NUMBERS | STORES | NOT_FOR_TRAINING)
+
+
+def test_the_help_imports_nothing_heavy(tmp_path: Path) -> None:
+    program = """
+import contextlib
+from research_eval.main import main
+with contextlib.suppress(SystemExit):
+    main(["--help"])
+"""
+    modules = imported_by(program, tmp_path)
+    assert "research_eval.main" in modules and not modules & (NUMBERS | STORES | NOT_FOR_TRAINING)
+
+
+def test_the_first_training_step_waits_for_nothing_it_does_not_need(tmp_path: Path) -> None:
+    program = f"""
+import contextlib
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from research_eval.main import main
+
+class FirstStep(BaseException):
+    pass
+
+def stop(*arguments):
+    raise FirstStep
+
+register_optimizer_step_post_hook(stop)
+with contextlib.suppress(FirstStep):
+    main(["--json_config_path", {str(QUICKSTART)!r}])
+    raise AssertionError("no step was made")
+"""
+    modules = imported_by(program, tmp_path)
+    assert {"research_eval.training.fit", "sqlalchemy"} <= modules and not modules & NOT_FOR_TRAINING
+
+
+def test_checking_a_config_does_not_import_the_compiler(tmp_path: Path) -> None:
+    program = f"""
+import torch
+from torch import nn
+from research_eval.models.base_model import EvaluableModel
+from research_eval.registry import MODELS_MAP
+from research_eval.schema import config_from_dict
+
+@MODELS_MAP.register("drawing")
+class Drawing(EvaluableModel):
+    def __init__(self, *, vocab_size: int, num_classes: int, width: int = 4) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocab_size, width)
+        self.weight = nn.Parameter(torch.empty(width, width).normal_(std=0.1))
+        nn.init.xavier_normal_(self.weight)
+
+config_from_dict({small_settings(model_type="drawing")!r})
+config_from_dict({small_settings(model_type="dense")!r})
+"""
+    modules = imported_by(program, tmp_path)
+    assert "research_eval.models.dense" in modules and not modules & COMPILER
+
+
+@pytest.mark.parametrize("name", MODELS_MAP)
+def test_every_model_is_built_to_the_end_when_its_parameters_are_checked(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A check that stops half-way is logged and accepts everything."""
+    with caplog.at_level(logging.DEBUG, "research_eval.schema"):
+        config_from_dict(small_settings(model_type=name))
+    assert caplog.messages == []
+
+
+def test_only_draws_without_values_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = {}
+
+    class Drawing(EvaluableModel):
+        def __init__(self, *, vocab_size: int, num_classes: int, width: int = 4) -> None:
+            super().__init__()
+            real = torch.zeros(width, device="cpu").normal_()
+            seen["real"] = nn.init.normal_(torch.zeros(width, device="cpu"), std=2.0) * real
+            meta = torch.empty(width)
+            seen["same"] = meta.normal_() is meta and nn.init.normal_(tensor=meta, mean=1.0) is meta
+            seen["meta"] = meta
+
+    monkeypatch.setitem(MODELS_MAP, "drawing", Drawing)
+    with caplog.at_level(logging.DEBUG, "research_eval.schema"):
+        config_from_dict(small_settings(model_type="drawing"))
+    assert caplog.messages == []
+    assert seen["same"] and seen["meta"].is_meta
+    assert not seen["real"].is_meta and seen["real"].abs().min() > 0
