@@ -5,8 +5,11 @@ B batch  R rows sorted by expert  L length  D width  H heads  N experts  K exper
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,15 +20,19 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from research_eval.datasets.token_data import Batches, TokenData
 from research_eval.errors import ConfigError
 from research_eval.layers.block import Attention, Block, feed_forward_width
 from research_eval.layers.experts import ExpertPool
-from research_eval.layers.kernels import Dispatch
+from research_eval.layers.kernels import Dispatch, Kernels, use_kernels
 from research_eval.layers.packing import Layout, Packing, attention_mask_for
 from research_eval.layers.stacked import Dropout, StackedLayerNorm, StackedLinear, weight_count
 from research_eval.layers.text import ClassificationHead, TokenEmbedding, masked_max, masked_mean
 from research_eval.models.moe import RoutedFeedForward
+from research_eval.registry import MODELS_MAP
+from research_eval.schema import context_arguments
 
 seeds = st.integers(0, 2**16)
 group_sizes = st.lists(st.integers(0, 4), min_size=1, max_size=5).filter(any)
@@ -74,6 +81,92 @@ def alone(pool: nn.Module, expert: int) -> dict[str, torch.Tensor]:
 
 
 # ------------------------------------------------------------------------------------- fast dispatch = the plain loop
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=seeds,
+    kernels=st.sampled_from(["slices", "grouped"]),
+    name=st.sampled_from(["dense", "looped", "moe", "goe", "goe_original"]),
+    encoding=st.sampled_from(["sin", "rope", "alibi"]),
+    pool=st.sampled_from(["mean", "max", "first", "last"]),
+    width=st.sampled_from([8, 24]),
+    num_experts=st.integers(1, 5),
+    padding=st.sampled_from(["none", "right", "anywhere", "much"]),
+    chained=st.booleans(),
+)
+def test_fast_and_plain_kernels_agree(
+    seed: int,
+    kernels: Kernels,
+    name: str,
+    encoding: str,
+    pool: str,
+    width: int,
+    num_experts: int,
+    padding: str,
+    chained: bool,
+) -> None:
+    """Outputs and all gradients of whole models in fp32, wherever the padding is."""
+    torch.manual_seed(seed)
+    batch, length = int(torch.randint(1, 24, ())), int(torch.randint(1, 9, ()))
+    ids_BL = torch.randint(1, 11, (batch, length))
+    keep_BL = torch.ones(batch, length, dtype=torch.bool)
+    if padding == "right":
+        keep_BL = keep_of(torch.randint(1, length + 1, (batch,)).tolist(), length)
+    elif padding == "much":
+        keep_BL = keep_of((torch.randint(0, length + 1, (batch,)) // 2).tolist(), length)
+    elif padding == "anywhere":
+        keep_BL = torch.rand(batch, length) < 0.6
+        pool = "mean" if pool == "last" else pool  # the last token is only defined for padding on the right
+        keep_BL[:, 0] |= pool == "first"
+    counts = {"num_experts": num_experts, "num_total_experts": num_experts, "max_path_len": 3}
+    sizes = {"vocab_size": 11, "num_classes": 3, "embed_dim": width, "num_heads": 2, "dropout": 0.0}
+    more = {"top_k_experts": min(2, num_experts), "positional_encoding": encoding, "pool": pool, "max_visits": 3}
+    model = MODELS_MAP[name](**context_arguments(MODELS_MAP[name], counts | sizes | more))
+    scramble(model)
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("research_eval.layers.kernels.MIN_CHAIN", 0 if chained else 20_000)
+        for chosen in ("plain", kernels):
+            twin = copy.deepcopy(model)
+            with use_kernels(chosen):
+                logits_BC = twin(ids_BL, attention_mask=keep_BL)
+                (logits_BC.square().sum() + twin.get_auxiliary_loss()).backward()
+            results.append([logits_BC, *(p.grad for p in twin.parameters() if p.grad is not None and p.grad.any())])
+    scale = max(1.0, *(float(value.detach().abs().max()) for value in results[0]))
+    assert_close(results[1], results[0], rtol=1e-5, atol=1e-5 * scale)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would make the host wait for a device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        waits = ("_local_scalar_dense", "aten.nonzero.", "masked_select", "aten.equal", "bincount", "is_nonzero")
+        indices = args[1] if name.startswith(("aten.index.", "aten.index_put")) else []
+        masks = [part for part in indices if part is not None and part.dtype == torch.bool]
+        assert not masks and not any(word in name for word in waits), f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", ["dense", "moe", "goe", "goe_original"])
+def test_a_training_step_reads_nothing_back(name: str, padded: bool) -> None:
+    """Forward and backward with the kernels of a GPU, for a batch whose tokens were counted when it was made."""
+    sizes = {"vocab_size": 11, "num_classes": 3, "embed_dim": 16, "num_heads": 2, "dropout": 0.1}
+    model = MODELS_MAP[name](**context_arguments(MODELS_MAP[name], sizes)).train()
+    lengths = [5, 3, 1, 5] if padded else [5, 5, 5, 5]
+    tokens = np.random.default_rng(0).integers(1, 11, sum(lengths)).astype(np.int32)
+    offsets = np.array([0, *np.cumsum(lengths)])
+    batch = Batches(TokenData(tokens, offsets, np.array([0, 1, 2, 0])), 4).take(np.arange(4))
+    with use_kernels("grouped"):
+        for number in range(2):  # the first pass may fill caches
+            with NoWaiting() if number else contextlib.nullcontext():
+                model.prepare(batch)
+                logits_BC = model(batch.input_ids, attention_mask=batch.attention_mask)
+                loss = model.task_loss(logits_BC, batch.labels) + model.get_auxiliary_loss()
+                loss.backward()
+                model.after_step(0.5)
 
 
 @settings(deadline=None, max_examples=25)

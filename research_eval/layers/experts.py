@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from research_eval.errors import ConfigError
 from research_eval.layers.block import Block
-from research_eval.layers.kernels import Dispatch, each_expert, for_rows
+from research_eval.layers.kernels import Dispatch, by_slices, for_rows, kernels_for
 from research_eval.layers.packing import Layout, Packing, Samples
+from research_eval.layers.routing import members
 from research_eval.layers.scan import ScanExpert, ScanSettings
 from research_eval.layers.stacked import Stacked
 from research_eval.layers.text import PositionalEncoding
@@ -117,7 +118,7 @@ class ExpertPool(nn.Module):
         promises that nobody has stopped, so that no number has to be read back from the device.
         """
         order_B = choice_B.argsort(stable=True)
-        member_BN = choice_B.unsqueeze(1) == torch.arange(self.num_experts, device=choice_B.device)
+        member_BN = members(choice_B, self.num_experts)
         rows_R = order_B if all_run else order_B[: int(member_BN.sum())]
         if not len(rows_R):
             return Step(h_BLD, rows_R, h_BLD.new_zeros(0, h_BLD.shape[-1]) if pooled else None)
@@ -146,17 +147,22 @@ class AdaptiveGate(Stacked):
     def forward(self, h: torch.Tensor, z: torch.Tensor, samples: Samples, dispatch: Dispatch) -> torch.Tensor:
         """E_e(h) - h = g (z - h) + tag."""
         # The mean over tokens of w z is w times their mean, and cheaper.
-        score = samples.mean(each_expert(self._scored, z, dispatch=dispatch))
+        score = samples.mean(self._scored(z, dispatch))
         gate = samples.spread(torch.sigmoid(score.squeeze(1))).to(h.dtype)
-        return each_expert(self._tagged, gate, z.to(h.dtype) - h, dispatch=dispatch)
+        return self._tagged(gate, z.to(h.dtype) - h, dispatch)
 
     def _scored(self, z: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
-        if dispatch.expert is None:
-            weight, bias = for_rows(self.weight, z, dispatch), for_rows(self.bias.unsqueeze(1), z, dispatch)
-            return (z * weight).sum(-1, keepdim=True) + bias
-        weight_D, bias, _ = self.of_expert(dispatch.expert)
-        return F.linear(z, weight_D.unsqueeze(0), bias.unsqueeze(0))
+        if dispatch.expert is not None:
+            weight_D, bias, _ = self.of_expert(dispatch.expert)
+            return F.linear(z, weight_D.unsqueeze(0), bias.unsqueeze(0))
+        if kernels_for(z.device) != "grouped":
+            return by_slices(self._scored, z, dispatch=dispatch)
+        weight = for_rows(self.weight, z, dispatch).expand_as(z)
+        return (z.unsqueeze(-2) @ weight.unsqueeze(-1)).squeeze(-1) + for_rows(self.bias.unsqueeze(1), z, dispatch)
 
     def _tagged(self, gate: torch.Tensor, gap: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
-        tag = for_rows(self.tag, gap, dispatch) if dispatch.expert is None else self.of_expert(dispatch.expert)[2]
-        return torch.addcmul(tag, gate, gap)
+        if dispatch.expert is not None:
+            return torch.addcmul(self.of_expert(dispatch.expert)[2], gate, gap)
+        if kernels_for(gap.device) != "grouped":
+            return by_slices(self._tagged, gate, gap, dispatch=dispatch)
+        return torch.addcmul(for_rows(self.tag, gap, dispatch), gate, gap)

@@ -99,9 +99,10 @@ class Layout(NamedTuple):
     places: Tensor | None = None
 
     @classmethod
-    def whole(cls, keep_RL: Tensor) -> Layout:
-        """Rows that are a grid with its padding."""
-        return cls([Grid(keep_RL.shape[0], keep_RL.shape[1], attention_mask_for(keep_RL))])
+    def whole(cls, keep_RL: Tensor, padded: bool | None = None, places: Tensor | None = None) -> Layout:
+        """One grid for all; whether it has padding need not be asked where it is known."""
+        mask = attention_mask_for(keep_RL) if padded is None else keep_RL[:, None, None, :] if padded else None
+        return cls([Grid(keep_RL.shape[0], keep_RL.shape[1], mask)], places)
 
     def grids_of(self, x: Tensor) -> list[Tensor]:
         """Rows [S, F] -> [r, l, F] for every grid, zero where padded."""
@@ -131,7 +132,8 @@ class Samples(NamedTuple):
         """The states of these samples: rows [S, D], or [R, L, D] with their padding."""
         if self.source is None:
             return h_BLD
-        return take(h_BLD.flatten(0, 1), self.source) if self.places is not None else rows.view(*self.keep_RL.shape, -1)
+        rows = take(h_BLD.flatten(0, 1), self.source)
+        return rows if self.places is not None else rows.view(*self.keep_RL.shape, -1)
 
     def add_to(self, h_BLD: Tensor, change: Tensor) -> Tensor:
         """The states of the batch after a change of these samples."""
@@ -177,9 +179,10 @@ class Packing:
         self.lengths_B = self.keep_BL.sum(1)
         self.num_tokens = int(self.lengths_B.sum()) if num_tokens is None else num_tokens
         self.packed = kernels_for(keep_BL.device) != "plain" if packed is None else packed
-        self.packed = self.packed and self.num_tokens < keep_BL.numel()
+        self._padded = self.num_tokens < keep_BL.numel()
+        self.packed = self.packed and self._padded
         # Cutting a grid short supposes that padding stands on the right.
-        ragged = self.packed and keep_BL.device.type == "cpu"
+        ragged = self.packed and kernels_for(keep_BL.device) != "grouped"
         positions = torch.arange(keep_BL.shape[1], device=keep_BL.device)
         self._cut = ragged and torch.equal(self.keep_BL, positions < self.lengths_B.unsqueeze(1))
 
@@ -188,19 +191,19 @@ class Packing:
         length = self.keep_BL.shape[1]
         whole = rows_R is None or len(rows_R) == len(self.keep_BL)
         if not self.packed and rows_R is None:
-            return Samples(Layout.whole(self.keep_BL), None, None, self.keep_BL)
+            return Samples(Layout.whole(self.keep_BL, self._padded), None, None, self.keep_BL)
         if rows_R is None:
             rows_R = torch.arange(len(self.keep_BL), device=self.keep_BL.device)
         keep_RL = self.keep_BL[rows_R]
         if not self.packed:
             index = (rows_R.unsqueeze(1) * length + torch.arange(length, device=rows_R.device)).flatten()
-            return Samples(Layout.whole(keep_RL), index, None, keep_RL)
+            return Samples(Layout.whole(keep_RL, self._padded), index, None, keep_RL)
         flat = keep_RL.flatten()
         places = (torch.nonzero_static(flat, size=self.num_tokens) if whole else flat.nonzero()).squeeze(1)
         sample_S, position_S = places // length, places % length
         index = rows_R[sample_S] * length + position_S
         if not self._cut:
-            return Samples(Layout(Layout.whole(keep_RL).grids, places), index, places, keep_RL)
+            return Samples(Layout.whole(keep_RL, True, places), index, places, keep_RL)
         grids, starts_R = _cut_grids(self.lengths_B[rows_R])
         return Samples(Layout(grids, starts_R[sample_S] + position_S), index, places, keep_RL)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from research_eval.layers.text import masked_max, masked_mean, sinusoids
+from research_eval.layers.text import masked_max, masked_mean, sinusoids_at
 
 LOGIT_LIMIT = 10.0
 FixedRoute = Literal["token", "hash", "random"]
@@ -143,7 +143,8 @@ class TokenFeatures(nn.Module):
         if step == 0:
             width, features_BLD = self.table_VD.shape[1], self.table_VD[ids_BL]
             if self.positions:
-                features_BLD = features_BLD + sinusoids(ids_BL.shape[1], width).to(ids_BL.device)
+                positions_L = torch.arange(ids_BL.shape[1], dtype=torch.float32, device=ids_BL.device)
+                features_BLD = features_BLD + sinusoids_at(positions_L, width)
             features_BLD = F.layer_norm(features_BLD, (width,))
             self._pooled_BS = torch.cat([masked_mean(features_BLD, keep_BL), masked_max(features_BLD, keep_BL)], dim=-1)
         return self._pooled_BS

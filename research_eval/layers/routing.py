@@ -17,6 +17,11 @@ from research_eval.analysis.routing_report import path_metrics
 STOPPED = -1
 
 
+def members(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """True at the expert of each decision, [..., N]; unlike `one_hot` it never looks at the values from the host."""
+    return experts.unsqueeze(-1) == torch.arange(num_experts, device=experts.device)
+
+
 def balance_loss(load_N: torch.Tensor, probabilities_RN: torch.Tensor) -> torch.Tensor:
     """N sum_i f_i P_i (Switch Transformer, Fedus et al., 2021): 1 when uniform, N when one expert takes all.
 
@@ -49,7 +54,7 @@ def balanced_bias(bias_N: torch.Tensor, counts_N: torch.Tensor, rate: float) -> 
 
 def contrastive_loss(delta_RD: torch.Tensor, experts_R: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Mean of cos^2 between the mean changes that two experts made, over the pairs of experts in use."""
-    member_RN = torch.nn.functional.one_hot(experts_R, num_experts)
+    member_RN = members(experts_R, num_experts)
     counts_N = member_RN.sum(0)
     means_ND = (member_RN.T.to(delta_RD.dtype) @ delta_RD)[counts_N > 0] / counts_N[counts_N > 0, None]
     directions_ND = torch.nn.functional.normalize(means_ND, dim=-1)

@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from research_eval.layers.block import block_flops, feed_forward_width
 from research_eval.layers.experts import ExpertPool
-from research_eval.layers.routing import PathRecord, balance_loss, entropy
+from research_eval.layers.routing import PathRecord, balance_loss, entropy, members
 from research_eval.layers.stacked import unbound
 from research_eval.layers.text import ClassificationHead, Pool, PositionalEncoding, TokenEmbedding, masked_mean
 from research_eval.models.base_model import AuxiliaryLoss, EvaluableModel, keep_mask, routed_parameters
@@ -114,7 +113,7 @@ class GoEClassifier(EvaluableModel):
                 probabilities_BN, state_BG = router(masked_mean(h_BLD, keep_BL), state_BG)
                 coefficient_B, choice_B = probabilities_BN.max(-1)
                 h_BLD = self.experts.step(h_BLD, packing, choice_B, coefficient_B, all_run=True).h_BLD
-                load_N = F.one_hot(choice_B, self.experts.num_experts).sum(0) / len(choice_B)
+                load_N = members(choice_B, self.experts.num_experts).sum(0) / len(choice_B)
                 self._balance.append(balance_loss(load_N, probabilities_BN))
                 path.append(choice_B)
                 entropies.append(entropy(probabilities_BN.detach()))

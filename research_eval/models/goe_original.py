@@ -33,6 +33,7 @@ from research_eval.layers.routing import (
     contrastive_loss,
     entropy,
     mean_entropy_loss,
+    members,
     z_loss,
 )
 from research_eval.layers.scan import ScanSettings
@@ -288,6 +289,8 @@ class GoEOriginalClassifier(EvaluableModel):
         self.register_buffer("load", torch.full((rows, num_total_experts), 1 / num_total_experts))
         self.register_buffer("counts", torch.zeros(rows, num_total_experts), persistent=False)
         self.register_buffer("progress", torch.zeros(()))
+        self._known_progress: float | None = None
+        self.register_load_state_dict_post_hook(GoEOriginalClassifier._forget_progress)  # type: ignore[no-untyped-call]
         self.register_buffer("threshold", torch.tensor(1.0 if exit_threshold is None else exit_threshold))
         self.record = PathRecord(num_total_experts, max_path_len)
         self.full_depth_accuracy: float | None = None
@@ -356,7 +359,7 @@ class GoEOriginalClassifier(EvaluableModel):
             if not all_run and not bool(running_B.any()):
                 break
             h_BLD = self._execute(h_BLD, packing, choice, running_B, all_run)
-            visits_BN = visits_BN + F.one_hot(choice.action_B, self.num_experts + 1)[:, :-1] * running_B.unsqueeze(1)
+            visits_BN = visits_BN + members(choice.action_B, self.num_experts) * running_B.unsqueeze(1)
             path_BT[:, step] = choice.action_B.masked_fill(~running_B, STOPPED)
             if view is not None:
                 entropy_BT[:, step] = entropy(choice.probabilities_BN.detach()) * running_B
@@ -456,7 +459,7 @@ class GoEOriginalClassifier(EvaluableModel):
     def _explored(self, scores_BN: Tensor) -> Tensor:
         """The best expert, or early in the training any that is permitted."""
         best_B = scores_BN.argmax(-1)
-        share = float(self.progress)
+        share = self._done()
         if not self.training or share >= self.exploration:
             return best_B
         any_B = torch.rand_like(scores_BN).masked_fill(scores_BN.isinf(), -1.0).argmax(-1)
@@ -473,7 +476,7 @@ class GoEOriginalClassifier(EvaluableModel):
         else:
             assert self.route != "learned"
             action_B = fixed_route(self.route, ids_BL, self.route_token, step, self.num_experts, fresh=self.training)
-        ones_BN = F.one_hot(action_B, self.num_experts + 1)[:, :-1]
+        ones_BN = members(action_B, self.num_experts).long()
         return _Choice(action_B, torch.ones(len(ids_BL), device=ids_BL.device), ones_BN)
 
     def _known_actions(self, step: int) -> Tensor:
@@ -500,7 +503,7 @@ class GoEOriginalClassifier(EvaluableModel):
 
     def _execute_all(self, h_BLD: Tensor, packing: Packing, choice: _Choice, running_B: Tensor) -> Tensor:
         """h + sum_i y_i (E_i(h) - h) with y the choice in value and its probabilities in gradient."""
-        chosen_BN = F.one_hot(choice.action_B, self.num_experts + 1)[:, :-1]
+        chosen_BN = members(choice.action_B, self.num_experts).long()
         weights_BN = chosen_BN + choice.probabilities_BN - choice.probabilities_BN.detach()
         after_BLD = h_BLD
         for expert, weight_B in enumerate(weights_BN.unbind(1)):
@@ -525,15 +528,15 @@ class GoEOriginalClassifier(EvaluableModel):
         return torch.stack([at_limit_RA.sum(), unmasked_RA.sum()]).cpu()
 
     def _tau(self) -> float:
-        share = min(float(self.progress) / TAU_SHARE, 1.0)
+        share = min(self._done() / TAU_SHARE, 1.0)
         return self.gumbel_tau * (self.gumbel_tau_min / self.gumbel_tau) ** share
 
     def _warming_up(self) -> bool:
-        return float(self.progress) < self.halt_warmup
+        return self._done() < self.halt_warmup
 
     @torch.no_grad()
     def _count(self, path_BT: Tensor) -> None:
-        taken_BTN = F.one_hot(path_BT + 1, self.num_experts + 1)[..., 1:]
+        taken_BTN = members(path_BT, self.num_experts)
         counts_RN = taken_BTN.sum(0) if len(self.counts) > 1 else taken_BTN.sum((0, 1)).unsqueeze(0)
         self.counts += counts_RN
         total_R1 = counts_RN.sum(1, keepdim=True)
@@ -544,9 +547,19 @@ class GoEOriginalClassifier(EvaluableModel):
         """The row of `balance_bias` and `load` that a step belongs to."""
         return step if len(self.load) > 1 else 0
 
+    def _done(self) -> float:
+        """The share of the training that is done, without asking the device at every step."""
+        if self._known_progress is None:
+            self._known_progress = float(self.progress)
+        return self._known_progress
+
+    def _forget_progress(self, *_: Any) -> None:
+        self._known_progress = None
+
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         self.progress.fill_(progress)
+        self._known_progress = float(np.float32(progress))  # as a checkpoint keeps it
         rate = self.balance_bias_rate * self._balance_share()
         if self.router_mode == "gate" and rate:
             for bias_N, counts_N in zip(self.balance_bias, self.counts, strict=True):
@@ -555,7 +568,7 @@ class GoEOriginalClassifier(EvaluableModel):
 
     def _balance_share(self) -> float:
         """What is left of the balancing: it may fall to nothing over the first `balance_decay` of the training."""
-        return max(0.0, 1 - float(self.progress) / self.balance_decay) if self.balance_decay else 1.0
+        return max(0.0, 1 - self._done() / self.balance_decay) if self.balance_decay else 1.0
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Batch]) -> None:
@@ -603,7 +616,7 @@ class GoEOriginalClassifier(EvaluableModel):
             losses["contrastive_loss"] = AuxiliaryLoss(contrast, self.contrastive_loss_coef)
         edges = [step.edge_entropy for step in trace.steps if step.edge_entropy is not None]
         if edges:
-            weight = self.edge_entropy_coef * float(self.progress)
+            weight = self.edge_entropy_coef * self._done()
             losses["edge_entropy_loss"] = AuxiliaryLoss(torch.stack(edges).mean(), weight)
         if self.path_heads is not None and trace.pooled_BD is not None and trace.path_BT is not None:
             losses["path_heads_loss"] = AuxiliaryLoss(
@@ -628,7 +641,7 @@ class GoEOriginalClassifier(EvaluableModel):
             ]
         ).mean()
         negative_entropy = -entropy(logits_RA.softmax(-1)).mean()
-        annealed = self.router_entropy_coef * (1 - 0.9 * float(self.progress))
+        annealed = self.router_entropy_coef * (1 - 0.9 * self._done())
         return {
             "diversity_loss": AuxiliaryLoss(diversity, self.diversity_loss_coef * self._balance_share()),
             "z_loss": AuxiliaryLoss(z_loss(logits_RA), self.z_loss_coef),
@@ -638,7 +651,7 @@ class GoEOriginalClassifier(EvaluableModel):
     def _path_heads_loss(self, predicted_BX: Tensor, path_BT: Tensor) -> Tensor:
         """Cross-entropy of the path's length, 0..T, and squared error of its number of different experts."""
         lengths_B = (path_BT != STOPPED).sum(1)
-        different_B = F.one_hot(path_BT + 1, self.num_experts + 1).amax(1)[:, 1:].sum(1)
+        different_B = members(path_BT, self.num_experts).any(1).sum(1)
         error = F.mse_loss(predicted_BX[:, -1], different_B.to(predicted_BX.dtype))
         return F.cross_entropy(predicted_BX[:, :-1], lengths_B) + error
 
@@ -680,7 +693,7 @@ class GoEOriginalClassifier(EvaluableModel):
             values_TBA.detach().masked_fill(masked_TBA, float("-inf")).amax(-1),
             reward_B,
             self.path_penalty_coef if self.router_mode in SAMPLED and self.halt != "ponder" else 0.0,
-            self.discount + (self.discount_final - self.discount) * float(self.progress),
+            self.discount + (self.discount_final - self.discount) * self._done(),
             1.0 if reinforced else TRACE_DECAY,
         )[decided_TB]
         taken_TB1 = action_TB.unsqueeze(-1)

@@ -15,7 +15,7 @@ from research_eval.errors import ConfigError
 from research_eval.layers.block import Attention, FeedForward, block_flops, feed_forward_width
 from research_eval.layers.kernels import Dispatch
 from research_eval.layers.packing import Layout
-from research_eval.layers.routing import balance_loss, balanced_bias, entropy, load_metrics, z_loss
+from research_eval.layers.routing import balance_loss, balanced_bias, entropy, load_metrics, members, z_loss
 from research_eval.layers.stacked import Dropout, StackedLayerNorm, unbound, weight_count
 from research_eval.layers.text import ClassificationHead, Pool, PositionalEncoding, TokenEmbedding
 from research_eval.models.base_model import AuxiliaryLoss, EvaluableModel, keep_mask, routed_parameters
@@ -62,8 +62,7 @@ class RoutedFeedForward(nn.Module):
         return (unsorted_SKD * weights_SK.unsqueeze(-1).to(unsorted_SKD.dtype)).sum(1)
 
     def _sizes(self) -> Tensor:
-        experts_N = torch.arange(self.num_experts, device=self.chosen_SK.device)
-        return (self.chosen_SK.unsqueeze(-1) == experts_N).sum((0, 1))
+        return members(self.chosen_SK, self.num_experts).sum((0, 1))
 
     def load(self) -> Tensor:
         """Share of the last forward's assignments per expert, [N]."""
