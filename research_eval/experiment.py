@@ -132,7 +132,7 @@ def run(
 def prepare(config: ExperimentConfig, data: DataSplits | None = None) -> tuple[Runtime, DataSplits, EvaluableModel]:
     """Device, data (unless it is given) and freshly initialised model of a config."""
     options = config.training_params
-    runtime = Runtime(options.device, options.precision, options.num_threads)
+    runtime = Runtime(options.device, options.precision, options.num_threads, options.kernels, options.keep_memory)
     if data is None:
         data = load_splits(config.dataset_type, config.dataset_name, config.dataset_params, config.seed)
     if options.test and data.test is None:

@@ -149,6 +149,9 @@ def _known_device(device: str) -> str:
     return device
 
 
+Kernels = Literal["auto", "plain", "slices", "grouped"]  # what they are: layers/kernels.py
+
+
 class TrainingParams(_Section):
     """How the training runs; none of it changes what is trained."""
 
@@ -180,6 +183,10 @@ class TrainingParams(_Section):
     """Score the test splits once, after training."""
     num_threads: Count | None = None
     """CPU threads of torch; null for torch's own choice."""
+    kernels: Kernels = "auto"
+    """How experts are executed: auto (what suits the device), plain (with the padding), slices or grouped."""
+    keep_memory: bool = False
+    """Linux: let the process keep freed memory instead of giving it back to the system after every step."""
 
 
 class ExperimentConfig(_Section):

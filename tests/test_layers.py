@@ -27,6 +27,7 @@ from research_eval.errors import ConfigError
 from research_eval.layers.block import Attention, Block, feed_forward_width
 from research_eval.layers.experts import ExpertPool
 from research_eval.layers.kernels import Dispatch, Kernels, use_kernels
+from research_eval.layers.losses import cross_entropy
 from research_eval.layers.packing import Layout, Packing, attention_mask_for
 from research_eval.layers.stacked import Dropout, StackedLayerNorm, StackedLinear, weight_count
 from research_eval.layers.text import ClassificationHead, TokenEmbedding, masked_max, masked_mean
@@ -135,6 +136,32 @@ def test_fast_and_plain_kernels_agree(
             results.append([logits_BC, *(p.grad for p in twin.parameters() if p.grad is not None and p.grad.any())])
     scale = max(1.0, *(float(value.detach().abs().max()) for value in results[0]))
     assert_close(results[1], results[0], rtol=1e-5, atol=1e-5 * scale)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=seeds, smoothing=st.sampled_from([0.0, 0.1, 1.0]), batch=st.integers(1, 5), classes=st.integers(2, 9))
+def test_the_loss_of_many_classes_is_torchs(seed: int, smoothing: float, batch: int, classes: int) -> None:
+    torch.manual_seed(seed)
+    labels_B = torch.randint(classes, (batch,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("research_eval.layers.losses.MANY_CLASSES", 0)
+        patch.setattr("research_eval.layers.losses.CHUNK", 12)
+        assert_same_map(
+            nn.Identity(),
+            lambda x: cross_entropy(x, labels_B, smoothing),
+            lambda x: F.cross_entropy(x, labels_B, label_smoothing=smoothing),
+            20 * torch.randn(batch, classes).double(),
+        )
+
+
+def test_the_loss_of_many_classes_keeps_no_copy_of_the_scores() -> None:
+    logits_BC = torch.randn(8, 5000, requires_grad=True)
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        loss = cross_entropy(logits_BC, torch.arange(8))
+    assert sorted(sizes) == [8, 8, logits_BC.numel()], "the scores themselves, and a number per sample"
+    loss.backward()
+    assert_close(logits_BC.grad.sum(-1), torch.zeros(8), atol=1e-6, rtol=0)  # type: ignore[union-attr]
 
 
 class NoWaiting(TorchDispatchMode):

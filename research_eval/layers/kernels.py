@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Kernels = Literal["auto", "plain", "slices", "grouped"]
+from research_eval.schema import Kernels
+
 PER_DEVICE: dict[str, Kernels] = {"cpu": "slices", "cuda": "grouped"}  # of "auto"; "plain" elsewhere
 MIN_CHAIN = 20_000  # numbers per expert
 

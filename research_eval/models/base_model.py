@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn import functional as F
 
 from research_eval.analysis.automaton import WalkerAutomaton
 from research_eval.datasets.token_data import Batch
 from research_eval.errors import ConfigError
+from research_eval.layers.losses import cross_entropy
 from research_eval.layers.packing import Packing, Samples
 
 
@@ -52,7 +52,7 @@ class EvaluableModel(nn.Module):
 
     def task_loss(self, logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
         """The loss of the last forward pass, a scalar. Class 0 is an ordinary class."""
-        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        return cross_entropy(logits, labels, label_smoothing)
 
     def auxiliary_losses(self) -> dict[str, AuxiliaryLoss]:
         """The terms of the last forward pass in training mode, by name."""

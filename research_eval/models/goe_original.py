@@ -9,7 +9,7 @@ R running decisions  F functions of a task whose right path is known
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -555,6 +555,11 @@ class GoEOriginalClassifier(EvaluableModel):
 
     def _forget_progress(self, *_: Any) -> None:
         self._known_progress = None
+
+    def train(self, mode: bool = True) -> Self:
+        if not mode:  # a moving average of models is given the buffer of another
+            self._forget_progress()
+        return super().train(mode)
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import random
 import signal
 import sys
@@ -13,7 +15,11 @@ import numpy as np
 import torch
 
 from research_eval.errors import ConfigError
+from research_eval.layers.kernels import set_kernels
+from research_eval.schema import Kernels
 from research_eval.seeding import derive_seed
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
 class Runtime:
@@ -22,11 +28,21 @@ class Runtime:
     Raises ConfigError for a device that this machine does not have.
     """
 
-    def __init__(self, device: str = "auto", precision: str = "fp32", num_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        device: str = "auto",
+        precision: str = "fp32",
+        num_threads: int | None = None,
+        kernels: Kernels = "auto",
+        keep_memory: bool = False,
+    ) -> None:
         self.device = choose_device(device)
         self.precision = precision
+        set_kernels(kernels)
         if num_threads is not None:
             torch.set_num_threads(num_threads)
+        if keep_memory:
+            keep_freed_memory()
 
     def autocast(self) -> AbstractContextManager[object]:
         """bf16 where asked for; parameters and optimiser stay in fp32."""
@@ -69,6 +85,17 @@ def choose_device(name: str) -> torch.device:
     if (device.index or 0) >= count.get(device.type, 0):
         raise ConfigError(f"device: this machine has no {name!r} ({count['cuda']} CUDA devices). Use 'auto' or 'cpu'.")
     return device
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to take large blocks from its heap and to keep up to 2 GiB of it; elsewhere nothing happens.
+
+    Otherwise every large tensor is fresh memory whose pages the system fills with zeros first.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 class StopRequest:
