@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= examples/configs/quickstart.json
 
-.PHONY: demo run test check lint bench schema
+.PHONY: demo run test check lint bench fuzz schema
 
 demo: $(VENV)/.runtime
 	$(BIN)/python research_eval/main.py --json_config_path examples/configs/quickstart.json
@@ -24,6 +24,11 @@ check: lint test
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/overhead.py
+
+# Hostile configs and data files, made up for ten minutes; `make fuzz SECONDS=60` for one.
+SECONDS ?= 600
+fuzz: $(VENV)/.dev
+	GOE_FUZZ_SECONDS=$(SECONDS) $(BIN)/python -m pytest tests/test_hostile_input.py -k "any_value or any_text or any_bytes" --timeout 0
 
 # The JSON Schema for editors follows from the code.
 schema: $(VENV)/.runtime

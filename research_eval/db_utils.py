@@ -8,25 +8,29 @@ SQLite (a path) is the default, PostgreSQL (a URL) the store of a cluster. What 
   ORDER BY keep working, and are read as NaN. An infinity is SQLite's infinity, or the JSON string "Infinity" on
   PostgreSQL. Inside lists, which have to be valid JSON, non-finite numbers are the strings "NaN", "Infinity" and
   "-Infinity"; reading turns them into numbers again.
-- `history.value` is NULL for NaN.
+- `history.value` is NULL for NaN. `history` is a view: its points are stored under the numbers of a run and of a name.
 - `full_config_json` is canonical (`canonical_json`), so equal configs are equal text.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
+import errno
 import io
 import json
+import logging
 import math
 import operator
 import os
 import re
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
@@ -37,20 +41,33 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, Connection, Dialect, make_url
 
 from research_eval.errors import ConfigError
+from research_eval.files import is_at_work, sync_folder
+from research_eval.untrusted import check_regular_file, user_path
+
+log = logging.getLogger(__name__)
 
 DB_FILE = "experiment_results.db"
 DB_VARIABLE = "GOE_DB"
-SCHEMA_VERSION = "0002"  # the newest file in migrations/versions
+SCHEMA_VERSION = "0003"  # the newest file in migrations/versions
 VERSION_TABLE = "goe_schema_version"  # own name: Optuna keeps its `alembic_version` in the same database
 STATUSES = ("running", "finished", "failed", "interrupted", "pruned", "diverged")
+
+SILENCE = timedelta(minutes=15)  # a run writes after every few dozen steps
+GONE = "its process ended without saying why"
 
 _LOCK_SECONDS = 60.0
 _BUSY_SECONDS = 30.0
 _IDS_PER_QUERY = 500
+_POINTS_PER_QUERY = 1000
 _ADVISORY_LOCK_KEY = 0x676F65  # "goe"
+_OPTUNA_TABLES = r"alembic_version|version_info|studies|study_\w+|trials|trial_\w+"
 _SQLITE_MAGIC = b"SQLite format 3\0"
 _SPELLINGS = "Give a path, sqlite:///path or postgresql://user@host/name"
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class StoreUnavailable(OSError):
+    """The database cannot write now: its server, the network, a lock or a disk. It may later."""
 
 
 class HistoryRow(NamedTuple):
@@ -179,6 +196,11 @@ def _normal_metric(name: str, value: Any) -> Any:
         raise ConfigError(f"metric {name!r}: {error}. Return numbers or lists of numbers.") from error
 
 
+def normal_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics as they are stored. Raises ConfigError for what JSON cannot hold."""
+    return {name: _normal_metric(name, value) for name, value in metrics.items()}
+
+
 class _RealOrText(sa.REAL[Any]):
     """A REAL column as SQLite has it: what is not a number is kept as it is."""
 
@@ -216,8 +238,10 @@ class _MetricValue(sa.types.TypeDecorator[Any]):
         if isinstance(value, str) and dialect.name != "postgresql":
             try:
                 value = json.loads(value)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 return value  # text in an adopted database, written by another program
+        if isinstance(value, bytes):
+            return _as_text(value)
         return _from_strict_json(value)
 
 
@@ -234,11 +258,44 @@ class _NanAsNull(sa.types.TypeDecorator[float]):
         return math.nan if value is None else value
 
 
+class _Text(sa.Text):
+    """Text; SQLite gives whatever another program put there, which is shown as text."""
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Any:
+        return _as_text if dialect.name == "sqlite" else super().result_processor(dialect, coltype)
+
+
+def _as_text(value: Any) -> str | None:
+    if type(value) is str or value is None:
+        return value
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+class _SqliteTime(sqlite.DATETIME):
+    """A time; what is none, as another program may have written, is not known."""
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Any:
+        parse: Any = super().result_processor(dialect, coltype)
+
+        def process(value: Any) -> datetime | None:
+            try:
+                parsed: datetime | None = parse(value)
+            except (ValueError, TypeError, OverflowError):
+                return None
+            return parsed
+
+        return process
+
+
 class _UtcDateTime(sa.types.TypeDecorator[datetime]):
     """Naive UTC in SQL, aware in Python."""
 
     impl = sa.DateTime
     cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> sa.types.TypeEngine[Any]:
+        own = _SqliteTime() if dialect.name == "sqlite" else sa.DateTime()  # type: ignore[no-untyped-call]
+        return dialect.type_descriptor(own)
 
     def process_bind_param(self, value: datetime | None, _dialect: Dialect) -> datetime | None:
         return None if value is None else value.astimezone(UTC).replace(tzinfo=None)
@@ -256,48 +313,83 @@ metadata = sa.MetaData()
 experiments_table = sa.Table(
     "experiments",
     metadata,
-    sa.Column("experiment_id", sa.Text, primary_key=True),
-    sa.Column("run_type", sa.Text),
+    sa.Column("experiment_id", _Text(), primary_key=True),
+    sa.Column("run_type", _Text()),
     sa.Column("timestamp", _UtcDateTime),
-    sa.Column("experiment_name", sa.Text),
-    sa.Column("model_type", sa.Text),
-    sa.Column("dataset_name", sa.Text),
-    sa.Column("dataset_type", sa.Text),
+    sa.Column("experiment_name", _Text()),
+    sa.Column("model_type", _Text()),
+    sa.Column("dataset_name", _Text()),
+    sa.Column("dataset_type", _Text()),
     sa.Column("epochs", sa.Integer),
     sa.Column("batch_size", sa.Integer),
-    sa.Column("full_config_json", sa.Text),
-    sa.Column("env_details_json", sa.Text),
-    sa.Column("status", sa.Text),
+    sa.Column("full_config_json", _Text()),
+    sa.Column("env_details_json", _Text()),
+    sa.Column("status", _Text()),
     sa.Column("seed", sa.BigInteger),
-    sa.Column("error", sa.Text),
+    sa.Column("error", _Text()),
     sa.Column("heartbeat", _UtcDateTime),
-    sa.Column("parent_id", sa.Text),
+    sa.Column("parent_id", _Text()),
     sa.Index("ix_experiments_dataset_name_model_type", "dataset_name", "model_type"),
+    sa.Index(
+        "ix_experiments_listing",
+        *("timestamp", "experiment_id", "status", "model_type", "dataset_name", "experiment_name", "run_type", "seed"),
+    ),
 )
 
 metrics_table = sa.Table(
     "metrics",
     metadata,
     sa.Column("metric_id", sa.Integer, primary_key=True),
-    sa.Column("experiment_id", sa.Text, sa.ForeignKey("experiments.experiment_id"), nullable=False),
-    sa.Column("metric_name", sa.Text, nullable=False),
+    sa.Column("experiment_id", _Text(), sa.ForeignKey("experiments.experiment_id"), nullable=False),
+    sa.Column("metric_name", _Text(), nullable=False),
     sa.Column("metric_value", _MetricValue),
     sa.Index("ix_metrics_experiment_id_metric_name", "experiment_id", "metric_name"),
     sqlite_autoincrement=True,
 )
 
-history_table = sa.Table(
-    "history",
+history_runs = sa.Table(
+    "history_runs",
     metadata,
-    sa.Column("experiment_id", sa.Text, sa.ForeignKey("experiments.experiment_id"), primary_key=True),
-    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("run_id", sa.Integer, primary_key=True),
+    sa.Column("experiment_id", _Text(), sa.ForeignKey("experiments.experiment_id"), nullable=False, unique=True),
+)
+
+history_names = sa.Table(
+    "history_names",
+    metadata,
+    sa.Column("name_id", sa.Integer, primary_key=True),
+    sa.Column("name", _Text(), nullable=False, unique=True),
+)
+
+history_points = sa.Table(
+    "history_points",
+    metadata,
+    sa.Column("run_id", sa.Integer, sa.ForeignKey("history_runs.run_id"), primary_key=True, autoincrement=False),
+    sa.Column("name_id", sa.Integer, sa.ForeignKey("history_names.name_id"), primary_key=True, autoincrement=False),
     sa.Column("step", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("epoch", sa.Double, nullable=False),
     sa.Column("value", _NanAsNull),
     sqlite_with_rowid=False,
 )
 
+history_view = sa.table(
+    "history",
+    sa.column("experiment_id", _Text()),
+    sa.column("name", _Text()),
+    sa.column("step", sa.BigInteger),
+    sa.column("epoch", sa.Double),
+    sa.column("value", _NanAsNull),
+)
+
+NUM_OLD_COLUMNS = 11  # that `experiments` had from the beginning
 JSON_COLUMNS = ("full_config_json", "env_details_json")  # long; left out of lists of runs
+
+# Without parameters, as `v0003_scale` has them.
+_SQLITE_NUMBER = "CASE WHEN typeof(metric_value) IN ('real', 'integer') THEN metric_value END"
+_POSTGRESQL_NUMBER = (
+    "CASE WHEN jsonb_typeof(metric_value) = 'number' OR metric_value #>> '{}' IN ('Infinity', '-Infinity') "
+    "THEN CAST(metric_value #>> '{}' AS double precision) END"
+)
 
 _version_table = sa.table(VERSION_TABLE, sa.column("version_num", sa.String))
 
@@ -321,6 +413,8 @@ def database_url(db: str | None = None) -> str:
         return url.set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
     if url.drivername not in ("sqlite", "sqlite+pysqlite"):
         raise ConfigError(f"database: {url.drivername!r} is not supported. {_SPELLINGS}.")
+    if url.query:
+        raise ConfigError(f"database: {', '.join(url.query)}: a SQLite file takes no options. {_SPELLINGS}.")
     if url.host or not url.database or url.database == ":memory:" or url.database.startswith("file:"):
         raise ConfigError(
             f"database: {where!r} names no file. {_SPELLINGS} (three slashes, four before a root folder)."
@@ -332,12 +426,18 @@ def _checked_file(name: str) -> str:
     """The absolute path of a SQLite file, or of one that can be made."""
     if not name.strip():
         raise ConfigError(f"database: the name is empty. {_SPELLINGS}.")
-    path = Path(name).expanduser().absolute()
+    if name.startswith("file:"):
+        raise ConfigError(f"database: {name!r} is no path. {_SPELLINGS}.")
+    path = user_path(name).absolute()
     if path.is_dir():
         raise ConfigError(f"database: {path} is a directory. Give a file in it, such as {path / DB_FILE}.")
     if not path.parent.is_dir():
         raise ConfigError(f"database: the folder {path.parent} does not exist. Create it first.")
-    if path.exists():
+    if path.is_symlink() or path.exists():
+        try:
+            check_regular_file(path)
+        except ConfigError as error:
+            raise ConfigError(f"database: {error}") from error
         try:
             with path.open("rb") as file:
                 start = file.read(len(_SQLITE_MAGIC))
@@ -362,6 +462,8 @@ def _sqlite_engine(path: Path, read_only: bool) -> sa.Engine:
         connection.isolation_level = None  # the driver's own BEGIN would come too late, and never before DDL
         connection.execute("PRAGMA synchronous=NORMAL")
         connection.execute("PRAGMA foreign_keys=ON")
+        connection.execute("PRAGMA trusted_schema=OFF")  # a foreign file may bring views and triggers
+        connection.execute("PRAGMA cell_size_check=ON")
 
     @sa.event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
@@ -371,8 +473,23 @@ def _sqlite_engine(path: Path, read_only: bool) -> sa.Engine:
 
 
 def _postgresql_engine(url: URL, read_only: bool) -> sa.Engine:
-    # Minutes may pass between two writes of a run: ask whether the connection still lives.
-    return sa.create_engine(url, pool_pre_ping=True, execution_options={"postgresql_readonly": read_only})
+    # Minutes may pass between two writes of a run: ask whether the connection still lives. A server that is gone
+    # without a word is given up after a time; libpq would wait for hours.
+    patience = {"connect_timeout": 10, "keepalives_idle": 30, "tcp_user_timeout": 60_000}
+    return sa.create_engine(
+        url,
+        pool_pre_ping=True,
+        connect_args={name: value for name, value in patience.items() if name not in make_url(url).query},
+        execution_options={"postgresql_readonly": read_only},
+    )
+
+
+def foreign_table(connection: Connection) -> str | None:
+    """A table that is neither ours nor Optuna's, in a database that has none of ours."""
+    tables = set(sa.inspect(connection).get_table_names())
+    if tables & {VERSION_TABLE, "experiments", "metrics"}:
+        return None
+    return min((name for name in tables if not re.fullmatch(_OPTUNA_TABLES, name)), default=None)
 
 
 @contextmanager
@@ -389,6 +506,38 @@ def _locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
+def back_up(path: Path) -> Path:
+    """A copy of a SQLite database beside it, under a dated name that was free. Raises OSError."""
+    with _locked(path):
+        return copy_database(path)
+
+
+def copy_database(path: Path) -> Path:
+    """`back_up` for who holds the lock. Others may go on reading and writing: the copy is of one moment."""
+    if shutil.disk_usage(path.parent).free < 1.1 * path.stat().st_size:
+        raise OSError(errno.ENOSPC, "no room for a backup beside it", str(path))
+    stem = f"{path.stem}.backup-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    endings = ("", *(f"-{number}" for number in range(2, 1000)))
+    names = (path.with_name(f"{stem}{ending}{path.suffix}") for ending in endings)
+    backup = next(name for name in names if not name.exists())
+    temporary = path.with_name(f"{backup.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # left by a crash
+    try:
+        with (
+            contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as source,
+            contextlib.closing(sqlite3.connect(temporary)) as target,
+        ):
+            source.backup(target)
+        shutil.copymode(path, temporary)
+        temporary.replace(backup)
+        sync_folder(path.parent)
+    except sqlite3.Error as error:
+        raise OSError(errno.EIO, f"cannot be backed up: {error}", str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return backup
+
+
 # --- The store --------------------------------------------------------------------------------------------------------
 
 
@@ -396,12 +545,14 @@ class Store:
     """The results database. Every method is one short transaction, so any number of processes may write.
 
     Opening creates or migrates the database; with `read_only` it must be there and is never written (SQLite may still
-    put its empty -wal and -shm files beside it).
+    put its empty -wal and -shm files beside it). With `any_version` besides, an older one is opened as it is: only its
+    `schema_version` may be asked for.
     """
 
-    def __init__(self, db: str | None = None, read_only: bool = False) -> None:
+    def __init__(self, db: str | None = None, read_only: bool = False, any_version: bool = False) -> None:
         url = make_url(database_url(db))
         self.read_only = read_only
+        self._any_version = any_version
         self._file = Path(url.database) if url.drivername == "sqlite" and url.database else None
         self.location = str(self._file or url.render_as_string(hide_password=True))
         if self._file is None:
@@ -442,7 +593,9 @@ class Store:
     def _version(self, connection: Connection) -> str | None:
         if not sa.inspect(connection).has_table(VERSION_TABLE):
             return None
-        version: str | None = connection.scalar(sa.select(_version_table.c.version_num))
+        version: Any = connection.scalar(sa.select(_version_table.c.version_num))
+        if version is not None and not (isinstance(version, str) and re.fullmatch(r"\d{4}", version)):
+            raise ConfigError(f"database {self.location}: schema version {str(version)[:40]!r} is none of ours.")
         if version is not None and version > SCHEMA_VERSION:
             raise ConfigError(
                 f"database {self.location}: schema version {version} is newer than {SCHEMA_VERSION}, the newest that "
@@ -456,17 +609,51 @@ class Store:
     def _open(self) -> None:
         with self._engine.connect() as connection:
             version = self._version(connection)
+            if self._file is not None:
+                self._check_tables(connection, version)
             needs_wal = self._file is not None and connection.exec_driver_sql("PRAGMA journal_mode").scalar() != "wal"
         if not self.read_only:
             if version != SCHEMA_VERSION or needs_wal:
                 self._migrate()
-        elif version is None:
+        elif version is None and not (self._any_version and self._has_tables()):
             raise self._no_results()
-        elif version != SCHEMA_VERSION:
+        elif version != SCHEMA_VERSION and not self._any_version:
             raise ConfigError(
                 f"database {self.location}: schema version {version} is older than {SCHEMA_VERSION}: "
                 f"run `python research_eval/init_db.py --db {self.location}` first"
             )
+
+    def _has_tables(self) -> bool:
+        return sa.inspect(self._engine).has_table(experiments_table.name)
+
+    def _check_tables(self, connection: Connection, version: str | None) -> None:
+        """Raise ConfigError for a file of another program, and for one that has lost a part."""
+        inspector = sa.inspect(connection)
+        if version is None:
+            foreign = foreign_table(connection)
+            if foreign is not None:
+                raise ConfigError(
+                    f"database {self.location}: belongs to another program (it has a table {foreign!r}); it was left "
+                    "alone. Give another name."
+                )
+            for table, num_columns in ((experiments_table, NUM_OLD_COLUMNS), (metrics_table, len(metrics_table.c))):
+                if inspector.has_table(table.name):
+                    there = {column["name"] for column in inspector.get_columns(table.name)}
+                    without = [name for name in table.columns.keys()[:num_columns] if name not in there]
+                    if without:
+                        raise ConfigError(
+                            f"database: its table {table.name!r} belongs to another program (it has no "
+                            f"{', '.join(without)}). Give another database."
+                        )
+        elif version == SCHEMA_VERSION:
+            for table in metadata.sorted_tables:
+                known = inspector.get_columns(table.name) if inspector.has_table(table.name) else []
+                missing = {column.name for column in table.columns} - {column["name"] for column in known}
+                if missing:
+                    lost = f"its table {table.name!r} has no {', '.join(sorted(missing))}"
+                    raise ConfigError(
+                        f"database {self.location}: damaged: {lost}. Restore a backup or give another database."
+                    )
 
     def _migrate(self) -> None:
         """Bring the tables up to date in one transaction, one process at a time."""
@@ -474,16 +661,29 @@ class Store:
             if self._file is None:
                 with connection.begin():
                     connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_ADVISORY_LOCK_KEY)))
+                    version = self._version(connection)
+                    if version is not None and version != SCHEMA_VERSION:
+                        log.info("%s: migrating from schema version %s; backups are pg_dump's", self.location, version)
                     self._upgrade(connection)
                 return
             with _locked(self._file):
                 driver = connection.connection.driver_connection  # these two have no effect inside a transaction
                 assert driver is not None
                 driver.execute("PRAGMA journal_mode=WAL")
+                self._back_up_before_migration(self._file)
                 driver.execute("PRAGMA foreign_keys=OFF")  # Alembic alters a table by copying and dropping it
                 with connection.begin():
                     self._upgrade(connection)
                 driver.execute("PRAGMA foreign_keys=ON")
+
+    def _back_up_before_migration(self, file: Path) -> None:
+        """Where there are tables of ours that will change. The lock is held."""
+        with self._engine.connect() as connection:
+            version = self._version(connection)
+            if version == SCHEMA_VERSION or not sa.inspect(connection).has_table("experiments"):
+                return
+        backup = copy_database(file)
+        log.info("%s: migrating from schema version %s; the database as it was: %s", file, version, backup)
 
     def _upgrade(self, connection: Connection) -> None:
         if self._version(connection) == SCHEMA_VERSION:
@@ -499,10 +699,22 @@ class Store:
     # Writing
 
     @contextmanager
-    def _write(self) -> Iterator[Connection]:
+    def _write(self, durable: bool = False) -> Iterator[Connection]:
+        """A transaction. A durable one is on the disk at its end, not with the next checkpoint of the WAL.
+
+        Raises StoreUnavailable where it may succeed later.
+        """
         assert not self.read_only, "this store was opened read-only"
-        with self._writer.begin() as connection:
-            yield connection
+        try:
+            with self._writer.connect() as connection:
+                if self._file is not None:
+                    driver = connection.connection.driver_connection
+                    assert driver is not None
+                    driver.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+                with connection.begin():
+                    yield connection
+        except (sa.exc.OperationalError, sa.exc.InterfaceError) as error:
+            raise StoreUnavailable(errno.EIO, str(error.orig).strip(), f"database {self.location}") from error
 
     def start_experiment(
         self,
@@ -561,38 +773,73 @@ class Store:
         """Set status and error together (no error clears the old one)."""
         if status not in STATUSES:
             raise ConfigError(f"status: unknown {status!r}. Known: {', '.join(STATUSES)}.")
-        with self._write() as connection:
+        with self._write(durable=True) as connection:
             self._update(connection, experiment_id, status=status, error=error)
 
     def add_history(self, experiment_id: str, rows: Sequence[HistoryRow]) -> None:
         """Add points and refresh the heartbeat; a point written twice keeps its last value."""
-        insert = (sqlite.insert if self._file else postgresql.insert)(history_table)
-        upsert = insert.on_conflict_do_update(
-            index_elements=["experiment_id", "name", "step"],
-            set_={"epoch": insert.excluded.epoch, "value": insert.excluded.value},
-        )
-        values = [
-            {
-                "experiment_id": experiment_id,
-                "name": row.name,
-                "step": int(row.step),
-                "epoch": float(row.epoch),
-                "value": float(row.value),
-            }
-            for row in rows
-        ]
         with self._write() as connection:
-            self._update(connection, experiment_id)
-            if values:
-                connection.execute(upsert, values)
+            self._update(connection, experiment_id)  # which also makes a second writer of this run wait
+            self._put_points(connection, self._numbered(connection, {experiment_id: rows}))
+
+    def _put_points(self, connection: Connection, points: list[dict[str, Any]]) -> None:
+        """Insert or replace rows of `history_points`."""
+        columns = history_points.c
+        points = list({(point["run_id"], point["name_id"], point["step"]): point for point in points}.values())
+        if self._file is not None and points:
+            insert = sqlite.insert(history_points)
+            new = {name: insert.excluded[name] for name in ("epoch", "value")}
+            upsert = insert.on_conflict_do_update(index_elements=list(history_points.primary_key), set_=new)
+            connection.execute(upsert, points)
+            return
+        key = (columns.run_id, columns.step, columns.name_id)
+        for start in range(0, len(points), _POINTS_PER_QUERY):  # no unique index on PostgreSQL, see `v0003_scale`
+            some = points[start : start + _POINTS_PER_QUERY]
+            keys = {tuple(point[column.name] for column in key) for point in some}
+            runs, steps, _ = map(set, zip(*keys, strict=True))
+            near = sa.select(*key).where(columns.run_id.in_(runs), columns.step.in_(steps))
+            if replaced := keys & set(map(tuple, connection.execute(near))):
+                connection.execute(history_points.delete().where(sa.tuple_(*key).in_(list(replaced))))
+            connection.execute(history_points.insert(), some)
+
+    def _numbered(self, connection: Connection, history: dict[str, Sequence[HistoryRow]]) -> list[dict[str, Any]]:
+        """Id -> points as rows of `history_points`; numbers are given to runs and names that have none."""
+        runs = self._numbers(connection, history_runs, {key for key, points in history.items() if points})
+        names = self._numbers(
+            connection, history_names, {point.name for points in history.values() for point in points}
+        )
+        return [
+            {
+                "run_id": runs[experiment_id],
+                "name_id": names[point.name],
+                "step": int(point.step),
+                "epoch": float(point.epoch),
+                "value": float(point.value),
+            }
+            for experiment_id, points in history.items()
+            for point in points
+        ]
+
+    def _numbers(self, connection: Connection, table: sa.Table, texts: set[str]) -> dict[str, int]:
+        """Text -> its number in `history_runs` or `history_names`."""
+        number, text = table.columns
+        query = sa.select(text, number).where(text.in_(sorted(texts)))
+        found: dict[str, int] = dict(connection.execute(query).all()) if texts else {}
+        missing = sorted(texts - found.keys())  # in one order, or two writers could wait for each other
+        if missing:
+            insert = (sqlite.insert if self._file else postgresql.insert)(table).on_conflict_do_nothing()
+            connection.execute(insert, [{text.name: key} for key in missing])
+            found |= dict(connection.execute(query).all())
+        return found
 
     def truncate_history(self, experiment_id: str, after_step: int) -> None:
         """Forget the points later than `after_step`, which a resumed run will write again."""
         with self._write() as connection:
             self._update(connection, experiment_id)
+            run_id = sa.select(history_runs.c.run_id).where(history_runs.c.experiment_id == experiment_id)
             connection.execute(
-                history_table.delete().where(
-                    history_table.c.experiment_id == experiment_id, history_table.c.step > after_step
+                history_points.delete().where(
+                    history_points.c.run_id == run_id.scalar_subquery(), history_points.c.step > after_step
                 )
             )
 
@@ -602,7 +849,7 @@ class Store:
             {"experiment_id": experiment_id, "metric_name": name, "metric_value": _normal_metric(name, value)}
             for name, value in metrics.items()
         ]
-        with self._write() as connection:
+        with self._write(durable=True) as connection:
             self._update(connection, experiment_id, status="finished", error=None)
             connection.execute(metrics_table.delete().where(metrics_table.c.experiment_id == experiment_id))
             if rows:
@@ -612,7 +859,43 @@ class Store:
 
     def _rows(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
         with self._engine.connect() as connection:
-            return [dict(row) for row in connection.execute(query).mappings()]
+            rows = [dict(row) for row in connection.execute(query).mappings()]
+        for row in rows:
+            if row.get("status") == "running" and is_gone(row["experiment_id"], row["heartbeat"]):
+                row.update(status="interrupted", error=row["error"] or GONE)
+        return rows
+
+    def _gone(self) -> list[str]:
+        """The ids of runs that are filed as running and are not at work."""
+        columns = experiments_table.c
+        query = sa.select(columns.experiment_id, columns.heartbeat).where(columns.status == "running")
+        with self._engine.connect() as connection:
+            return [
+                experiment_id
+                for experiment_id, heartbeat in connection.execute(query)
+                if is_gone(experiment_id, heartbeat)
+            ]
+
+    def statuses(self) -> dict[str, str]:
+        """Id -> status of every run; of those whose process is gone "running" still."""
+        columns = experiments_table.c
+        with self._engine.connect() as connection:
+            query = sa.select(columns.experiment_id, columns.status).order_by(columns.experiment_id)
+            return dict(connection.execute(query).all())
+
+    def gone(self) -> list[str]:
+        """The ids of runs that are filed as running and are not at work."""
+        return self._gone()
+
+    def file_as_interrupted(self, experiment_id: str) -> bool:
+        """File a run whose process is gone as what it is read as; False where it has ended otherwise by now."""
+        with self._write(durable=True) as connection:
+            updated = connection.execute(
+                experiments_table.update()
+                .where(experiments_table.c.experiment_id == experiment_id, experiments_table.c.status == "running")
+                .values(status="interrupted", error=GONE)
+            )
+        return updated.rowcount == 1
 
     def experiments(self) -> list[dict[str, Any]]:
         """Every run, oldest first; keys are the columns of the table."""
@@ -669,7 +952,7 @@ class Store:
 
     def history(self, experiment_id: str, name: str | None = None) -> list[HistoryRow]:
         """The points of one series, or of all, by step and then name."""
-        columns = history_table.c
+        columns = history_view.c
         query = sa.select(columns.step, columns.epoch, columns.name, columns.value).where(
             columns.experiment_id == experiment_id
         )
@@ -681,13 +964,8 @@ class Store:
     # Reading many runs
 
     def _number(self) -> sa.ColumnElement[float | None]:
-        """`metric_value` where it is a number, else NULL."""
-        value = sa.type_coerce(metrics_table.c.metric_value, sa.Double)
-        if self._file is not None:
-            return sa.case((sa.func.typeof(value).in_(["real", "integer"]), value))
-        text = sa.type_coerce(metrics_table.c.metric_value, postgresql.JSONB).op("#>>")(sa.text("'{}'"))
-        is_number = sa.func.jsonb_typeof(metrics_table.c.metric_value) == "number"
-        return sa.case((is_number | text.in_(["Infinity", "-Infinity"]), sa.cast(text, sa.Double)))
+        """`metric_value` where it is a number, else NULL; written as the index `ix_metrics_number` has it."""
+        return sa.literal_column(_SQLITE_NUMBER if self._file else _POSTGRESQL_NUMBER, sa.Double)
 
     def dataset_names(self) -> list[str]:
         """The datasets of all runs, by name."""
@@ -716,6 +994,7 @@ class Store:
             columns.status,
             columns.seed,
             sa.func.coalesce(columns.full_config_json, ""),
+            columns.heartbeat,
             *values,
         ).where(columns.dataset_name == dataset_name)
         with self._engine.connect() as connection:
@@ -723,8 +1002,10 @@ class Store:
         found.sort(key=lambda row: (row[0] is not None, row[0], row[1]))  # a database would move the configs about
         runs = []
         for row in found:
-            numbers = {name: value for name, value in zip(metrics, row[7:], strict=True) if value is not None}
-            runs.append(RunRow._make((*row[1:7], numbers)))
+            numbers = {name: value for name, value in zip(metrics, row[8:], strict=True) if value is not None}
+            run = RunRow._make((*row[1:7], numbers))
+            gone = run.status == "running" and is_gone(run.experiment_id, row[7])
+            runs.append(run._replace(status="interrupted") if gone else run)
         return runs
 
     def metric_summaries(self, dataset_name: str | None = None) -> list[MetricSummary]:
@@ -749,13 +1030,46 @@ class Store:
 
         Equal ones are in the order of their ids. Config and environment are left out unless `with_json`.
         """
-        table = experiments_table
-        columns = [column for column in table.columns if with_json or column.name not in JSON_COLUMNS]
+        table, ids = experiments_table, experiments_table.c.experiment_id
         key: sa.ColumnElement[Any] = table.columns[sort] if sort in table.columns else self._metric(sort)
         if isinstance(key.type, sa.Text):
             key = sa.collate(key, "BINARY" if self._file else "C")  # the order of Python, on every database
-        order = [key.is_(None), key.desc() if descending else key, table.c.experiment_id]
-        return self._rows(sa.select(*columns).where(*self._conditions(wanted)).order_by(*order).limit(limit))
+        conditions = self._conditions(wanted)
+        order = [sa.nulls_last(key.desc() if descending else key), ids]
+        query = sa.select(*[column for column in table.columns if with_json or column.name not in JSON_COLUMNS])
+        if limit is None or limit > _IDS_PER_QUERY:
+            return self._rows(query.where(*conditions).order_by(*order).limit(limit))
+        # First which ones, from an index alone: a row with its JSON is long, and a metric of every run is slow.
+        if sort in table.columns:
+            with self._engine.connect() as connection:
+                first = list(connection.scalars(sa.select(ids).where(*conditions).order_by(*order).limit(limit)))
+        else:
+            first = self._first_by_metric(sort, conditions, descending, limit)
+        rows = {row["experiment_id"]: row for row in self._rows(query.where(ids.in_(first)))}
+        return [rows[experiment_id] for experiment_id in first if experiment_id in rows]
+
+    def _first_by_metric(
+        self, name: str, conditions: Sequence[sa.ColumnElement[bool]], descending: bool, limit: int
+    ) -> list[str]:
+        """Ids by the number of a metric, then those without one."""
+        ids, number, same = experiments_table.c.experiment_id, self._number(), metrics_table.alias()
+        last = sa.select(sa.func.max(same.c.metric_id)).where(
+            same.c.experiment_id == metrics_table.c.experiment_id, same.c.metric_name == metrics_table.c.metric_name
+        )
+        with_number = (
+            sa.select(ids)
+            .join(metrics_table)
+            .where(metrics_table.c.metric_name == name, number.is_not(None), *conditions)
+            .where(metrics_table.c.metric_id == last.scalar_subquery())
+            .order_by(number.desc() if descending else number, ids)
+            .limit(limit)
+        )
+        with self._engine.connect() as connection:
+            first = list(connection.scalars(with_number))
+            if len(first) < limit:
+                rest = sa.select(ids).where(ids.not_in(first), *conditions).order_by(ids)
+                first += connection.scalars(rest.limit(limit - len(first)))
+        return first
 
     def count_runs(self, wanted: RunFilter = RunFilter()) -> int:
         with self._engine.connect() as connection:
@@ -764,13 +1078,44 @@ class Store:
 
     def _conditions(self, wanted: RunFilter) -> list[sa.ColumnElement[bool]]:
         columns = experiments_table.c
-        names = ("dataset_name", "model_type", "status", "experiment_name", "run_type")
+        names = ("dataset_name", "model_type", "experiment_name", "run_type")
         conditions = [columns[name] == getattr(wanted, name) for name in names if getattr(wanted, name) is not None]
+        if wanted.status == "running":
+            conditions += [columns.status == "running", columns.experiment_id.not_in(self._gone())]
+        elif wanted.status == "interrupted":
+            conditions.append((columns.status == "interrupted") | columns.experiment_id.in_(self._gone()))
+        elif wanted.status is not None:
+            conditions.append(columns.status == wanted.status)
         if wanted.study is not None:
             conditions += [columns.run_type == "optuna_trial", columns.experiment_name == wanted.study]
         if wanted.since is not None:
             conditions.append(columns.timestamp >= wanted.since)
-        return conditions + [COMPARISONS[sign](self._metric(name), number) for name, sign, number in wanted.where]
+        for name, sign, number in wanted.where:
+            if self._file is not None:
+                conditions.append(COMPARISONS[sign](self._metric(name), number))
+            else:
+                conditions.append(self._is_fitting(name, sign, number))
+        return conditions
+
+    def _is_fitting(self, name: str, sign: str, number: float) -> sa.ColumnElement[bool]:
+        """Whether a run's metric fits; where few do, they are named, as an index has them.
+
+        For PostgreSQL, which takes ten times as long as SQLite to look a metric up for every run.
+        """
+        later = metrics_table.alias()
+        is_last = ~sa.exists().where(
+            later.c.experiment_id == metrics_table.c.experiment_id,
+            later.c.metric_name == name,
+            later.c.metric_id > metrics_table.c.metric_id,
+        )
+        query = sa.select(metrics_table.c.experiment_id).where(
+            metrics_table.c.metric_name == name, COMPARISONS[sign](self._number(), number)
+        )
+        with self._engine.connect() as connection:
+            some = list(connection.scalars(query.limit(_IDS_PER_QUERY + 1)))
+        ids = experiments_table.c.experiment_id
+        fits = ids.in_(query.where(is_last).correlate(None))
+        return fits if len(some) > _IDS_PER_QUERY else fits & ids.in_(some)
 
     def _metric(self, name: str) -> sa.ScalarSelect[float | None]:
         """In a query of runs: the metric of this name, NULL where it is missing, NaN or no number."""
@@ -822,7 +1167,7 @@ class Store:
             return self._records(connection, experiment_ids)
 
     def _records(self, connection: Connection, experiment_ids: Sequence[str]) -> dict[str, RunRecord]:
-        experiments, metrics, history = experiments_table, metrics_table, history_table
+        experiments, metrics, history = experiments_table, metrics_table, history_view
         rows = connection.execute(sa.select(experiments).where(experiments.c.experiment_id.in_(experiment_ids)))
         found = {row["experiment_id"]: RunRecord(dict(row), {}, []) for row in rows.mappings()}
         values = (
@@ -848,11 +1193,12 @@ class Store:
 
         A run that is here too is replaced where `replaces(ours, theirs)`, and left alone otherwise.
         """
-        tables = (metrics_table, history_table, experiments_table)  # rows that refer to a run go before it
         with self._write() as connection:
             ours = self._records(connection, list(records))
             replaced = [key for key in ours if replaces(ours[key], records[key])]
-            for table in tables:
+            runs = sa.select(history_runs.c.run_id).where(history_runs.c.experiment_id.in_(replaced))
+            connection.execute(history_points.delete().where(history_points.c.run_id.in_(runs)))
+            for table in (metrics_table, history_runs, experiments_table):  # rows that refer to a run go before it
                 connection.execute(table.delete().where(table.c.experiment_id.in_(replaced)))
             entered = {key: records[key] for key in records if key not in ours or key in replaced}
             metrics = [
@@ -860,23 +1206,34 @@ class Store:
                 for key, record in entered.items()
                 for name, value in record.metrics.items()
             ]
-            history = [
-                {"experiment_id": key, **point._asdict()} for key, record in entered.items() for point in record.history
-            ]
             experiments = [record.experiment for record in entered.values()]
-            for table, rows in zip(tables[::-1], (experiments, history, metrics), strict=True):
+            for table, rows in ((experiments_table, experiments), (metrics_table, metrics)):
                 if rows:
                     connection.execute(table.insert(), rows)
+            points = self._numbered(connection, {key: record.history for key, record in entered.items()})
+            self._put_points(connection, points)
         return ours
+
+
+def is_gone(experiment_id: str, heartbeat: datetime | None) -> bool:
+    """Whether a run that is filed as running is not at work: nobody holds its folder.
+
+    Of a folder that is elsewhere the heartbeat tells: it is old, or far ahead of a clock that was set back.
+    """
+    at_work = is_at_work(experiment_id)
+    if at_work is not None:
+        return not at_work
+    return heartbeat is None or abs(datetime.now(UTC) - heartbeat) > SILENCE
 
 
 # --- CSV --------------------------------------------------------------------------------------------------------------
 
 
-def append_csv(path: str | Path, row: dict[str, Any]) -> None:
+def append_csv(path: str | Path, row: dict[str, Any], unless_known: Sequence[str] = ()) -> None:
     """Append one row; a column that the header lacks is added to it, and old rows get an empty cell.
 
-    Text that a spreadsheet would run as a formula gets a leading apostrophe. Several processes may append.
+    Text that a spreadsheet would run as a formula gets a leading apostrophe. Several processes may append. Nothing is
+    done where a row has the same cells in all the columns `unless_known`.
     """
     path = Path(path).resolve()
     if path.is_dir() or not path.parent.is_dir():
@@ -886,6 +1243,8 @@ def append_csv(path: str | Path, row: dict[str, Any]) -> None:
     with _locked(path):
         try:
             header = next(_csv_rows(path), [])
+            if unless_known and _is_known(path, header, {name: str(cells[name]) for name in unless_known}):
+                return
             columns = [*header, *(name for name in cells if name not in header)]
             new_line = [cells.get(name, "") for name in columns]
             if columns == header:
@@ -930,22 +1289,40 @@ def _csv_rows(path: Path) -> Iterator[list[str]]:
             yield from csv.reader(file)
 
 
+def _is_known(path: Path, header: list[str], wanted: dict[str, str]) -> bool:
+    if not set(wanted) <= set(header):
+        return False
+    return any(wanted.items() <= dict(zip(header, line, strict=False)).items() for line in _csv_rows(path))
+
+
 def _append_line(path: Path, line: list[Any]) -> None:
+    """The line as a whole: what a full disk has taken of it is cut off again."""
     text = io.StringIO()
     csv.writer(text).writerow(line)
-    with path.open("rb+") as file:
-        file.seek(-1, os.SEEK_END)
-        last_line_is_whole = file.read() in (b"\n", b"\r")
-        file.write((b"" if last_line_is_whole else b"\r\n") + text.getvalue().encode())
+    with path.open("rb+", buffering=0) as file:
+        size = file.seek(-1, os.SEEK_END) + 1
+        last_line_is_whole = file.read(1) in (b"\n", b"\r")
+        content = (b"" if last_line_is_whole else b"\r\n") + text.getvalue().encode()
+        try:
+            if file.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def _replace_csv(path: Path, lines: list[list[Any]]) -> None:
     """All of it or nothing: a crash leaves the old file."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    if path.exists():
-        shutil.copymode(path, temporary)
-    temporary.replace(path)
+    try:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, temporary)
+        temporary.replace(path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import research_eval
+from research_eval.errors import ConfigError
 
 DISTRIBUTION = "graph-of-experts"
 SOURCE_ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +35,22 @@ def environment_record(device: str) -> dict[str, Any]:
         | {name: _version(name) for name in _direct_dependencies()},
         **_git_facts(),
     }
+
+
+def memory_bytes() -> int:
+    """What this machine has, or what the control group of the process may take of it."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(found, int(text)) if text.isdecimal() else found
+
+
+def check_fits(num_bytes: float, what: str) -> None:
+    """Raise ConfigError for what would take more memory than there is, before any of it is taken."""
+    if num_bytes > (available := memory_bytes()):
+        raise ConfigError(
+            f"{what} would take {num_bytes / 2**30:,.0f} GiB of memory, and {available / 2**30:,.0f} are here"
+        )
 
 
 def _cpu_model() -> str:
@@ -57,19 +74,17 @@ def _torch_facts(device: str) -> dict[str, Any]:
     }
 
 
-def _direct_dependencies() -> list[str]:
-    """Names from the pyproject.toml of this checkout, else from the installed package."""
+def direct_requirements() -> list[str]:
+    """Such as "numpy>=2.0": from the pyproject.toml of this checkout, else from the installed package."""
     pyproject = SOURCE_ROOT / "pyproject.toml"
     project = tomllib.loads(pyproject.read_text()).get("project", {}) if pyproject.is_file() else {}
     if project.get("name") == DISTRIBUTION:
-        requirements = project["dependencies"]
-    else:
-        requirements = [
-            requirement
-            for requirement in importlib.metadata.requires(DISTRIBUTION) or []
-            if "extra ==" not in requirement
-        ]
-    return sorted(re.split(r"[^\w.-]", requirement, maxsplit=1)[0] for requirement in requirements)
+        return list(project["dependencies"])
+    return [text for text in importlib.metadata.requires(DISTRIBUTION) or [] if "extra ==" not in text]
+
+
+def _direct_dependencies() -> list[str]:
+    return sorted(re.split(r"[^\w.-]", requirement, maxsplit=1)[0] for requirement in direct_requirements())
 
 
 def _version(name: str) -> str | None:

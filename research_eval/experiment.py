@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-import string
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,27 +23,29 @@ from research_eval.analysis.routing_plots import draw_routing
 from research_eval.datasets.providers import load_splits
 from research_eval.datasets.regular import task_automaton
 from research_eval.datasets.token_data import Batches, DataSplits, TokenData
-from research_eval.db_utils import HistoryRow, Store, append_csv
-from research_eval.environment import environment_record
+from research_eval.db_utils import HistoryRow, Store, append_csv, normal_metrics
+from research_eval.environment import check_fits, environment_record
 from research_eval.errors import ConfigError
-from research_eval.files import write_atomically
+from research_eval.files import LOCK_FILE, write_atomically
+from research_eval.files import RUNS_FOLDER as RUNS_FOLDER
+from research_eval.files import run_folder as run_folder
 from research_eval.models.base_model import EvaluableModel, adapt
 from research_eval.progress import Progress
 from research_eval.registry import MODELS_MAP
 from research_eval.schema import ExperimentConfig, context_arguments
-from research_eval.training.checkpoint import load_tensors
+from research_eval.spool import CSV_FILE, Ledger, Write, merge_pending, patiently
+from research_eval.training.checkpoint import checkpoint_exists, load_tensors, load_weights, previous_checkpoint
 from research_eval.training.evaluate import Evaluation, evaluate, measure_flops, measure_latency
-from research_eval.training.fit import MODEL_FILE, Diverged, Interrupted, Pruned, TrainingState, fit
+from research_eval.training.fit import CHECKPOINT_FILE, MODEL_FILE, Diverged, Interrupted, Pruned, TrainingState, fit
 from research_eval.training.runtime import Runtime
 from research_eval.training.trace import alarm_metrics, regret_metrics, routing_metrics
+from research_eval.untrusted import in_folder
 
 log = logging.getLogger(__name__)
 
 GRAPH_FILE = "expert_graph.png"
 AUTOMATON_FILE = "automaton.png"
-CSV_FILE = "json_experiment_results.csv"
-RUNS_FOLDER = Path("runs")
-ID_LETTERS = frozenset(string.ascii_letters + string.digits + "-_")
+CLAIM_SECONDS = 1.0  # who only asks whether a run is at work holds its lock for a moment
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,17 @@ def run(
     a Result with that status; anything else that goes wrong is stored as failed and raised.
     """
     with Store(db) as store:
+        merge_pending(store)
         known = store.find_experiment(config.to_dict()) if resume else None
         if trial is not None:
             known = store.find_id(trial.experiment_id)
         if known is not None and known["status"] == "finished":
             log.info("run %s of this config is finished: nothing to resume", known["experiment_id"])
             metrics = store.metrics(known["experiment_id"])
-            return Result(known["experiment_id"], "finished", metrics, run_folder(known["experiment_id"]))
+            result = Result(known["experiment_id"], "finished", metrics, run_folder(known["experiment_id"]))
+            if trial is None:  # a full disk may have kept it out
+                append_csv(CSV_FILE, csv_row(config, result), unless_known=("experiment_id", "status"))
+            return result
         runtime, data, model = prepare(config)
         log.info(
             "%s: %s training and %s validation samples, of which %s occur in training too",
@@ -112,21 +117,34 @@ def run(
             environment["study"] = {"name": trial.study, "trial": trial.number}
         with claimed_folder(experiment_id) as folder:
             if known is not None:
+                if checkpoint_exists(folder / CHECKPOINT_FILE):
+                    check_same_data(known, data)
                 log.info("resuming run %s", experiment_id)
-                store.set_status(experiment_id, "running")
-                store.update_environment(experiment_id, environment)
+                patiently(lambda: store.set_status(experiment_id, "running"))
+                patiently(lambda: store.update_environment(experiment_id, environment))
             else:
                 if resume:
                     log.info("no earlier run of this config to resume: starting a new one")
                 run_type = "json" if trial is None else "optuna_trial"
-                start_row(store, experiment_id, config, environment, run_type, parent_id)
+                patiently(lambda: start_row(store, experiment_id, config, environment, run_type, parent_id))
             save_description(folder, config, data)
             with Progress(config.epochs, quiet, warns=trial is None) as progress:
                 journal = Journal(store, experiment_id, progress, None if trial is None else trial.watch)
-                result = _train_and_store(store, experiment_id, folder, config, runtime, data, model, journal)
-        if trial is None and result.status != "interrupted":
-            append_csv_row(config, result)
-        return result
+                return _train_and_store(experiment_id, folder, config, runtime, data, model, journal)
+
+
+def check_same_data(known: dict[str, Any], data: DataSplits) -> None:
+    """Raise ConfigError where a run was begun on other data than these, by the hashes of the splits' content."""
+    try:
+        hashes = dict(json.loads(known["env_details_json"])["data"]["sha256"])
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return  # not recorded
+    for split, now in data.fingerprint.get("sha256", {}).items():
+        if split in hashes and hashes[split] != now:
+            raise ConfigError(
+                f"run {known['experiment_id']}: its {split} split is not what it was begun on (sha256 {now[:12]}, then "
+                f"{str(hashes[split])[:12]}). Put the data back as they were, or start a new run without --resume."
+            )
 
 
 def prepare(config: ExperimentConfig, data: DataSplits | None = None) -> tuple[Runtime, DataSplits, EvaluableModel]:
@@ -137,8 +155,9 @@ def prepare(config: ExperimentConfig, data: DataSplits | None = None) -> tuple[R
         data = load_splits(config.dataset_type, config.dataset_name, config.dataset_params, config.seed)
     if options.test and data.test is None:
         raise ConfigError(f"training_params.test: {config.dataset_name} has no test split with labels: set it to false")
-    runtime.seed(config.seed, "init")
     context = {name: getattr(data, name) for name in ("vocab_size", "num_classes", "padding_idx", "max_length")}
+    check_model_fits(config.model_type, config.model_params, context, copies=4 if runtime.device.type == "cpu" else 1)
+    runtime.seed(config.seed, "init")
     model = adapt(create_model(config.model_type, config.model_params, context, runtime.device), config.model_type)
     if options.compile:
         model.compile(dynamic=True)
@@ -152,25 +171,42 @@ def create_model(model_type: str, params: dict[str, Any], context: dict[str, Any
     return model.to(device)
 
 
+def check_model_fits(model_type: str, params: dict[str, Any], context: dict[str, Any], copies: int) -> None:
+    """Raise ConfigError where `copies` of the weights are more than the memory; a foreign class is not asked.
+
+    Training keeps four: weights, gradients and two moments.
+    """
+    cls = MODELS_MAP.get_or_explain(model_type)
+    if not issubclass(cls, EvaluableModel):
+        return
+    try:
+        with torch.device("meta"):
+            model = cls(**context_arguments(cls, {**context, "device": torch.device("meta")}), **params)
+    except Exception:  # it may need real numbers; if it is wrong, its real construction says so
+        log.debug("%s: the size of the model is not known", model_type, exc_info=True)
+        return
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    sizes = {**context, **params}
+    whole = {name: size for name, size in sizes.items() if isinstance(size, int) and not isinstance(size, bool)}
+    largest = ", ".join(f"{name}={whole[name]}" for name in sorted(whole, key=lambda name: -whole[name])[:3])
+    check_fits(num_bytes * copies, f"model_params: {model_type} with {largest}")
+
+
 def new_id() -> str:
     """Sortable by time, unique without asking anyone."""
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
-
-
-def run_folder(experiment_id: str) -> Path:
-    """The folder of a run. Raises ConfigError for an id that is no plain name, as a foreign database may hold."""
-    if not experiment_id or not set(experiment_id) <= ID_LETTERS:
-        raise ConfigError(f"experiment id {experiment_id!r}: expected letters, digits, - and _ only")
-    return RUNS_FOLDER / experiment_id
 
 
 @contextmanager
 def claimed_folder(experiment_id: str) -> Iterator[Path]:
     """The run's own folder, ours alone until the end. Raises ConfigError while another process works in it."""
     folder = run_folder(experiment_id)
+    lock = in_folder(folder, LOCK_FILE)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with filelock.FileLock(folder / ".lock", timeout=0):
+        with filelock.FileLock(lock, timeout=CLAIM_SECONDS):
+            for unfinished in folder.glob("*.tmp"):  # of a process that was killed while it wrote
+                unfinished.unlink()
             yield folder
     except filelock.Timeout as error:
         raise ConfigError(
@@ -219,7 +255,6 @@ def start_row(
 
 
 def _train_and_store(
-    store: Store,
     experiment_id: str,
     folder: Path,
     config: ExperimentConfig,
@@ -228,16 +263,12 @@ def _train_and_store(
     model: EvaluableModel,
     journal: Journal,
 ) -> Result:
-    status, error, exit_code, metrics = "finished", None, 0, {}
+    status, error, exit_code, metrics, reports = "finished", None, 0, {}, []
     try:
         state, scored, evaluation = fit(model, data, config, runtime, folder, journal)
         metrics = score(state, scored, evaluation, data, config, runtime, folder)
-        store.finish_experiment(experiment_id, metrics)
-        title = f"{config.experiment_name}: paths of {len(data.validation):,} validation samples"
-        if "step_transitions" in metrics:
-            draw_expert_graph(metrics, folder / GRAPH_FILE, title)
-        if config.training_params.trace_routing:
-            draw_routing(metrics, state.reports, data.label_names, folder, config.experiment_name)
+        normal_metrics(metrics)
+        reports = state.reports
     except Diverged as problem:
         status, error, exit_code = "diverged", str(problem), 1
     except Pruned as problem:
@@ -248,18 +279,35 @@ def _train_and_store(
         status, error, exit_code = "interrupted", "keyboard", 130
     except Exception as problem:
         error = f"{type(problem).__name__}: {problem}"
-        store.set_status(experiment_id, "failed", error)
-        if journal.watch is None:
-            append_csv_row(config, Result(experiment_id, "failed", {}, folder, error, 1))
+        try:
+            journal.end(config, Result(experiment_id, "failed", {}, folder, error, 1))
+        except OSError as further:  # what has gone wrong first is more telling
+            log.warning("run %s: its failure could not be stored: %s", experiment_id, further)
         raise
-    if status != "finished":
-        store.set_status(experiment_id, status, error)
+    result = Result(experiment_id, status, metrics, folder, error, exit_code)
+    journal.end(config, result)
+    if status == "finished":
+        previous_checkpoint(folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+        _draw(result, reports, config, data)
+    else:
         log.log(logging.INFO if status == "pruned" else logging.WARNING, "run %s: %s: %s", experiment_id, status, error)
-    return Result(experiment_id, status, metrics, folder, error, exit_code)
+    return result
 
 
-def append_csv_row(config: ExperimentConfig, result: Result) -> None:
-    """One row of `json_experiment_results.csv`."""
+def _draw(result: Result, reports: list[dict[str, Any]], config: ExperimentConfig, data: DataSplits) -> None:
+    """The pictures of a run, which is stored already: a disk that is full now does not undo it."""
+    title = f"{config.experiment_name}: paths of {len(data.validation):,} validation samples"
+    try:
+        if "step_transitions" in result.metrics:
+            draw_expert_graph(result.metrics, result.folder / GRAPH_FILE, title)
+        if config.training_params.trace_routing:
+            draw_routing(result.metrics, reports, data.label_names, result.folder, config.experiment_name)
+    except OSError as problem:
+        log.warning("run %s: no pictures: %s", result.experiment_id, problem)
+
+
+def csv_row(config: ExperimentConfig, result: Result) -> dict[str, Any]:
+    """A run in `json_experiment_results.csv`."""
     row = {
         "experiment_id": result.experiment_id,
         "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -273,7 +321,7 @@ def append_csv_row(config: ExperimentConfig, result: Result) -> None:
         "status": result.status,
     }
     numbers = {name: value for name, value in result.metrics.items() if isinstance(value, int | float)}
-    append_csv(CSV_FILE, row | numbers)
+    return row | numbers
 
 
 def score(
@@ -313,8 +361,8 @@ def score(
         metrics["active_flops_per_sample"] = float(np.mean(np.array(analytic, float)))
     scored = {"": validation}
     if config.training_params.test and data.test is not None:
-        weights, _ = load_tensors(folder / MODEL_FILE)
-        model.load_state_dict(weights)
+        weights, _ = load_tensors(in_folder(folder, MODEL_FILE))
+        load_weights(model, weights, folder / MODEL_FILE)
         for name, split in {"": data.test, **{f"{name}_": part for name, part in data.further_tests.items()}}.items():
             scored[f"test_{name}"] = Batches(split, batch_size, runtime.device)
             test = evaluate(model, scored[f"test_{name}"], data.num_classes, runtime)
@@ -349,15 +397,14 @@ class Journal:
 
     def __init__(self, store: Store, experiment_id: str, progress: Progress, watch: Watch | None = None) -> None:
         self.watch = watch
-        self._store = store
-        self._id = experiment_id
+        self._ledger = Ledger(store, experiment_id)
         self._progress = progress
         self._steps_per_epoch = 1
 
     def start(self, state: TrainingState, steps_per_epoch: int, total_steps: int) -> None:
         """Rows behind the checkpoint that is being continued are written again."""
         self._steps_per_epoch = steps_per_epoch
-        self._store.truncate_history(self._id, after_step=state.step)
+        self._ledger.write("truncate", state.step)
         self._progress.start(state.step, total_steps)
 
     def train_values(self, step: int, values: dict[str, float]) -> None:
@@ -376,4 +423,12 @@ class Journal:
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         epoch = step / self._steps_per_epoch
-        self._store.add_history(self._id, [HistoryRow(step, epoch, name, value) for name, value in values.items()])
+        self._ledger.write("history", [HistoryRow(step, epoch, name, value) for name, value in values.items()])
+
+    def end(self, config: ExperimentConfig, result: Result) -> None:
+        """How the run ended, into the store and, but for trials and what will go on, the CSV file."""
+        finished = result.status == "finished"
+        writes: list[Write] = [("metrics", result.metrics) if finished else ("status", [result.status, result.error])]
+        if self.watch is None and result.status != "interrupted":
+            writes.append(("csv", csv_row(config, result)))
+        self._ledger.end(*writes)

@@ -34,7 +34,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 
 from research_eval.analysis.study_trials import TrialRecord, best_of, own_trials, trial_records
-from research_eval.db_utils import RunFilter, Store, canonical_json, database_url
+from research_eval.db_utils import RunFilter, Store, canonical_json, database_url, foreign_table
 from research_eval.errors import ConfigError
 from research_eval.progress import StudyProgress
 from research_eval.schema import config_from_dict
@@ -52,6 +52,7 @@ from research_eval.trials import (
     train_config,
     train_trial,
 )
+from research_eval.untrusted import stored_object
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,8 @@ def open_storage(url: str) -> optuna.storages.RDBStorage:
     """The storage, created where it is not there. SQLite in WAL mode: readers do not block writers."""
     is_file = make_url(url).drivername == "sqlite"
     try:
+        if is_file:
+            _check_ours(url)
         with experimental():
             storage = optuna.storages.RDBStorage(
                 url,
@@ -93,6 +96,17 @@ def open_storage(url: str) -> optuna.storages.RDBStorage:
     except (sa.exc.SQLAlchemyError, RuntimeError) as error:
         raise ConfigError(f"--storage: {str(getattr(error, 'orig', error)).strip()}") from error
     return storage
+
+
+def _check_ours(url: str) -> None:
+    engine = sa.create_engine(url, poolclass=sa.NullPool)
+    with engine.connect() as connection:
+        foreign = foreign_table(connection)
+    if foreign is not None:
+        raise ConfigError(
+            f"--storage: {make_url(url).database} belongs to another program (it has a table {foreign!r}); it was left "
+            "alone. Give another name."
+        )
 
 
 def _set_up_sqlite(connection: Any, _record: Any) -> None:
@@ -608,7 +622,7 @@ def _as_trial(config_json: str, metrics: dict[str, Any], options: StudyOptions) 
     if len(values) < len(options.objectives) or not np.isfinite(values).all():
         return None
     try:
-        config = json.loads(config_json)
+        config = stored_object(config_json)
         located = options.space.locate(config)
         if located is None:
             return None

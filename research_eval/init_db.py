@@ -21,8 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def init_db_command(arguments: argparse.Namespace) -> int:
     """Create or migrate, and say where."""
     from research_eval.db_utils import Store  # after parsing: --help has to be quick
+    from research_eval.spool import merge_pending
 
     with Store(arguments.db) as store:
+        merge_pending(store)
         print(f"results database: {store.location} (schema version {store.schema_version})")
     return 0
 

@@ -1,4 +1,4 @@
-"""`goe runs`, `goe export`, `goe merge` and `goe replay`: their flags and what they print."""
+"""`goe runs`, `goe export`, `goe merge`, `goe replay` and `goe doctor`: their flags and what they print."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from research_eval.commands import DB_HELP, add_flag, names_of
 from research_eval.errors import ConfigError
 from research_eval.files import file_stem
 from research_eval.metrics import DEFAULT_METRIC
+from research_eval.untrusted import printable
 
 if TYPE_CHECKING:
     from research_eval.db_utils import RunFilter, Store
@@ -77,6 +79,11 @@ def add_replay_arguments(parser: argparse.ArgumentParser) -> None:
     add_flag(parser, "db", metavar="URL_OR_PATH", help=DB_HELP)
 
 
+def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    add_flag(parser, "repair", action="store_true", help="repair what is safe, after a backup of the database")
+    add_flag(parser, "db", metavar="URL_OR_PATH", help=DB_HELP)
+
+
 def _add_filters(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("which runs")
     for name, text in FILTERS.items():
@@ -86,7 +93,7 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
 
 
 def _natural(text: str) -> int:
-    if not text.isdecimal():
+    if not re.fullmatch("[0-9]{1,9}", text):
         raise argparse.ArgumentTypeError(f"expected a whole number, 0 for all, got {text!r}")
     return int(text)
 
@@ -176,11 +183,22 @@ def replay_command(arguments: argparse.Namespace) -> int:
     return int(arguments.tolerance is not None and done.exceeds(arguments.tolerance))
 
 
+def doctor_command(arguments: argparse.Namespace) -> int:
+    """A line per check; exit code 1 where a problem is left."""
+    from research_eval.doctor import PROBLEM, examine
+
+    exit_code = 0
+    for finding in examine(arguments.db, arguments.repair):
+        _print(printable(str(finding)) + "\n")
+        exit_code |= finding.level == PROBLEM
+    return int(exit_code)
+
+
 # --- The list ---------------------------------------------------------------------------------------------------------
 
 
 def _list(store: Store, arguments: argparse.Namespace) -> None:
-    from research_eval.store_tools import COLUMNS, SHORT_NAMES, check_metric, find_runs, is_silent
+    from research_eval.store_tools import COLUMNS, SHORT_NAMES, check_metric, find_runs
 
     wanted, sort = filter_of(arguments), arguments.sort
     limit = DEFAULT_LIMIT if arguments.limit is None else arguments.limit
@@ -208,8 +226,6 @@ def _list(store: Store, arguments: argparse.Namespace) -> None:
         log.info("%d of %s runs; --limit 0 lists all", limit, f"{total:,}")
     if not rows:
         log.info("no runs in %s" + (" fit" if store.count_runs() else ""), store.location)
-    if not arguments.json and any(map(is_silent, rows)):
-        log.info("running?: filed as running, but silent for 15 minutes and more; `--resume` goes on with such a run")
 
 
 def _times(row: dict[str, Any]) -> dict[str, Any]:
@@ -220,13 +236,11 @@ def _times(row: dict[str, Any]) -> dict[str, Any]:
 
 def runs_table(rows: list[dict[str, Any]], metrics: list[str]) -> tuple[list[str], list[list[str]], set[int]]:
     """Header, cells, and which columns are numbers."""
-    from research_eval.store_tools import SHORT_NAMES, is_silent
+    from research_eval.store_tools import SHORT_NAMES
 
     titles = {name: short for short, name in SHORT_NAMES.items()}
     names = ["experiment_id", "status", "run_type", "experiment_name", "model_type", "dataset_name", "seed"]
-    columns = [
-        [row["status"] + "?" * is_silent(row) if name == "status" else row[name] for row in rows] for name in names
-    ]
+    columns = [[row[name] for row in rows] for name in names]
     texts = [["-" if value is None else str(value) for value in column] for column in columns]
     texts += [_metric_column([row["metrics"].get(name) for row in rows]) for name in metrics]
     texts.append([f"{row['timestamp']:%Y-%m-%d %H:%M:%S}" if row["timestamp"] else "-" for row in rows])
@@ -256,12 +270,12 @@ def _metric_column(values: list[Any]) -> list[str]:
 
 def describe(store: Store, name: str) -> str:
     """Everything about a run, for a person."""
-    from research_eval.store_tools import find_run, flatten, is_silent, json_object
+    from research_eval.store_tools import find_run, flatten, json_object
 
     row = find_run(store, name)
     experiment_id = row["experiment_id"]
     facts = {
-        "status": f"{row['status']}{' (silent for 15 minutes and more)' if is_silent(row) else ''}",
+        "status": row["status"],
         "error": row["error"],
         "name": row["experiment_name"],
         "type": row["run_type"],
@@ -357,15 +371,6 @@ def _differences(found: Sequence[MetricDifference], left: str, right: str) -> li
 # --- Text -------------------------------------------------------------------------------------------------------------
 
 
-def printable(text: str) -> str:
-    r"""Text from a database on one line of a terminal: what would steer the terminal is shown as its escape.
-
-    >>> print(printable("two" + chr(10) + "lines"))
-    two\nlines
-    """
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-
-
 def number(value: float) -> str:
     """For reading.
 
@@ -431,7 +436,7 @@ def _print_table(header: list[str], rows: list[list[str]], numbers: set[int]) ->
     if not console.is_terminal:
         _print("\n".join(_columns(header, rows, numbers)) + "\n")
         return
-    styles = {"finished": "green", "failed": "red", "diverged": "red", "running": "cyan", "running?": "yellow"}
+    styles = {"finished": "green", "failed": "red", "diverged": "red", "running": "cyan", "interrupted": "yellow"}
     hidden = _hidden(header, rows, console.width)
     if hidden:
         log.info("left out for want of width: %s; --json has everything", ", ".join(header[index] for index in hidden))
@@ -481,10 +486,12 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[a
     "export": (add_export_arguments, export_command),
     "merge": (add_merge_arguments, merge_command),
     "replay": (add_replay_arguments, replay_command),
+    "doctor": (add_doctor_arguments, doctor_command),
 }
 DESCRIPTIONS = {
     "runs": "list, filter and sort runs; show one; compare two",
     "export": "runs or their time series as a CSV or Parquet file",
     "merge": "copy the runs of another database into this one",
     "replay": "run a run again and tell what differs",
+    "doctor": "check database, runs, checkpoints and environment; repair what is safe",
 }

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +23,7 @@ from research_eval.db_utils import (
     RunFilter,
     RunRecord,
     Store,
+    StoreUnavailable,
     canonical_json,
     csv_lines,
     csv_text,
@@ -32,6 +33,7 @@ from research_eval.db_utils import (
 )
 from research_eval.errors import ConfigError
 from research_eval.metrics import check_selectable, direction, is_measured
+from research_eval.spool import merge_pending
 
 if TYPE_CHECKING:
     from research_eval.experiment import Result
@@ -49,7 +51,6 @@ COLUMNS: list[str] = [column.name for column in experiments_table.columns]
 TIMES = ("timestamp", "heartbeat")
 LATEST = "latest"
 MISSING = "(absent)"
-SILENCE = timedelta(minutes=15)  # a run writes after every few dozen steps
 RUNS_PER_BATCH = 200
 HISTORY_COLUMNS = ["experiment_id", "name", "step", "epoch", "value"]
 _LONG_AGO = datetime.min.replace(tzinfo=UTC)
@@ -143,11 +144,6 @@ def find_run(store: Store, name: str) -> dict[str, Any]:
             raise ConfigError(f"no runs in {store.location}")
         name = newest[0]["experiment_id"]
     return store.experiment(name)
-
-
-def is_silent(row: dict[str, Any]) -> bool:
-    """Whether a run that is filed as running has not written for so long that its process may be gone."""
-    return row["status"] == "running" and datetime.now(UTC) - (row["heartbeat"] or _LONG_AGO) > SILENCE
 
 
 # --- Comparing --------------------------------------------------------------------------------------------------------
@@ -386,13 +382,14 @@ def merge(other: str, db: str | None = None) -> MergeReport:
         )
     report = MergeReport()
     with Store(other, read_only=True) as theirs, Store(db) as ours:
+        merge_pending(ours)
         try:
             ids = [row["experiment_id"] for row in theirs.find_runs()]
             for start in range(0, len(ids), RUNS_PER_BATCH):
                 records = theirs.records(ids[start : start + RUNS_PER_BATCH])
                 _count(report, records, ours.merge_records(records, is_later))
-        except (SQLAlchemyError, ValueError, TypeError) as error:  # what one database holds and the other cannot
-            cause = getattr(error, "orig", None) or error
+        except (SQLAlchemyError, StoreUnavailable, ValueError, TypeError) as error:  # what the other cannot hold, say
+            cause = getattr(error, "orig", None) or getattr(error, "strerror", None) or error
             raise ConfigError(
                 f"merge of {theirs.location} into {ours.location} stopped after {report.copied + report.updated} runs, "
                 f"which stay: {str(cause).strip()}"

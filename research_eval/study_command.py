@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from research_eval.commands import add_flag, names_of
 from research_eval.errors import ConfigError
+from research_eval.files import MAX_NAME
 from research_eval.metrics import DEFAULT_METRIC, check_selectable, check_spelling
 
 if TYPE_CHECKING:
@@ -142,13 +143,22 @@ def _base(arguments: argparse.Namespace, whole: dict[str, int]) -> dict[str, Any
         if value is not None and needed != dataset_type:
             raise ConfigError(f"--{flag}: is for {needed} data, and {dataset_name} is {dataset_type}")
         if value is not None:
-            params[parameter] = value
+            params[parameter] = value if flag == "data_dir" else _at_least(flag, value, 1)
+    if dataset_type == "real_world" and "data_dir" not in params:
+        from research_eval.datasets.providers import REAL_WORLD_DATASETS
+        from research_eval.schema import hint
+
+        if dataset_name not in REAL_WORLD_DATASETS:
+            near = hint(dataset_name, [*REAL_WORLD_DATASETS, *SYNTHETIC_DATASETS])
+            raise ConfigError(f"--dataset_name: unknown {dataset_name!r}.{near} A set of your own needs --data_dir.")
     training = {name: getattr(arguments, name, None) for name in ("device", "precision")}
     study_name = getattr(arguments, "study_name", None)
     if study_name is None:
         study_name = f"{dataset_type}_{dataset_name}"
     if not study_name.strip():
         raise ConfigError("--study_name: is empty")
+    if len(study_name) > MAX_NAME:
+        raise ConfigError(f"--study_name: expected at most {MAX_NAME} characters, got {len(study_name)}")
     seed = getattr(arguments, "seed", None) or 0
     return {
         "experiment_name": study_name,

@@ -20,6 +20,7 @@ from research_eval.analysis.study_trials import TrialRecord, best_of, own_trials
 from research_eval.db_utils import Store, csv_text
 from research_eval.errors import ConfigError
 from research_eval.files import file_stem, write_atomically
+from research_eval.untrusted import stored_object
 
 if TYPE_CHECKING:
     import optuna
@@ -151,7 +152,7 @@ def _config_texts(records: Sequence[TrialRecord], db: str | None) -> dict[int, s
                 if run is None:
                     log.warning("trial %d: its run is not in %s: no config is written", record.number, store.location)
                 else:
-                    found[record.number] = json.dumps(json.loads(run["full_config_json"]), indent=2) + "\n"
+                    found[record.number] = json.dumps(stored_object(run["full_config_json"]), indent=2) + "\n"
     except ConfigError as error:  # the study is safe in its own storage; the rest of its files can be written
         log.warning("no config is written: %s", error)
     return found

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from research_eval.commands import DB_HELP, add_flag, guarded, parse_or_suggest
 from research_eval.errors import ConfigError
 from research_eval.metrics import DEFAULT_METRIC
+from research_eval.untrusted import printable
 
 if TYPE_CHECKING:
     from research_eval.suggestion import Suggestion
@@ -81,6 +82,7 @@ def report(suggestions: Sequence[Suggestion], paths: Sequence[Path], db: str | N
         lines += [f"  {change.name} {_shown(change.left)} -> {_shown(change.right)}" for change in suggestion.changes]
     command = ["python", "research_eval/main.py", "--json_config_path", str(paths[0])]
     command += [] if db is None else ["--db", db]
+    lines = list(map(printable, lines))
     return "\n".join([*lines, "", f"To run the first: {shlex.join(command)}"])
 
 

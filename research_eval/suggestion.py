@@ -34,6 +34,7 @@ from research_eval.schema import ExperimentConfig, Range, config_from_dict, hint
 from research_eval.search_space import Infeasible
 from research_eval.seeding import derive_seed
 from research_eval.store_tools import Change, changes, check_metric
+from research_eval.untrusted import stored_object
 
 if TYPE_CHECKING:
     import optuna
@@ -189,11 +190,7 @@ def past_runs(rows: Iterable[RunRow], metric: str) -> list[PastRun]:
 
 
 def _object(text: str) -> Config:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
+    return stored_object(text)
 
 
 def _keys(config: Config) -> str:

@@ -26,8 +26,10 @@ from research_eval.metrics import DEFAULT_METRIC, Direction, direction
 from research_eval.schema import ExperimentConfig, config_from_dict
 from research_eval.search_space import Infeasible, SearchSpace, contains
 from research_eval.seeding import derive_seed
+from research_eval.training.checkpoint import delete_checkpoint
 from research_eval.training.evaluate import measure_flops, measure_latency
 from research_eval.training.fit import CHECKPOINT_FILE, Pruned
+from research_eval.untrusted import stored_object
 
 log = logging.getLogger(__name__)
 
@@ -268,7 +270,7 @@ def _train_seed(
     with Store(options.db) as store:
         known = store.find_id(ids[index])
     if known is not None:  # begun with other settings of threads or device, perhaps
-        seeded = config_from_dict(json.loads(known["full_config_json"]), source=f"run {ids[index]}")
+        seeded = config_from_dict(stored_object(known["full_config_json"]), source=f"run {ids[index]}")
     watcher = Watcher(study, storage, trial_id, options, seeded, judges=index == 0)
     result = run(
         seeded,
@@ -278,7 +280,7 @@ def _train_seed(
         trial=TrialRun(options.study_name, trial.number, ids[index], watcher.epoch_end),
     )
     if result.status != "interrupted":
-        (result.folder / CHECKPOINT_FILE).unlink(missing_ok=True)  # hundreds of trials would fill the disk
+        delete_checkpoint(result.folder / CHECKPOINT_FILE)  # hundreds of trials would fill the disk
     if result.status == "finished":
         return None, result.metrics
     return Outcome(result.status, reason=result.error, exit_code=result.exit_code), {}

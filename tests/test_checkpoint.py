@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,18 @@ def test_the_content_is_on_the_disk_before_the_name(tmp_path: Path, monkeypatch:
     order: list[tuple[str, Any]] = []
     path = tmp_path / "file"
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda number: (order.append(("fsync", os.fstat(number).st_size)), fsync(number)))
+
+    def syncing(number: int) -> None:
+        found = os.fstat(number)
+        order.append(("fsync", found.st_ino if stat.S_ISDIR(found.st_mode) else found.st_size))
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", syncing)
     monkeypatch.setattr(
         os, "replace", lambda old, new: (order.append(("replace", Path(old).read_bytes())), replace(old, new))
     )
     write_atomically(path, b"content")
-    assert order == [("fsync", 7), ("replace", b"content")]
+    assert order == [("fsync", 7), ("replace", b"content"), ("fsync", tmp_path.stat().st_ino)]
 
 
 def broken(path: Path, kind: str) -> None:

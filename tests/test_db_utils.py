@@ -354,12 +354,27 @@ def test_a_whole_csv_file_has_the_cells_of_an_appended_one(tmp_path):
 # --- Schema and migrations --------------------------------------------------------------------------------------------
 
 
+INDEXES_THAT_DIFFER = {  # between the databases, or have an expression, which cannot be compared
+    "ix_metrics_number",
+    "ix_metrics_experiment_id",
+    "ix_metrics_experiment_id_metric_name",
+    "ix_history_points_run_id_step",
+}
+
+
+@pytest.mark.filterwarnings("ignore:Skipped unsupported reflection of expression-based index")
 def test_the_migrations_add_up_to_the_tables(db):
     Store(db).close()
     engine = sa.create_engine(database_url(db))
     with engine.connect() as connection:
         context = alembic.migration.MigrationContext.configure(
-            connection, opts={"version_table": db_utils.VERSION_TABLE, "compare_type": True}
+            connection,
+            opts={
+                "version_table": db_utils.VERSION_TABLE,
+                "compare_type": True,
+                "include_name": lambda name, kind, _: kind != "index" or name not in INDEXES_THAT_DIFFER,
+                "include_object": lambda _, name, *__: name not in INDEXES_THAT_DIFFER,
+            },
         )
         assert alembic.autogenerate.compare_metadata(context, db_utils.metadata) == []
     engine.dispose()
@@ -463,7 +478,7 @@ def test_tables_of_another_program_stay_as_they_are(db):
     assert raw(db, "SELECT study_id FROM studies") == []
 
 
-@pytest.mark.parametrize("table", ["experiments", "metrics", "history"])
+@pytest.mark.parametrize("table", ["experiments", "metrics", "history", "history_points"])
 def test_a_table_of_the_same_name_but_another_meaning_is_refused_and_nothing_is_added(db, table):
     engine = sa.create_engine(database_url(db))
     with engine.begin() as connection:

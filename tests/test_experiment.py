@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import fcntl
 import json
@@ -456,9 +457,9 @@ def test_a_killed_run_goes_on_exactly(tmp_path: Path) -> None:
         config = write_config(folder, **EVERYTHING)
     expected = run_in(whole, small_config(**EVERYTHING))
     killed_after_a_checkpoint(cut, config)
-    with results(cut) as store:
+    with results(cut) as store, contextlib.chdir(cut):
         (row,) = store.experiments()
-        assert row["status"] == "running"
+        assert row["status"] == "interrupted"
     step = load_tensors(cut / "runs" / row["experiment_id"] / CHECKPOINT_FILE)[1]["state"]["step"]
     assert step < 48
 

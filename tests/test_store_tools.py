@@ -85,7 +85,7 @@ def fill(name: str, *records: RunRecord) -> str:
     """A store that holds exactly these runs."""
     with Store(name) as store:
         with store._write() as connection:
-            for table in ("metrics", "history", "experiments"):
+            for table in ("metrics", "history_points", "history_runs", "experiments"):
                 connection.exec_driver_sql(f"DELETE FROM {table}")
         store.merge_records({one.experiment["experiment_id"]: one for one in records}, lambda ours, theirs: False)
     return name
@@ -291,7 +291,7 @@ def test_filters_on_the_command_line():
     assert (nothing.code, nothing.out) == (0, "") and "no runs in" in nothing.err
 
 
-def test_a_silent_run_is_marked():
+def test_a_run_that_is_silent_for_long_is_interrupted_and_one_from_the_future_too():
     now = datetime.now(UTC)
     silent, alive = now - timedelta(minutes=16), now - timedelta(minutes=14)
     fill(
@@ -299,12 +299,19 @@ def test_a_silent_run_is_marked():
         record("a", status="running", heartbeat=silent),
         record("b", status="running", heartbeat=alive),
         record("c", status="failed", heartbeat=silent),
+        record("d", status="running", heartbeat=now + timedelta(minutes=16)),
+        record("e", status="interrupted", heartbeat=silent),
     )
     ended = goe("runs", "--sort", "id")
-    assert [line.split()[1] for line in ended.out.splitlines()[1:]] == ["running?", "running", "failed"]
-    assert "running?: filed as running, but silent for 15 minutes" in ended.err
-    assert "silent" in goe("runs", "show", "a").out and "silent" not in goe("runs", "show", "b").out
-    assert {run["status"] for run in listed("--status", "running")} == {"running"}
+    statuses = ["interrupted", "running", "failed", "interrupted", "interrupted"]
+    assert [line.split()[1] for line in ended.out.splitlines()[1:]] == statuses
+    assert "ended without saying why" in goe("runs", "show", "a").out
+    assert "ended without" not in goe("runs", "show", "b").out
+    assert {run["experiment_id"] for run in listed("--status", "running")} == {"b"}
+    assert {run["experiment_id"] for run in listed("--status", "interrupted")} == {"a", "d", "e"}
+    with Store("experiment_results.db", read_only=True) as store:
+        assert [run.status for run in store.runs("parity")] == statuses
+        assert store.count_runs(RunFilter(status="interrupted")) == 3
 
 
 HOSTILE = "\x1b[2J[red]x\nnext\tline\u202e=1+1"

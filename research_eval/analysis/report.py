@@ -22,6 +22,7 @@ from research_eval.analysis.summary import summary_table as summary_table_of
 from research_eval.analysis.tables import interval_text, metric_text, printable, short_number
 from research_eval.files import file_stem
 from research_eval.metrics import direction
+from research_eval.untrusted import stored_object
 
 if TYPE_CHECKING:
     from research_eval.db_utils import Store
@@ -284,10 +285,7 @@ def _recipe(store: Store, results: Results, row: Row) -> dict[str, Any]:
     seeds = ",".join(str(run.seed) for run in row.group.runs if run.seed is not None)
     file = f"best_{file_stem(row.group.model_type)}.json"
     command = f"python research_eval/main.py --json_config_path {file}" + (f" --seeds {seeds}" if seeds else "")
-    try:
-        environment = json.loads(stored["env_details_json"] or "{}")
-    except ValueError:
-        environment = {}
+    environment = stored_object(stored["env_details_json"])
     return {
         "model": row.group.model_type,
         "task": results.tasks[row.group.task],
@@ -296,7 +294,7 @@ def _recipe(store: Store, results: Results, row: Row) -> dict[str, Any]:
         "command": command,
         "config": json.dumps(row.group.config, indent=2) if row.group.config else row.group.runs[0].config_json,
         "runs": [run.experiment_id for run in row.group.runs],
-        "environment": flat(environment) if isinstance(environment, dict) else {},
+        "environment": flat(environment),
     }
 
 

@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from research_eval.metrics import direction
+from research_eval.untrusted import stored_object
 
 if TYPE_CHECKING:
     from research_eval.db_utils import RunRow, Store
@@ -183,11 +184,7 @@ def _without(text: str, names: Sequence[str]) -> str | None:
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
+    return stored_object(text)
 
 
 # ------------------------------------------------------------------------------------------------- what differs

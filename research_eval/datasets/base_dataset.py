@@ -17,6 +17,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from research_eval.datasets.token_data import TokenData
+from research_eval.environment import check_fits
 from research_eval.errors import ConfigError
 
 
@@ -49,6 +50,9 @@ def exact_length(task: str, seq_len: int | None, needed: int, reason: str) -> in
     if seq_len not in (None, needed):
         raise ConfigError(f"{task}: seq_len={seq_len} does not fit; {reason} makes it {needed}. Leave seq_len out")
     return needed
+
+
+BYTES_PER_TOKEN = 3 * 8  # while samples are made: the ids and what is computed from them
 
 
 class ArraySamples(Sequence[dict[str, Any]]):
@@ -117,6 +121,10 @@ class SequenceBaseDataset(ABC):
         for name, value in {"num_samples": num_samples, "seq_len": seq_len, "vocab_size": vocab_size}.items():
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
                 raise ConfigError(f"{type(self).__name__}: {name}={value!r}: expected an integer of at least 1")
+        check_fits(
+            float(num_samples) * seq_len * BYTES_PER_TOKEN,
+            f"dataset_params: num_samples={num_samples} of seq_len={seq_len} tokens",
+        )
         self.num_samples = int(num_samples)
         self.seq_len = int(seq_len)
         self.vocab_size = int(vocab_size)

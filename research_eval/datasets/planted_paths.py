@@ -75,9 +75,10 @@ class PlantedPathsDataset(SequenceBaseDataset):
     ) -> None:
         if min_depth > depth:
             raise ConfigError(f"planted_paths: min_depth={min_depth} is more than depth={depth}")
-        if num_functions**depth > MAX_COMPOSITIONS:
+        num_compositions = num_functions ** min(depth, MAX_COMPOSITIONS.bit_length())  # more steps are too many anyway
+        if num_compositions > MAX_COMPOSITIONS:
             raise ConfigError(
-                f"planted_paths: num_functions={num_functions} with depth={depth} has {num_functions**depth} "
+                f"planted_paths: num_functions={num_functions} with depth={depth} has {num_compositions} "
                 f"compositions; at most {MAX_COMPOSITIONS} work"
             )
         if ambiguity and ambiguity_cue == "operand" and num_operands % 2:

@@ -41,6 +41,15 @@ from research_eval.datasets.token_data import DataSplits, TokenData
 from research_eval.errors import ConfigError
 from research_eval.schema import Choice, Range
 from research_eval.seeding import derive_seed
+from research_eval.untrusted import (
+    MAX_JSON_DEPTH,
+    check_regular_file,
+    parse_json,
+    printable,
+    read_limited,
+    steers,
+    user_path,
+)
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +58,7 @@ Truncation = Literal["head", "head_tail"]
 Arrays = dict[str, NDArray[Any]]
 
 PAD, UNK = "[PAD]", "[UNK]"
+LINE_BREAK = r"<br\s*/?>"  # of web pages
 UNK_ID = 1
 SPLIT_SEED = 0
 HELD_OUT_SHARE = 0.1  # of train, where a set has no validation split
@@ -57,6 +67,10 @@ MAX_ALPHABET = 1000  # characters that WordPiece and BPE start from
 CONNECT_SECONDS = 0.7
 ENCODE_ROWS = 1000  # per call: bounds the memory held by encodings
 BLOCK_BYTES = 1 << 24  # a CSV or JSONL row has to fit into one block
+PARQUET_ROWS = 1000  # that are decompressed at once
+MAX_SPLIT_BYTES = 2**31  # of one file, decompressed
+MAX_INFO_BYTES = 10_000_000
+MAX_LABEL = 1000  # characters of a class name
 
 
 @dataclass(frozen=True)
@@ -149,12 +163,12 @@ class TextDataset:
     def splits(self, seed: int = 0) -> DataSplits:
         """Read, split, tokenise. The same rows for every `seed`."""
         if self.sources:
-            parts = {_source_name(source): self._chosen(Path(source).expanduser()) for source in self.sources}
+            parts = {_source_name(source): self._chosen(user_path(source)) for source in self.sources}
             if len(parts) < len(self.sources):
                 raise ConfigError(f"dataset_params.sources: two of {self.sources} have the same name. Rename a folder.")
             rows, label_names, groups = _mixed(parts)
         else:
-            path = Path(self.data_dir).expanduser() if self.data_dir else hub_copy(self.source, self.cache)
+            path = user_path(self.data_dir) if self.data_dir else hub_copy(self.source, self.cache)
             rows, label_names = self._chosen(path)
             groups = {}
 
@@ -225,6 +239,12 @@ class TextDataset:
                 )
         known_names = _names_beside(path, label_fields) or tables["train"].class_names
         label_names = known_names or _names_in(tables)
+        if len(label_names) > MAX_CLASSES:
+            raise ConfigError(f"{path}: {len(label_names):,} classes; a classifier takes up to {MAX_CLASSES:,}")
+        for name in label_names:
+            if len(name) > MAX_LABEL or any(map(steers, name)):
+                limits = f"expected at most {MAX_LABEL} characters and no control characters"
+                raise ConfigError(f"{path}: label {printable(name[:40])!r}: {limits}")
         rows = {name: _Rows(table.texts, _numbered(table, label_names)) for name, table in tables.items()}
         return rows, label_names
 
@@ -236,7 +256,7 @@ class TextDataset:
             serialised = train_tokenizer(texts, **settings).to_str()
             return {"tokenizer_json": np.frombuffer(serialised.encode(), np.uint8)}
 
-        arrays = cached_arrays(self.cache / f"tokenizer-{key}.npz", build)
+        arrays = cached_arrays(self.cache / f"tokenizer-{key}.npz", build, _check_tokenizer)
         return Tokenizer.from_str(arrays["tokenizer_json"].tobytes().decode())
 
     def _encode(
@@ -249,7 +269,11 @@ class TextDataset:
             encoded = encode_texts(tokenizer, rows.texts, self.max_length, self.truncation)
             return {"tokens": encoded.tokens, "offsets": encoded.offsets, "num_cut": np.array(encoded.num_cut)}
 
-        arrays = cached_arrays(self.cache / f"tokens-{key}.npz", build)
+        arrays = cached_arrays(
+            self.cache / f"tokens-{key}.npz",
+            build,
+            lambda arrays: _check_tokens(arrays, len(rows.texts), tokenizer.get_vocab_size()),
+        )
         paths_NT = (
             np.repeat(groups[:, None], self.path_length, axis=1) if groups is not None and self.path_length else None
         )
@@ -265,7 +289,7 @@ def train_tokenizer(
 ) -> Tokenizer:
     """A tokenizer with [PAD] = 0 and [UNK] = 1. Line breaks of web pages (`<br />`) become blanks inside it."""
     normalizer = normalizers.Sequence(
-        [normalizers.Replace(Regex(r"<br\s*/?>"), " "), normalizers.BertNormalizer(lowercase=lowercase)]
+        [normalizers.Replace(Regex(LINE_BREAK), " "), normalizers.BertNormalizer(lowercase=lowercase)]
     )
     options: dict[str, Any] = {"vocab_size": vocab_size, "min_frequency": min_frequency, "show_progress": False}
     # The model is named by the unknown token alone: the trainer fills in the vocabulary.
@@ -337,13 +361,45 @@ def encode_texts(
 # ---------------------------------------------------------------------------------------------------- cache
 
 
-def cached_arrays(path: Path, build: Callable[[], Arrays]) -> Arrays:
-    """The arrays stored at `path`, else those of `build()`, which are stored there. The name of the file is its key."""
+class _Damaged(ValueError):
+    """What lies in the cache is not what we put there."""
+
+
+def _check_tokenizer(arrays: Arrays) -> None:
+    try:
+        Tokenizer.from_str(arrays["tokenizer_json"].tobytes().decode())
+    except Exception as error:  # the library raises nothing narrower
+        raise _Damaged(str(error)) from error
+
+
+def _check_tokens(arrays: Arrays, num_samples: int, vocab_size: int) -> None:
+    tokens, offsets = arrays["tokens"], arrays["offsets"]
+    if not (
+        tokens.dtype == np.int32
+        and offsets.dtype == np.int64
+        and offsets.shape == (num_samples + 1,)
+        and tokens.shape == (offsets[-1],)
+        and offsets[0] == 0
+        and (np.diff(offsets) > 0).all()
+        and arrays["num_cut"].shape == ()
+        and tokens.min() > 0
+        and tokens.max() < vocab_size
+    ):
+        raise _Damaged("these are not the tokens")
+
+
+def cached_arrays(path: Path, build: Callable[[], Arrays], check: Callable[[Arrays], object] = len) -> Arrays:
+    """The arrays stored at `path`, else those of `build()`, which are stored there. The name of the file is its key.
+
+    What is stored and does not pass `check` (which raises) is built again.
+    """
     if path.is_file():
         try:
             with path.open("rb") as file, NpzFile(file, allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+                stored = {name: archive[name] for name in archive.files}
+            check(stored)
+            return stored
+        except (OSError, ValueError, TypeError, LookupError, EOFError, MemoryError, zipfile.BadZipFile) as error:
             log.warning("%s is damaged (%s) and is built again", path, error)
     arrays = build()
     temporary = path.with_name(f".{uuid.uuid4().hex}.npz")
@@ -398,6 +454,7 @@ class _Rows(NamedTuple):
 
 
 def _read_csv(path: Path, text_fields: tuple[str, ...]) -> Any:
+    _check_size(path, path.stat().st_size)
     return csv.read_csv(
         path,
         csv.ReadOptions(block_size=BLOCK_BYTES),
@@ -407,12 +464,37 @@ def _read_csv(path: Path, text_fields: tuple[str, ...]) -> Any:
 
 
 def _read_jsonl(path: Path, text_fields: tuple[str, ...]) -> Any:
+    _check_size(path, path.stat().st_size)
+    _check_depth(path)
     return jsonl.read_json(path, jsonl.ReadOptions(block_size=BLOCK_BYTES))
 
 
 def _read_parquet(path: Path, text_fields: tuple[str, ...]) -> Any:
     with parquet.ParquetFile(path) as file:  # read_table would also make columns of folder names
-        return file.read()
+        batches, num_bytes = [], 0
+        for batch in file.iter_batches(PARQUET_ROWS):  # a small file may hold one long text a million times
+            num_bytes += batch.nbytes
+            _check_size(path, num_bytes)
+            batches.append(batch)
+        return pa.Table.from_batches(batches, file.schema_arrow)
+
+
+def _check_size(path: Path, num_bytes: int) -> None:
+    if num_bytes > MAX_SPLIT_BYTES:
+        raise ConfigError(f"{path}: holds more than {MAX_SPLIT_BYTES / 2**30:.0f} GiB. Give a part of it.")
+
+
+def _check_depth(path: Path) -> None:
+    """Raise ConfigError for a line that is nested deeply: the reader of Arrow would crash on it."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.count(b"[") + line.count(b"{") > MAX_JSON_DEPTH:
+                depth = deepest = 0
+                for bracket in re.findall(rb"[\[\]{}]", re.sub(rb'"(?:[^"\\]|\\.)*+"?', b"", line)):
+                    depth += 1 if bracket in b"[{" else -1
+                    deepest = max(deepest, depth)
+                if deepest > MAX_JSON_DEPTH:
+                    raise ConfigError(f"{path}:{number}: nested deeper than {MAX_JSON_DEPTH} levels")
 
 
 READERS: dict[str, Callable[[Path, tuple[str, ...]], Any]] = {
@@ -465,6 +547,8 @@ def _read_split(
     """The rows of one split; None for a split without labels where none are needed."""
     where = str(paths[0])
     try:
+        for path in paths:
+            check_regular_file(path)
         tables = [READERS[path.suffix](path, text_fields) for path in paths]
         columns = tables[0].column_names
         text_field = _pick(text_fields, columns, "text_field", where)
@@ -477,7 +561,7 @@ def _read_split(
         labels = _plain(table[label_field])
         texts.validate(full=True)  # Parquet does not promise UTF-8
         labels.validate(full=True)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where}: cannot be read: {error}. Write the file again.") from error
     if len(texts) == 0:
         raise ConfigError(f"{where}: no rows. Fill the file or remove it.")
@@ -508,36 +592,44 @@ def _plain(column: Any) -> Any:
     return array.cast(pa.int64()) if pa.types.is_integer(kind) else array
 
 
-def _names_of(features: Mapping[str, Any], label_field: str) -> list[str] | None:
-    """Class names from a feature description as the `datasets` library writes it."""
-    feature = features.get(label_field)
+def _names_of(features: Any, label_field: str, where: str) -> list[str] | None:
+    """Class names from a feature description as the `datasets` library writes it. Raises ConfigError."""
+    feature = features.get(label_field) if isinstance(features, dict) else None
     names = feature.get("names") if isinstance(feature, dict) else None
-    return [str(name) for name in names] if names else None
+    return _checked_names(names, where, "names") if names else None
+
+
+def _checked_names(names: Any, where: str, key: str) -> list[str]:
+    plain = isinstance(names, list) and all(isinstance(name, str | int | float) for name in names)
+    if not plain or not len(set(map(str, names))) == len(names) > 0:
+        raise ConfigError(f"{where}: {key} has to be a list of different names, got {str(names)[:80]!r}")
+    return [str(name) for name in names]
 
 
 def _names_in_schema(schema: Any, label_field: str) -> list[str] | None:
     stored = (schema.metadata or {}).get(b"huggingface")
-    return _names_of(json.loads(stored).get("info", {}).get("features", {}), label_field) if stored else None
+    if not stored:
+        return None
+    where = "the metadata 'huggingface' of the file"
+    content = parse_json(stored[:MAX_INFO_BYTES], where)
+    info = content.get("info") if isinstance(content, dict) else None
+    features = info.get("features") if isinstance(info, dict) else None
+    return _names_of(features, label_field, where)
 
 
 def _names_beside(path: Path, label_fields: tuple[str, ...]) -> list[str] | None:
     """Class names from `dataset_info.json` in the folder: `label_names`, or the features of the `datasets` library."""
     info_path = path / "dataset_info.json"
-    if not info_path.is_file():
+    if not info_path.exists():
         return None
-    try:
-        info = json.loads(info_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{info_path}: not JSON ({error}). Mend or remove it.") from error
+    info = parse_json(read_limited(info_path, MAX_INFO_BYTES, "a description of data"), str(info_path))
     if not isinstance(info, dict):
         raise ConfigError(f"{info_path}: not a JSON object. Mend or remove it.")
     names = info.get("label_names")
-    if names is not None and not (isinstance(names, list) and len(set(map(str, names))) == len(names) > 0):
-        raise ConfigError(f"{info_path}: label_names has to be a list of different names, got {names!r}")
-    if names:
-        return [str(name) for name in names]
-    features = info.get("features") or {}
-    return next((found for field in label_fields if (found := _names_of(features, field))), None)
+    if names is not None:
+        return _checked_names(names, str(info_path), "label_names")
+    found = (_names_of(info.get("features"), field, str(info_path)) for field in label_fields)
+    return next((names for names in found if names), None)
 
 
 def _names_in(tables: dict[str, _RawRows]) -> list[str]:

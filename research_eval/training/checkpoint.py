@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,24 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from research_eval import checksum
 from research_eval.errors import ConfigError
 from research_eval.files import write_atomically
+from research_eval.untrusted import check_regular_file, in_folder
+
+log = logging.getLogger(__name__)
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
-    """`tensors` and JSON-able `values` into one safetensors file, atomically."""
+def save_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], values: dict[str, Any], previous: Path | None = None
+) -> None:
+    """`tensors` and JSON-able `values` into one safetensors file, atomically; the old file stays as `previous`."""
     # Clones: safetensors refuses tensors that share memory, as tied weights do.
     plain = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
-    write_atomically(path, safetensors.torch.save(plain, {"values": json.dumps(values)}))
+    metadata = {"values": json.dumps(values), checksum.KEY: checksum.ZEROS}
+    write_atomically(path, checksum.seal(safetensors.torch.save(plain, metadata)), previous)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -31,14 +39,72 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     Raises ConfigError when the file is missing or not such a file.
     """
     try:
+        check_regular_file(in_folder(path.parent, path.name))
+        intact = checksum.has_intact_checksum(path)
         with safe_open(path, framework="pt") as file:
             values = json.loads((file.metadata() or {}).get("values", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError, OverflowError) as error:
         raise ConfigError(f"{path}: not a readable checkpoint ({error}). Run the experiment again.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a safetensors file, but not one of ours. Run the experiment again.")
+    if intact is False:
+        raise ConfigError(f"{path}: its checksum does not fit: it was damaged or changed. Run the experiment again.")
     return tensors, values
+
+
+def previous_checkpoint(path: Path) -> Path:
+    """Where the checkpoint before the one at `path` is."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def checkpoint_exists(path: Path) -> bool:
+    """Whether there is a checkpoint to go on from, be it the one before the newest."""
+    return path.exists() or previous_checkpoint(path).exists()
+
+
+def save_checkpoint(path: Path, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+    """`save_tensors`; the last good one is kept until the next one is complete, and after that beside it."""
+    save_tensors(path, tensors, values, previous_checkpoint(path))
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The newest checkpoint that is whole. A damaged one is deleted where an older one can take its place.
+
+    Raises ConfigError where none is whole.
+    """
+    previous = previous_checkpoint(path)
+    if not path.exists():
+        return load_tensors(previous)
+    try:
+        return load_tensors(path)
+    except ConfigError as problem:
+        if not previous.exists():
+            raise
+        found = load_tensors(previous)
+        log.warning("%s Going on from the one before.", str(problem).removesuffix(" Run the experiment again."))
+        path.unlink()  # or the next one would push the whole one out
+        return found
+
+
+def delete_checkpoint(path: Path) -> None:
+    """The checkpoint and the one before."""
+    for file in (path, previous_checkpoint(path)):
+        file.unlink(missing_ok=True)
+
+
+def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Put weights that came from `path` into the module. Raises ConfigError where they do not fit or are no numbers."""
+    own = module.state_dict()
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ConfigError(f"{path}: {name} holds values that are no finite numbers. Run the experiment again.")
+        if name in own and tensor.dtype != own[name].dtype:
+            raise ConfigError(f"{path}: {name} is {tensor.dtype}, not {own[name].dtype}. Run the experiment again.")
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: not of this model: {error}. Run the experiment again.") from error
 
 
 def generator_states() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -56,7 +122,7 @@ def generator_states() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 def restore_generators(tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
     """Put back what `generator_states` gave."""
-    torch.set_rng_state(tensors["cpu"])
+    torch.set_rng_state(tensors["cpu"].clone())
     cuda = [tensors[f"cuda{number}"] for number in range(torch.cuda.device_count()) if f"cuda{number}" in tensors]
     if cuda:
         torch.cuda.set_rng_state_all(cuda)
@@ -80,9 +146,17 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Put back what `flatten_optimizer` gave; learning rates come from the schedule."""
+    """Put back what `flatten_optimizer` gave; learning rates come from the schedule.
+
+    Raises ValueError for what does not fit.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         number, name = key.split(".", 1)
+        if not 0 <= int(number) < len(parameters) or value.shape not in (torch.Size([]), parameters[int(number)].shape):
+            raise ValueError(f"{key} does not fit a parameter")
         state.setdefault(int(number), {})[name] = value
+    if len({frozenset(entries) for entries in state.values()}) > 1:
+        raise ValueError("moments are missing")
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
+from pydantic import Field, TypeAdapter
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from research_eval.datasets.token_data import Batch, Batches, DataSplits
+from research_eval.errors import ConfigError
 from research_eval.models.base_model import EvaluableModel, auxiliary_terms, logits_of
-from research_eval.schema import ExperimentConfig
+from research_eval.schema import ExperimentConfig, Natural
 from research_eval.training.checkpoint import (
+    checkpoint_exists,
     flatten_optimizer,
     generator_states,
-    load_tensors,
+    load_checkpoint,
+    load_weights,
     restore_generators,
     restore_optimizer,
+    save_checkpoint,
     save_tensors,
 )
 from research_eval.training.evaluate import Evaluation, evaluate
@@ -52,14 +58,17 @@ class Interrupted(RuntimeError):
 class TrainingState:
     """Where a run is; together with the tensors of a checkpoint enough to go on exactly."""
 
-    step: int = 0
+    step: Natural = 0
     best_f1: float = -1.0
-    best_step: int = 0
+    best_step: Natural = 0
     best_loss: float | None = None  # validation loss at the best step
-    epochs_without_gain: int = 0
+    epochs_without_gain: Natural = 0
     stopped_early: bool = False
-    seconds: float = 0.0
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     reports: list[dict[str, Any]] = field(default_factory=list)  # the routing of every epoch, in short
+
+
+_STATE = TypeAdapter(TrainingState)
 
 
 class Observer(Protocol):
@@ -128,8 +137,8 @@ def fit(
     watch = RoutingWatch(model, validation, data.num_classes, config, runtime, folder)
     runtime.seed(config.seed, "training")
     state = TrainingState()
-    if (folder / CHECKPOINT_FILE).exists():
-        state = _restore(folder / CHECKPOINT_FILE, model, average, optimizer, schedule)
+    if checkpoint_exists(folder / CHECKPOINT_FILE):
+        state = _restore(folder / CHECKPOINT_FILE, model, average, optimizer, schedule, total_steps)
     observer.start(state, steps_per_epoch, total_steps)
     started, meter, evaluation = time.perf_counter() - state.seconds, Meter(), None
 
@@ -242,7 +251,7 @@ def _save(
         tensors |= {f"average/{name}": tensor for name, tensor in average.state_dict().items()}
     tensors |= {f"optimizer/{name}": tensor for name, tensor in flatten_optimizer(optimizer).items()}
     tensors |= {f"generator/{name}": tensor for name, tensor in generators.items()}
-    save_tensors(path, tensors, {"state": asdict(state), "generators": generator_values})
+    save_checkpoint(path, tensors, {"state": asdict(state), "generators": generator_values})
 
 
 def _restore(
@@ -251,21 +260,27 @@ def _restore(
     average: AveragedModel | None,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LambdaLR,
+    total_steps: int,
 ) -> TrainingState:
-    tensors, values = load_tensors(path)
+    tensors, values = load_checkpoint(path)
 
     def part(prefix: str) -> dict[str, torch.Tensor]:
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
-    model.load_state_dict(part("model/"))
+    load_weights(model, part("model/"), path)
     if average is not None:
-        average.load_state_dict(part("average/"))
-    restore_optimizer(optimizer, part("optimizer/"))
-    state = TrainingState(**values["state"])
+        load_weights(average, part("average/"), path)
+    try:
+        restore_optimizer(optimizer, part("optimizer/"))
+        state = _STATE.validate_json(json.dumps(values["state"]), strict=True)
+        restore_generators(part("generator/"), values["generators"])
+    except (ValueError, TypeError, LookupError, RuntimeError, AttributeError, OverflowError) as error:
+        raise ConfigError(f"{path}: not a checkpoint of this run: {error}. Run the experiment again.") from error
+    if state.step > total_steps:
+        raise ConfigError(f"{path}: is at step {state.step} of {total_steps}. Run the experiment again.")
     # LambdaLR is a pure function of the step.
     schedule.last_epoch = state.step
     for group, base, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
         group["lr"] = base * factor(state.step)
     schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
-    restore_generators(part("generator/"), values["generators"])
     return state

@@ -1,0 +1,138 @@
+"""What comes from outside: files of a bounded size, JSON of a bounded depth, text that cannot steer a terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+from research_eval.errors import ConfigError
+
+MAX_LINE = 2000  # characters of one line of a message
+MAX_LINES = 100
+MAX_JSON_DEPTH = 100
+
+
+def check_regular_file(path: str | Path) -> os.stat_result:
+    """Raise ConfigError for what is no file that ends: a pipe would be waited for, a device read for ever."""
+    try:
+        found = os.stat(path)  # noqa: PTH116 - also takes the text that cannot be a Path
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a null byte in the path
+        raise ConfigError(f"{str(path)!r}: cannot be read: {error}") from error
+    if stat.S_ISDIR(found.st_mode):
+        raise ConfigError(f"{path}: cannot be read: Is a directory")
+    if not stat.S_ISREG(found.st_mode):
+        raise ConfigError(f"{path}: cannot be read: is no regular file")
+    return found
+
+
+def read_limited(path: str | Path, max_bytes: int, what: str) -> bytes:
+    """The content of a regular file that is not larger than `what` can be. Raises ConfigError."""
+    check_regular_file(path)
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123 - also takes the text that cannot be a Path
+            content = file.read(max_bytes + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(content) > max_bytes:
+        raise ConfigError(f"{path}: larger than {max_bytes // 1000} kB: this is not {what}")
+    return content
+
+
+def user_path(text: str) -> Path:
+    """A path as a user gives it, with ~ for a home folder. Raises ConfigError."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{text}: there is no such home folder") from error
+
+
+def in_folder(folder: Path, name: str) -> Path:
+    """A file of a run's folder. Raises ConfigError where a link would lead out of it."""
+    path = folder / name
+    if folder.is_symlink() or path.is_symlink():
+        link = folder if folder.is_symlink() else path
+        raise ConfigError(f"{link}: is a symbolic link, which is not followed. Put the files themselves there.")
+    return path
+
+
+def parse_json(text: str | bytes, source: str) -> Any:
+    """Strict JSON: no NaN, no infinities, no duplicate keys, no great depth. Raises ConfigError."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key occurs twice")
+        return found
+
+    def constant(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    def number(digits: str) -> float:
+        value = float(digits)
+        if not math.isfinite(value):
+            raise ValueError("a number is too large")
+        return value
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=constant, parse_float=number)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        problem = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ConfigError(f"{source}: not JSON: {problem}") from error
+    if depth_of(value) > MAX_JSON_DEPTH:
+        raise ConfigError(f"{source}: nested deeper than {MAX_JSON_DEPTH} levels")
+    return value
+
+
+def depth_of(value: Any) -> int:
+    """Levels of lists and dictionaries.
+
+    >>> depth_of(1), depth_of([{"a": []}])
+    (0, 3)
+    """
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, list | dict)]:
+        depth += 1
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+    return depth
+
+
+def stored_object(text: str | None) -> dict[str, Any]:
+    """A JSON object of the results; empty where an earlier or a foreign program stored something else."""
+    try:
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) and depth_of(value) <= MAX_JSON_DEPTH else {}
+
+
+def steers(character: str) -> bool:
+    """Whether a terminal, a log or a page would act on the character instead of showing it."""
+    return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in _DIRECTIONS
+
+
+_DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def printable(text: str) -> str:
+    r"""Text on one line of a terminal: what would steer the terminal is shown as its escape.
+
+    >>> print(printable("two" + chr(10) + "lines"))
+    two\nlines
+    """
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def message(error: object) -> str:
+    """An error for a terminal: its lines, each of them printable, none of them endless."""
+    lines = [printable(line) for line in str(error).split("\n")]
+    lines = [line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}..." for line in lines]
+    return "\n".join(
+        lines if len(lines) <= MAX_LINES else [*lines[:MAX_LINES], f"... and {len(lines) - MAX_LINES} more"]
+    )
