@@ -137,9 +137,11 @@ def measured(step: Contestant, settings: Settings) -> dict[str, float]:
 
 def peak_of_tensors(step: Contestant) -> int:
     """The most bytes in torch's hands during a step, beyond those before it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    # torch.profiler's own is a wrapper around it that imports for two seconds.
+    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
         step()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert profiler.kineto_results is not None
+    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     peak: int = max(itertools.accumulate((event.nbytes() for event in events), initial=0))
     return peak
@@ -188,7 +190,7 @@ def main() -> None:
     given = vars(parser.parse_args())
     asked = given.pop("compared") or list(COMPARED)
     settings = Settings(**given)
-    os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # the profiler tells when it begins
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # else the profiler tells when it begins
     if {"dense", "moe"} & set(asked) and installed("transformers"):
         for module in PRELOAD:
             importlib.import_module(module)
