@@ -37,7 +37,8 @@ def write_atomically(path: Path, content: bytes, previous: Path | None = None) -
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        error.filename = str(path)  # a full disk says so without a name, or with that of the temporary file
+        if error.errno is not None:
+            error.filename = str(path)  # a full disk says so without a name, or with that of the temporary file
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -56,7 +56,7 @@ def goe(*arguments: str | Path) -> Ended:
 
 
 def row(experiment_id: str, **changes: Any) -> dict[str, Any]:
-    """The row of a finished run."""
+    """The row of a finished run; one that is said to be running was alive just now."""
     return {
         "experiment_id": experiment_id,
         "run_type": "json",
@@ -72,7 +72,7 @@ def row(experiment_id: str, **changes: Any) -> dict[str, Any]:
         "status": "finished",
         "seed": 0,
         "error": None,
-        "heartbeat": START,
+        "heartbeat": datetime.now(UTC) if changes.get("status") == "running" else START,
         "parent_id": None,
     } | changes
 
