@@ -607,7 +607,8 @@ def _check_values(value: Any, path: Location, report: _Report) -> None:
         elif any(map(steers, value)):
             report.add(path, f"control characters are not allowed, got {_shown(value)}")
     elif isinstance(value, int) and not isinstance(value, bool) and abs(value) > INT_MAX:
-        report.add(path, f"must be from {-INT_MAX} to {INT_MAX}, got {_shown(value)}")
+        limit = f"<= {INT_MAX}" if value > 0 else f">= {-INT_MAX}"
+        report.add(path, f"must be {limit}, got {_shown(value)}.")
     elif len(path) > MAX_DEPTH:
         report.add(path[:2], f"nested deeper than {MAX_DEPTH} levels")
     elif isinstance(value, dict):

