@@ -33,9 +33,7 @@ def parse_or_suggest(parser: argparse.ArgumentParser, argv: list[str] | None) ->
         for word in value if isinstance(value, list) else [value]:
             if isinstance(word, str) and (problem := _problem(word, name)):
                 parser.error(f"argument {name}: {problem}, got {printable(word[:80])!r}")
-    if any(word.endswith("=--") for word in sys.argv[1:] if argv is None) or any(
-        word.endswith("=--") for word in argv or ()
-    ):
+    if any(word.endswith("=--") for word in (sys.argv[1:] if argv is None else argv)):
         parser.error("'--' is no value of a flag")
     return arguments
 

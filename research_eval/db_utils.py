@@ -865,7 +865,7 @@ class Store:
                 row.update(status="interrupted", error=row["error"] or GONE)
         return rows
 
-    def _gone(self) -> list[str]:
+    def gone(self) -> list[str]:
         """The ids of runs that are filed as running and are not at work."""
         columns = experiments_table.c
         query = sa.select(columns.experiment_id, columns.heartbeat).where(columns.status == "running")
@@ -882,10 +882,6 @@ class Store:
         with self._engine.connect() as connection:
             query = sa.select(columns.experiment_id, columns.status).order_by(columns.experiment_id)
             return dict(connection.execute(query).all())
-
-    def gone(self) -> list[str]:
-        """The ids of runs that are filed as running and are not at work."""
-        return self._gone()
 
     def file_as_interrupted(self, experiment_id: str) -> bool:
         """File a run whose process is gone as what it is read as; False where it has ended otherwise by now."""
@@ -1081,9 +1077,9 @@ class Store:
         names = ("dataset_name", "model_type", "experiment_name", "run_type")
         conditions = [columns[name] == getattr(wanted, name) for name in names if getattr(wanted, name) is not None]
         if wanted.status == "running":
-            conditions += [columns.status == "running", columns.experiment_id.not_in(self._gone())]
+            conditions += [columns.status == "running", columns.experiment_id.not_in(self.gone())]
         elif wanted.status == "interrupted":
-            conditions.append((columns.status == "interrupted") | columns.experiment_id.in_(self._gone()))
+            conditions.append((columns.status == "interrupted") | columns.experiment_id.in_(self.gone()))
         elif wanted.status is not None:
             conditions.append(columns.status == wanted.status)
         if wanted.study is not None:

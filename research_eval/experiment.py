@@ -32,7 +32,7 @@ from research_eval.files import run_folder as run_folder
 from research_eval.models.base_model import EvaluableModel, adapt
 from research_eval.progress import Progress
 from research_eval.registry import MODELS_MAP
-from research_eval.schema import ExperimentConfig, context_arguments
+from research_eval.schema import ExperimentConfig, context_arguments, largest_of, without_draws
 from research_eval.spool import CSV_FILE, Ledger, Write, merge_pending, patiently
 from research_eval.training.checkpoint import checkpoint_exists, load_tensors, load_weights, previous_checkpoint
 from research_eval.training.evaluate import Evaluation, evaluate, measure_flops, measure_latency
@@ -180,16 +180,13 @@ def check_model_fits(model_type: str, params: dict[str, Any], context: dict[str,
     if not issubclass(cls, EvaluableModel):
         return
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), without_draws():
             model = cls(**context_arguments(cls, {**context, "device": torch.device("meta")}), **params)
     except Exception:  # it may need real numbers; if it is wrong, its real construction says so
         log.debug("%s: the size of the model is not known", model_type, exc_info=True)
         return
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
-    sizes = {**context, **params}
-    whole = {name: size for name, size in sizes.items() if isinstance(size, int) and not isinstance(size, bool)}
-    largest = ", ".join(f"{name}={whole[name]}" for name in sorted(whole, key=lambda name: -whole[name])[:3])
-    check_fits(num_bytes * copies, f"model_params: {model_type} with {largest}")
+    check_fits(num_bytes * copies, f"model_params: {model_type} with {largest_of({**context, **params})}")
 
 
 def new_id() -> str:

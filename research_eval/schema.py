@@ -670,14 +670,23 @@ def _arguments(
     return {name: value for name, value in arguments.items() if name in values or _json_text(value) is not None}
 
 
+def largest_of(sizes: Mapping[str, Any]) -> str:
+    """The three largest whole numbers, for a message: what to lower where a model does not fit.
+
+    >>> largest_of({"embed_dim": 10**9, "gated": True, "num_layers": 2})
+    'embed_dim=1000000000, num_layers=2'
+    """
+    whole = {name: value for name, value in sizes.items() if isinstance(value, int) and not isinstance(value, bool)}
+    return ", ".join(f"{name}={whole[name]}" for name in sorted(whole, key=lambda name: -whole[name])[:3])
+
+
 @contextmanager
 def _counted_parameters(sizes: Mapping[str, Any]) -> Iterator[None]:
     """Within the block a module that would get too large raises ValueError, which names the largest `sizes`."""
     from torch.nn.modules.module import register_module_parameter_registration_hook
 
     tensors, elements = 0, 0
-    whole = {name: value for name, value in sizes.items() if isinstance(value, int) and not isinstance(value, bool)}
-    largest = ", ".join(f"{name}={whole[name]}" for name in sorted(whole, key=lambda name: -whole[name])[:3])
+    largest = largest_of(sizes)
 
     def count(_module: object, _name: str, parameter: Any) -> None:
         nonlocal tensors, elements
@@ -728,14 +737,14 @@ def _model_params(data: Mapping[str, Any], report: _Report) -> dict[str, Any] | 
             context = {"vocab_size": 8, "num_classes": 2, "padding_idx": 0, "max_length": 16, "device": meta}
 
             def build() -> None:
-                with meta, _without_draws(), _counted_parameters(arguments):
+                with meta, without_draws(), _counted_parameters(arguments):
                     cls(**context_arguments(cls, context), **arguments)
 
             _try(build, "model_params", report)
     return arguments
 
 
-def _without_draws() -> AbstractContextManager[object]:
+def without_draws() -> AbstractContextManager[object]:
     """Meta tensors have no values to draw, and torch would import its compiler, a second's work, for the attempt."""
     import torch
     from torch.overrides import TorchFunctionMode

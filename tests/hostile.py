@@ -1099,13 +1099,19 @@ def rewritten(name: str, change: Callable[[dict[str, torch.Tensor], dict[str, An
     return prepare
 
 
-def replaced(name: str, content: bytes) -> Prepare:
+def put(name: str, make: Callable[[Path], object]) -> Prepare:
+    """Another file in the place of one of the run's."""
+
     def prepare(folder: Path) -> None:
         path = run_of(folder) / name
         path.unlink(missing_ok=True)
-        path.write_bytes(content)
+        make(path)
 
     return prepare
+
+
+def replaced(name: str, content: bytes) -> Prepare:
+    return put(name, lambda path: path.write_bytes(content))
 
 
 def unfinished(prepare: Prepare) -> Prepare:
@@ -1154,30 +1160,15 @@ def safetensors_files() -> dict[str, bytes]:
 
 
 def linked(name: str, target: str) -> Prepare:
-    def prepare(folder: Path) -> None:
-        path = run_of(folder) / name
-        path.unlink(missing_ok=True)
-        path.symlink_to(target)
-
-    return prepare
+    return put(name, lambda path: path.symlink_to(target))
 
 
 def piped(name: str) -> Prepare:
-    def prepare(folder: Path) -> None:
-        path = run_of(folder) / name
-        path.unlink(missing_ok=True)
-        os.mkfifo(path)
-
-    return prepare
+    return put(name, os.mkfifo)
 
 
 def of_folder(name: str) -> Prepare:
-    def prepare(folder: Path) -> None:
-        path = run_of(folder) / name
-        path.unlink(missing_ok=True)
-        path.mkdir()
-
-    return prepare
+    return put(name, Path.mkdir)
 
 
 def moved_out(name: str) -> Prepare:

@@ -137,8 +137,7 @@ class Samples(NamedTuple):
 
     def add_to(self, h_BLD: Tensor, change: Tensor) -> Tensor:
         """The states of the batch after a change of these samples."""
-        if self.source is None:
-            return h_BLD + change
+        assert self.source is not None
         rows = change.flatten(0, -2).to(h_BLD.dtype)
         after = add_at(h_BLD.flatten(0, 1), self.source, rows)
         return after.view_as(h_BLD)
@@ -168,14 +167,12 @@ class Samples(NamedTuple):
 class Packing:
     """A batch of samples of different lengths.
 
-    What is computed are the real tokens, and the first position of a sample without any, so that no softmax runs over
-    an empty set. `num_tokens`, where it is known, spares asking the device how many there are. With `packed` False
-    padding is computed too.
+    What is computed are the real tokens, and of a sample without any its first place. `num_tokens`, where it is known,
+    spares asking the device how many there are. With `packed` False padding is computed too.
     """
 
     def __init__(self, keep_BL: Tensor, num_tokens: int | None = None, packed: bool | None = None) -> None:
-        self.keep_BL = keep_BL.clone()
-        self.keep_BL[:, 0] |= ~keep_BL.any(1)
+        self.keep_BL = with_first_places(keep_BL)
         self.lengths_B = self.keep_BL.sum(1)
         self.num_tokens = int(self.lengths_B.sum()) if num_tokens is None else num_tokens
         self.packed = kernels_for(keep_BL.device) != "plain" if packed is None else packed
@@ -226,12 +223,12 @@ def _cut_grids(lengths_R: Tensor) -> tuple[list[Grid], Tensor]:
 
 
 def attention_mask_for(keep_BL: Tensor) -> Tensor | None:
-    """The key mask [B, 1, 1, L] for attention, or None when nothing is padded.
+    """The key mask [B, 1, 1, L] for attention, or None when nothing is padded."""
+    return None if bool(keep_BL.all()) else with_first_places(keep_BL)[:, None, None, :]
 
-    A sample without any token may look at its first position, so that no softmax runs over an empty set.
-    """
-    if bool(keep_BL.all()):
-        return None
+
+def with_first_places(keep_BL: Tensor) -> Tensor:
+    """The mask, with the first place of a sample without any token: so that no softmax runs over an empty set."""
     allowed_BL = keep_BL.clone()
     allowed_BL[:, 0] |= ~keep_BL.any(1)
-    return allowed_BL[:, None, None, :]
+    return allowed_BL

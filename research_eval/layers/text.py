@@ -16,6 +16,7 @@ from research_eval.layers.stacked import Dropout
 
 PositionalEncoding = Literal["sin", "none", "rope", "alibi", "random"]
 RANDOM_RANGE = 2048  # positions that "random" draws from; the largest range of Ruoss et al. (2023)
+SMALLEST_GAP = 1e-4  # of draws around 1: a smaller one may be lost in the rounding of their sum
 Pool = Literal["mean", "max", "first", "last"]
 
 
@@ -56,6 +57,7 @@ def spread_positions(keep_BL: torch.Tensor, training: bool) -> torch.Tensor:
     last_B1 = gaps_BL[:, :1]
     if training:
         gaps_BL, last_B1 = gaps_BL.exponential_(), torch.empty_like(last_B1).exponential_()
+        gaps_BL = gaps_BL.clamp_min(SMALLEST_GAP)
     reached_BL = (gaps_BL * keep_BL).cumsum(1)
     return RANDOM_RANGE * reached_BL / (reached_BL[:, -1:] + last_B1)
 
