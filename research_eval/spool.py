@@ -7,7 +7,6 @@ writing enters what was left behind.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import logging
@@ -147,13 +146,8 @@ def _apply(store: Store, experiment_id: str, write: Write, again: bool = False) 
 def _append(path: Path, writes: Sequence[Write], durable: bool = False) -> None:
     """Add lines; a full disk leaves the file as it was."""
     lines = "".join(json.dumps([kind, _plain(kind, value)]) + "\n" for kind, value in writes).encode()
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
-            break
-        except FileNotFoundError:
-            continue  # somebody has just emptied the folder, and removed it
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
     try:
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
@@ -167,7 +161,7 @@ def _append(path: Path, writes: Sequence[Write], durable: bool = False) -> None:
         except OSError:
             os.ftruncate(descriptor, size)
             if not size:
-                _delete(path)
+                path.unlink()
             raise
     finally:
         os.close(descriptor)
@@ -185,10 +179,4 @@ def _enter(store: Store, experiment_id: str, path: Path, again: bool = False) ->
         except json.JSONDecodeError:
             continue  # cut off by a crash: what it was part of was never said to be done
         _apply(store, experiment_id, (kind, value), again)
-    _delete(path)
-
-
-def _delete(path: Path) -> None:
     path.unlink()
-    with contextlib.suppress(OSError):  # where others wait
-        path.parent.rmdir()
