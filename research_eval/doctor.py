@@ -27,7 +27,7 @@ from research_eval.db_utils import SCHEMA_VERSION, Store, back_up, database_url
 from research_eval.environment import direct_requirements
 from research_eval.errors import ConfigError
 from research_eval.files import LOCK_FILE, RUNS_FOLDER, is_at_work, run_folder
-from research_eval.spool import CSV_FILE, PENDING_FOLDER, merge_pending
+from research_eval.spool import CSV_FILE, merge_pending, waiting
 
 log = logging.getLogger(__name__)
 
@@ -248,14 +248,14 @@ class Patient:
 
     def pending(self) -> Finding:
         """Results that wait on the disk, of runs that are over."""
-        waiting = [path.stem for path in sorted(PENDING_FOLDER.glob("*.jsonl")) if not is_at_work(path.stem)]
-        if not waiting:
+        names = [path.stem for path in waiting() if not is_at_work(path.stem)]
+        if not names:
             return Finding(OK, "waiting results", "none")
         with Store(self._db, read_only=True) as store:
             known = store.statuses()
-        ours = [name for name in waiting if name in known]
+        ours = [name for name in names if name in known]
         if not ours:
-            text = f"those of {_some(waiting)} are of another database. Run `goe doctor --db` with that one."
+            text = f"those of {_some(names)} are of another database. Run `goe doctor --db` with that one."
             return Finding(WARNING, "waiting results", text)
 
         def merge() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -36,8 +36,19 @@ from research_eval.schema import ExperimentConfig, context_arguments, largest_of
 from research_eval.spool import CSV_FILE, Ledger, Write, merge_pending, patiently
 from research_eval.training.checkpoint import checkpoint_exists, load_tensors, load_weights, previous_checkpoint
 from research_eval.training.evaluate import Evaluation, evaluate, measure_flops, measure_latency
-from research_eval.training.fit import CHECKPOINT_FILE, MODEL_FILE, Diverged, Interrupted, Pruned, TrainingState, fit
+from research_eval.training.fit import (
+    CHECKPOINT_FILE,
+    MODEL_FILE,
+    Diverged,
+    Interrupted,
+    Pruned,
+    Training,
+    TrainingState,
+    fit_stepwise,
+    to_the_end,
+)
 from research_eval.training.runtime import Runtime
+from research_eval.training.seeds import side_by_side
 from research_eval.training.trace import alarm_metrics, regret_metrics, routing_metrics
 from research_eval.untrusted import in_folder
 
@@ -91,6 +102,34 @@ def run(
     Raises ConfigError before any work for what the user has to change. A run that diverges, is pruned or interrupted is
     a Result with that status; anything else that goes wrong is stored as failed and raised.
     """
+    return to_the_end(_run(config, db, resume, quiet, parent_id, trial))
+
+
+def run_all(
+    configs: Sequence[ExperimentConfig], *, db: str | None = None, resume: bool = False, quiet: bool = False
+) -> Iterator[Result]:
+    """`run` for each of them, in their order, until one is interrupted.
+
+    The steps of small models are taken as one, with the same results as one by one; the screen shows the first of them.
+    """
+    if resume:  # they may have come to different steps
+        groups: Iterator[list[Result]] = ([run(config, db=db, resume=True, quiet=quiet)] for config in configs)
+    else:
+        groups = side_by_side(_run(config, db, quiet=quiet or config is not configs[0]) for config in configs)
+    for results in groups:
+        yield from results
+        if any(result.exit_code > 128 for result in results):
+            return
+
+
+def _run(
+    config: ExperimentConfig,
+    db: str | None,
+    resume: bool = False,
+    quiet: bool = False,
+    parent_id: str | None = None,
+    trial: TrialRun | None = None,
+) -> Training[Result]:
     with Store(db) as store:
         merge_pending(store)
         known = store.find_experiment(config.to_dict()) if resume else None
@@ -130,7 +169,7 @@ def run(
             save_description(folder, config, data)
             with Progress(config.epochs, quiet, warns=trial is None) as progress:
                 journal = Journal(store, experiment_id, progress, None if trial is None else trial.watch)
-                return _train_and_store(experiment_id, folder, config, runtime, data, model, journal)
+                return (yield from _train_and_store(experiment_id, folder, config, runtime, data, model, journal))
 
 
 def check_same_data(known: dict[str, Any], data: DataSplits) -> None:
@@ -259,10 +298,10 @@ def _train_and_store(
     data: DataSplits,
     model: EvaluableModel,
     journal: Journal,
-) -> Result:
+) -> Training[Result]:
     status, error, exit_code, metrics, reports = "finished", None, 0, {}, []
     try:
-        state, scored, evaluation = fit(model, data, config, runtime, folder, journal)
+        state, scored, evaluation = yield from fit_stepwise(model, data, config, runtime, folder, journal)
         metrics = score(state, scored, evaluation, data, config, runtime, folder)
         normal_metrics(metrics)
         reports = state.reports
@@ -339,7 +378,8 @@ def score(
     validation = Batches(data.validation, batch_size, runtime.device)
     steps_per_epoch = -(-len(data.train) // (config.batch_size * config.training_params.gradient_accumulation_steps))
     forward_flops, training_flops = measure_flops(model, validation, runtime)
-    analytic = [model.get_flops_per_sample(length) for length in data.validation.lengths.tolist()]
+    lengths, counts = np.unique(data.validation.lengths, return_counts=True)
+    analytic = [model.get_flops_per_sample(length) for length in lengths.tolist()]
     metrics |= {
         "final_val_loss": evaluation.loss,
         "final_val_acc": evaluation.accuracy,
@@ -355,7 +395,7 @@ def score(
         **measure_latency(model, validation, runtime),
     }
     if None not in analytic:
-        metrics["active_flops_per_sample"] = float(np.mean(np.array(analytic, float)))
+        metrics["active_flops_per_sample"] = float(np.average(np.array(analytic, float), weights=counts))
     scored = {"": validation}
     if config.training_params.test and data.test is not None:
         weights, _ = load_tensors(in_folder(folder, MODEL_FILE))

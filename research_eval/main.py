@@ -141,20 +141,14 @@ def run_command(arguments: argparse.Namespace) -> int:
 
         print(describe(configs[0]))
         return 0
+    from research_eval.experiment import run_all
+
     exit_code = 0
-    for config in configs:
-        exit_code = max(exit_code, _run_one(config, arguments))
-        if exit_code > 128:  # stopped by a signal: so are the seeds to come
-            break
+    results = run_all(configs, db=arguments.db, resume=arguments.resume, quiet=arguments.quiet)
+    for config, result in zip(configs, results, strict=False):
+        print(summary(config, result))
+        exit_code = max(exit_code, result.exit_code)
     return exit_code
-
-
-def _run_one(config: ExperimentConfig, arguments: argparse.Namespace) -> int:
-    from research_eval.experiment import run
-
-    result = run(config, db=arguments.db, resume=arguments.resume, quiet=arguments.quiet)
-    print(summary(config, result))
-    return result.exit_code
 
 
 def summary(config: ExperimentConfig, result: Result) -> str:

@@ -40,6 +40,7 @@ MAX_TENSORS = 10_000
 INT_MAX = 2**31 - 1  # what an INTEGER column holds in every database
 
 MODEL_PROVIDED = frozenset({"vocab_size", "num_classes", "padding_idx", "max_length", "device"})
+MAX_TASK_SIZE = 100_000  # of a task's own sizes: moduli, symbols, tables; its samples have their memory checked
 SYNTHETIC_PROVIDED = frozenset({"seed"})
 TEXT_PROVIDED = frozenset({"dataset_name"})
 
@@ -91,6 +92,7 @@ class When:
 
 Count = Annotated[int, Field(ge=1, le=INT_MAX)]
 Natural = Annotated[int, Field(ge=0, le=INT_MAX)]
+Steps = Annotated[int, Field(ge=1, le=10_000)]  # one after the other
 Share = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -792,9 +794,19 @@ def _dataset_params(data: Mapping[str, Any], report: _Report) -> dict[str, Any] 
         report.add((), str(error), at=("dataset_name",))
         return None
     arguments = _arguments("dataset_params", cls, SYNTHETIC_PROVIDED, data, report)
-    if arguments is not None:
+    if arguments is not None and _task_is_small(cls, arguments, report):
         _try(lambda: cls(**context_arguments(cls, {"seed": 0}), **arguments), "dataset_params", report)
     return arguments
+
+
+def _task_is_small(cls: type, arguments: Mapping[str, Any], report: _Report) -> bool:
+    """Whether a task of ours can be made at all; the number and length of its samples are looked at elsewhere."""
+    own = cls.__module__.startswith("research_eval.")
+    sizes = {name: value for name, value in arguments.items() if own and isinstance(value, int) and "seed" not in name}
+    large = {name for name, value in sizes.items() if value > MAX_TASK_SIZE} - {"num_samples", "seq_len"}
+    for name in sorted(large):
+        report.add(("dataset_params", name), f"expected at most {MAX_TASK_SIZE:,}, got {sizes[name]:,}")
+    return not large
 
 
 # ------------------------------------------------------------------------------------------------------ JSON Schema

@@ -7,6 +7,7 @@ writing enters what was left behind.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -103,10 +104,18 @@ def patiently(action: Callable[[], Any]) -> Any:
     return action()
 
 
+def waiting() -> list[Path]:
+    """The files of runs whose results have not reached the database."""
+    try:
+        return sorted(PENDING_FOLDER.glob("*.jsonl"))
+    except FileNotFoundError:  # the last one has just been entered, and the folder removed
+        return []
+
+
 def merge_pending(store: Store) -> int:
     """Enter what runs have left behind whose process is gone, and say so; return how many they were."""
     merged = 0
-    for path in sorted(PENDING_FOLDER.glob("*.jsonl")):
+    for path in waiting():
         try:
             folder = run_folder(path.stem)
             if store.find_id(path.stem) is None:
@@ -146,8 +155,13 @@ def _apply(store: Store, experiment_id: str, write: Write, again: bool = False) 
 def _append(path: Path, writes: Sequence[Write], durable: bool = False) -> None:
     """Add lines; a full disk leaves the file as it was."""
     lines = "".join(json.dumps([kind, _plain(kind, value)]) + "\n" for kind, value in writes).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+            break
+        except FileNotFoundError:
+            continue  # somebody has just emptied the folder, and removed it
     try:
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
@@ -161,7 +175,7 @@ def _append(path: Path, writes: Sequence[Write], durable: bool = False) -> None:
         except OSError:
             os.ftruncate(descriptor, size)
             if not size:
-                path.unlink()
+                _delete(path)
             raise
     finally:
         os.close(descriptor)
@@ -179,4 +193,10 @@ def _enter(store: Store, experiment_id: str, path: Path, again: bool = False) ->
         except json.JSONDecodeError:
             continue  # cut off by a crash: what it was part of was never said to be done
         _apply(store, experiment_id, (kind, value), again)
+    _delete(path)
+
+
+def _delete(path: Path) -> None:
     path.unlink()
+    with contextlib.suppress(OSError):  # where others wait
+        path.parent.rmdir()

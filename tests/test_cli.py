@@ -329,13 +329,13 @@ def test_a_signal_ends_all_seeds_and_the_run_can_be_resumed(
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "train_values", reporting)
-        ended = run_json(tmp_path, "--seeds", "0-2")
+        ended = run_json(tmp_path, "--seeds", "0-2", model_type="moe")  # dense ones go on together
     assert ended.code == code
     assert f"interrupted\n  signal {int(number)} after step 4" in ended.out
     assert [stored["seed"] for stored in stored_configs(tmp_path)] == [0]
-    resumed = run_json(tmp_path, "--seed", "0", "--resume")
+    resumed = run_json(tmp_path, "--seed", "0", "--resume", model_type="moe")
     assert resumed.code == 0 and "resuming run " in resumed.err
-    again = run_json(tmp_path, "--seed", "0", "--resume")
+    again = run_json(tmp_path, "--seed", "0", "--resume", model_type="moe")
     assert again.code == 0 and "is finished: nothing to resume" in again.err
     assert again.out == resumed.out
     with results(tmp_path) as store:

@@ -125,7 +125,7 @@ def finishes_exactly(folder: Path, whole: Whole, config: ExperimentConfig = CONF
     assert [line["experiment_id"] for line in csv_lines(folder) if line["status"] == "finished"] == [
         resumed.experiment_id
     ]
-    assert not list((folder / PENDING_FOLDER).glob("*"))
+    assert not (folder / PENDING_FOLDER).exists()
     assert not list(folder.rglob("*.tmp"))
 
 

@@ -53,13 +53,13 @@ def trained(folder: Path, config: ExperimentConfig, texts: list[str] | None = No
     models = []
 
     def watching(*arguments: Any) -> Any:
-        ended = fit(*arguments)
+        ended = yield from fit_stepwise(*arguments)
         models.append(ended[1])
         return ended
 
-    fit = experiment.fit
+    fit_stepwise = experiment.fit_stepwise
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "fit", watching)
+        patch.setattr(experiment, "fit_stepwise", watching)
         result = run_in(folder, config)
     with contextlib.chdir(folder):
         _, data, _ = prepare(config)

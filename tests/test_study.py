@@ -303,7 +303,7 @@ class Unlucky:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, problem: str) -> None:
         self.calls = 0
-        original = experiment.fit
+        original = experiment.fit_stepwise
 
         def fit(*args: Any, **keywords: Any) -> Any:
             self.calls += 1
@@ -313,7 +313,7 @@ class Unlucky:
                 raise MemoryError("out of memory")
             return original(*args, **keywords)
 
-        monkeypatch.setattr(experiment, "fit", fit)
+        monkeypatch.setattr(experiment, "fit_stepwise", fit)
 
 
 @pytest.mark.parametrize("problem", ["diverged", "failed"])
@@ -332,7 +332,7 @@ def test_a_trial_that_goes_wrong_is_recorded_and_the_study_goes_on(
 
 
 def test_a_study_without_a_finished_trial_ends_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiment, "fit", lambda *_, **__: (_ for _ in ()).throw(MemoryError("no")))
+    monkeypatch.setattr(experiment, "fit_stepwise", lambda *_, **__: (_ for _ in ()).throw(MemoryError("no")))
     ended = study_of("--model_types", "lstm", n_trials=2, epochs=1)
     assert ended.code == 1
     assert not Path(f"{FILES}_best_config.json").exists()
@@ -344,7 +344,7 @@ def test_an_objective_that_no_run_has_is_the_reason_of_the_failure() -> None:
 
 
 def test_a_key_error_of_a_run_is_not_taken_for_a_missing_metric(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiment, "fit", lambda *_, **__: {}["weights"])
+    monkeypatch.setattr(experiment, "fit_stepwise", lambda *_, **__: {}["weights"])
     study_of("--model_types", "lstm", n_trials=1, epochs=1)
     assert load().trials[0].user_attrs["reason"] == "KeyError: 'weights'"
 

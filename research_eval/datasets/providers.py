@@ -11,6 +11,7 @@ from research_eval.datasets.text import TEXT_FIELDS, TextDataset, TextSource
 from research_eval.datasets.token_data import Batches, DataSplits
 from research_eval.errors import ConfigError
 from research_eval.registry import SYNTHETIC_DATASETS
+from research_eval.schema import largest_of
 
 __all__ = [
     "REAL_WORLD_DATASETS",
@@ -31,7 +32,11 @@ def load_splits(dataset_type: str, dataset_name: str, dataset_params: dict[str, 
     if dataset_type == "synthetic":
         from research_eval.datasets.synthetic import synthetic_splits
 
-        return synthetic_splits(dataset_name, dataset_params, seed)
+        try:
+            return synthetic_splits(dataset_name, dataset_params, seed)
+        except MemoryError as error:
+            text = f"{dataset_name} with {largest_of(dataset_params)} needs more memory than there is"
+            raise ConfigError(f"dataset_params: {text} ({error}). Lower one of them.") from error
     if dataset_type != "real_world":
         raise ConfigError(f"dataset_type: expected 'synthetic' or 'real_world', got {dataset_type!r}")
     own_files = dataset_params.get("data_dir") or dataset_params.get("sources")

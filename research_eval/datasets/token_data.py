@@ -121,12 +121,15 @@ class Batches:
         self.seed = seed
         self.curriculum_epochs = curriculum_epochs
         self._lengths = data.lengths
+        longest = int(self._lengths.max(initial=1))
         self._tokens_S = torch.from_numpy(data.tokens).to(device)
+        same_length = len(data) > 0 and int(self._lengths.min()) == longest
+        self._tokens_NL = self._tokens_S.view(-1, longest) if same_length else None
         self._offsets = torch.from_numpy(data.offsets[:-1]).to(device)
         self._lengths_N = torch.from_numpy(self._lengths).to(device)
         self._labels_N = torch.from_numpy(data.labels).to(device)
         self._paths_NT = None if data.paths is None else torch.from_numpy(data.paths).to(device)
-        self._steps_L = torch.arange(int(self._lengths.max(initial=1)), device=device)
+        self._steps_L = torch.arange(longest, device=device)
 
     def __len__(self) -> int:
         return math.ceil(len(self.data) / self.batch_size)
@@ -160,12 +163,15 @@ class Batches:
 
     def take(self, rows: NDArray[np.int64]) -> Batch:
         """The given samples as one batch."""
-        lengths = np.maximum(self._lengths[rows], 1)
-        longest = int(lengths.max())
         rows_B = torch.from_numpy(rows).to(self._tokens_S.device)
-        steps_L = self._steps_L[:longest]
-        keep_BL = steps_L < self._lengths_N[rows_B].unsqueeze(1)
-        index_BL = (self._offsets[rows_B].unsqueeze(1) + steps_L).clamp_(max=max(len(self._tokens_S) - 1, 0))
-        ids_BL = self._tokens_S[index_BL].long() * keep_BL
-        paths_BT = None if self._paths_NT is None else self._paths_NT[rows_B]
-        return Batch(ids_BL, keep_BL, self._labels_N[rows_B], paths_BT, rows, int(lengths.sum()))
+        labels_B = self._labels_N.index_select(0, rows_B)
+        paths_BT = None if self._paths_NT is None else self._paths_NT.index_select(0, rows_B)
+        if self._tokens_NL is not None:
+            ids_BL = self._tokens_NL.index_select(0, rows_B).long()
+            return Batch(ids_BL, torch.ones_like(ids_BL, dtype=torch.bool), labels_B, paths_BT, rows, ids_BL.numel())
+        lengths = np.maximum(self._lengths[rows], 1)
+        steps_L = self._steps_L[: int(lengths.max())]
+        keep_BL = steps_L < self._lengths_N.index_select(0, rows_B).unsqueeze(1)
+        index_BL = self._offsets.index_select(0, rows_B).unsqueeze(1) + steps_L
+        ids_BL = self._tokens_S.take(index_BL.clamp_(max=max(len(self._tokens_S) - 1, 0))).long().mul_(keep_BL)
+        return Batch(ids_BL, keep_BL, labels_B, paths_BT, rows, int(lengths.sum()))

@@ -6,7 +6,7 @@ R rows (samples [R, L, D] or tokens [R, D])  N experts  I in  O out  D width
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -105,12 +105,17 @@ class Dropout(nn.Module):
         self._keep = max(1, round((1 - p) * 256))  # of 256 byte values
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.masked(x, [None]) if x.device.type == "cpu" else F.dropout(x, self.p, self.training)
+
+    def masked(self, x: torch.Tensor, generators: Sequence[torch.Generator | None]) -> torch.Tensor:
+        """On the CPU; equal parts of x from one generator each."""
         if not self.training or self._keep == 256:
             return x
-        if x.device.type != "cpu":
-            return F.dropout(x, self.p)
-        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
-        mask = (words.view(torch.uint8)[: x.numel()] < self._keep).view(x.shape)
+        size = x.numel() // len(generators)
+        words = torch.empty(len(generators), (size + 7) // 8, dtype=torch.int64)
+        for row, generator in zip(words, generators, strict=True):
+            row.random_(-(2**63), None, generator=generator)
+        mask = (words.view(torch.uint8)[:, :size] < self._keep).view(x.shape)
         return x * (mask * (256 / self._keep)).to(x.dtype)
 
 

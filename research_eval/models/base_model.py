@@ -31,6 +31,7 @@ class EvaluableModel(nn.Module):
     """Base class of all classifiers. A class with the same methods that does not inherit works too (see `adapt`)."""
 
     model_type: str = ""
+    stackable: bool = False  # whether samples do not depend on each other, and nothing but dropout is drawn
     _num_tokens: int | None = None
 
     def prepare(self, batch: Batch) -> None:

@@ -40,6 +40,7 @@ class DenseTransformerClassifier(EvaluableModel):
     ) -> None:
         super().__init__()
         width = feed_forward_width(embed_dim, dim_feedforward, dim_feedforward_factor, default=2)
+        self.stackable = positional_encoding != "random"
         self.padding_idx = padding_idx
         self.embedding = TokenEmbedding(
             vocab_size,

@@ -19,7 +19,7 @@ from research_eval.layers.stacked import unbound
 from research_eval.layers.text import ClassificationHead, Pool, PositionalEncoding, TokenEmbedding, masked_mean
 from research_eval.models.base_model import AuxiliaryLoss, EvaluableModel, keep_mask, routed_parameters
 from research_eval.registry import MODELS_MAP
-from research_eval.schema import Aka, Choice, Count, Divides, Natural, Positive, Range, Share, Weight, When
+from research_eval.schema import Aka, Choice, Count, Divides, Natural, Positive, Range, Share, Steps, Weight, When
 
 
 class GRURouter(nn.Module):
@@ -58,7 +58,7 @@ class GoEClassifier(EvaluableModel):
         embed_dim: Annotated[Count, Choice(32, 64, 128)] = 64,
         num_layers: Annotated[Count, Aka("num_goe_layers"), Range(1, 2)] = 1,
         num_total_experts: Annotated[Count, Aka("num_total_experts_pool"), Choice(2, 4, 8)] = 4,
-        max_path_len: Annotated[Count, Range(1, 4)] = 3,
+        max_path_len: Annotated[Steps, Range(1, 4)] = 3,
         router_hidden_dim: Count | None = None,
         gumbel_tau: Annotated[Positive, Range(0.3, 3.0, log=True)] = 1.0,
         num_heads: Annotated[Count, Choice(1, 2, 4, 8), Divides("embed_dim")] = 4,

@@ -48,7 +48,7 @@ from research_eval.layers.text import (
 )
 from research_eval.models.base_model import AuxiliaryLoss, EvaluableModel, keep_mask, logits_of, routed_parameters
 from research_eval.registry import MODELS_MAP
-from research_eval.schema import Aka, Choice, Count, Divides, Natural, Positive, Range, Share, Weight, When
+from research_eval.schema import Aka, Choice, Count, Divides, Natural, Positive, Range, Share, Steps, Weight, When
 
 MASKED = -1e9  # finite, so that entropy and its gradient stay finite
 LOAD_DECAY = 0.5  # of the running share of decisions per expert; a longer memory answers a collapse too late
@@ -145,7 +145,7 @@ class GoEOriginalClassifier(EvaluableModel):
         embed_dim: Annotated[Count, Choice(32, 64, 128)] = 64,
         num_total_experts: Annotated[Count, Choice(2, 4, 8)] = 4,
         expert_layers: Annotated[Count, Range(1, 2)] = 1,
-        max_path_len: Annotated[Count, Range(1, 4, upto=("num_total_experts", "max_visits"))] = 3,
+        max_path_len: Annotated[Steps, Range(1, 4, upto=("num_total_experts", "max_visits"))] = 3,
         min_path_len: Natural = 1,
         max_visits: Annotated[Count, Aka("max_visits_per_expert"), Range(1, 3)] = 2,
         router_hidden_dim: Count | None = None,

@@ -63,27 +63,22 @@ def evaluate(model: EvaluableModel, batches: Iterable[Batch], num_classes: int, 
     """Every sample once, in evaluation mode; the model's records are those of this evaluation."""
     model.eval()
     model.start_recording()
-    loss = torch.zeros(
-        (), dtype=torch.float64 if runtime.device.type != "mps" else torch.float32, device=runtime.device
-    )
-    confusion = torch.zeros(num_classes * num_classes, dtype=torch.long, device=runtime.device)
-    rows, correct, losses = [], [], []
+    rows, labels, guesses, losses = [], [], [], []
     for batch in batches:
         with runtime.autocast():
             logits_BC = logits_of(model, batch).float()
         losses.append(F.cross_entropy(logits_BC, batch.labels, reduction="none"))
-        loss += losses[-1].sum()
-        guess_B = logits_BC.argmax(-1)
-        correct.append(guess_B == batch.labels)
-        rows.append(np.arange(len(guess_B)) if batch.rows is None else batch.rows)
-        confusion += (batch.labels * num_classes + guess_B).bincount(minlength=num_classes * num_classes)
-    matrix = confusion.view(num_classes, num_classes).cpu().numpy()
+        guesses.append(logits_BC.argmax(-1))
+        labels.append(batch.labels)
+        rows.append(np.arange(len(batch.labels)) if batch.rows is None else batch.rows)
+    truth_N, guess_N, losses_N = (torch.cat(parts).cpu() for parts in (labels, guesses, losses))
+    confusion = (truth_N * num_classes + guess_N).bincount(minlength=num_classes**2).view(num_classes, num_classes)
     return Evaluation(
-        float(loss) / max(int(matrix.sum()), 1),
-        matrix,
+        float(losses_N.double().mean()),
+        confusion.numpy(),
         np.concatenate(rows),
-        torch.cat(correct).cpu().numpy(),
-        torch.cat(losses).cpu().numpy(),
+        (guess_N == truth_N).numpy(),
+        losses_N.numpy(),
     )
 
 

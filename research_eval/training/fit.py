@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from pydantic import Field, TypeAdapter
@@ -80,30 +81,65 @@ class Observer(Protocol):
 
 
 class Meter:
-    """Sums on the device; nothing is read back until `read`."""
+    """Keeps what each step reports on the device; nothing is read back until `read`."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-        self._samples = 0
+        self._values: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._samples: dict[str, list[int]] = defaultdict(list)
+        self._total = 0
         self._started = time.perf_counter()
 
     def add(self, values: dict[str, torch.Tensor], samples: int) -> None:
         """Means over `samples` samples."""
-        self._samples += samples
+        self._total += samples
         for name, value in values.items():
-            weighted = value.detach().double() * samples if value.device.type != "mps" else value.detach() * samples
-            self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
+            self._values[name].append(value.detach())
+            self._samples[name].append(samples)
 
     def read(self) -> dict[str, float]:
         """Means since the last read, and samples per second."""
-        values = {name: float(total) / max(self._samples, 1) for name, total in self._sums.items()}
-        if self._samples:
-            values["samples_per_second"] = self._samples / (time.perf_counter() - self._started)
+        values = {}
+        for name, means in self._values.items():
+            known = torch.stack(means).cpu().double()
+            values[name] = float(known @ torch.tensor(self._samples[name], dtype=torch.float64)) / self._total
+        if self._total:
+            values["samples_per_second"] = self._total / (time.perf_counter() - self._started)
         self.reset()
         return values
+
+
+class Step(NamedTuple):
+    """An optimiser step that is due, on the mean loss over all samples of the micro-batches."""
+
+    model: EvaluableModel
+    micro_batches: Sequence[Batch]
+    optimizer: torch.optim.Optimizer
+    config: ExperimentConfig
+    runtime: Runtime
+    meter: Meter
+
+    @property
+    def num_samples(self) -> int:
+        return sum(len(batch.labels) for batch in self.micro_batches)
+
+
+Fitted = tuple[TrainingState, EvaluableModel, Evaluation]
+T = TypeVar("T")
+# Yields each step before it is taken. Where somebody else takes it, it is sent what puts its own generators back.
+Training = Generator[Step, Callable[[], None] | None, T]
+
+
+def to_the_end(training: Training[T]) -> T:
+    """What a training returns whose steps nobody else takes."""
+    while True:
+        try:
+            next(training)
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
 
 def fit(
@@ -113,11 +149,23 @@ def fit(
     runtime: Runtime,
     folder: Path,
     observer: Observer,
-) -> tuple[TrainingState, EvaluableModel, Evaluation]:
+) -> Fitted:
     """Train and return the state, the model to score (the weight average where one is kept), and its last evaluation.
 
     A checkpoint in `folder` is continued exactly. Raises Diverged, Interrupted, and Pruned where the observer does.
     """
+    return to_the_end(fit_stepwise(model, data, config, runtime, folder, observer))
+
+
+def fit_stepwise(
+    model: EvaluableModel,
+    data: DataSplits,
+    config: ExperimentConfig,
+    runtime: Runtime,
+    folder: Path,
+    observer: Observer,
+) -> Training[Fitted]:
+    """`fit`, which gives way before each step."""
     options = config.training_params
     train = Batches(
         data.train, config.batch_size, runtime.device, config.seed, curriculum_epochs=options.curriculum * config.epochs
@@ -147,9 +195,13 @@ def fit(
             epoch, done = divmod(state.step, steps_per_epoch)
             order = train.order(epoch)[done * every :]
             for first in range(0, len(order), every):
-                model.train()
+                if not model.training:
+                    model.train()
                 micro_batches = [train.take(rows) for rows in order[first : first + every]]
-                _train_step(model, micro_batches, optimizer, config, runtime, meter)
+                step = Step(model, micro_batches, optimizer, config, runtime, meter)
+                own_generators = yield step
+                if own_generators is None:
+                    take(step)
                 schedule.step()
                 if average is not None:
                     average.update_parameters(model)
@@ -158,6 +210,9 @@ def fit(
 
                 epoch_ends = state.step % steps_per_epoch == 0
                 due = epoch_ends if options.checkpoint_every is None else state.step % options.checkpoint_every == 0
+                if own_generators is not None and (epoch_ends or due):
+                    own_generators()
+                    own_generators = None
                 if epoch_ends or state.step % options.log_every == 0 or due or request.signal:
                     _report(observer, meter, state.step, float(schedule.get_last_lr()[0]))
                 if epoch_ends:
@@ -166,11 +221,14 @@ def fit(
                     metrics = watch.epoch_end(epoch + 1, scored, evaluation, state.reports)
                     observer.epoch_end(state.step, evaluation, metrics)
                     _keep_best(state, evaluation, scored, folder, options.early_stopping_patience)
-                if due or request.signal or (epoch_ends and state.step == total_steps):
+                stop = request.signal
+                if own_generators is not None and stop:
+                    own_generators()
+                if due or stop or (epoch_ends and state.step == total_steps):
                     state.seconds = time.perf_counter() - started
                     _save(folder / CHECKPOINT_FILE, state, model, average, optimizer)
-                if request.signal:
-                    raise Interrupted(request.signal, state.step)
+                if stop:
+                    raise Interrupted(stop, state.step)
     state.seconds = time.perf_counter() - started
     if evaluation is None:  # nothing was left to train
         evaluation = _evaluate(scored, validation, data.num_classes, runtime)
@@ -183,34 +241,37 @@ def _evaluate(model: EvaluableModel, validation: Batches, num_classes: int, runt
     return evaluate(model, validation, num_classes, runtime)
 
 
-def _train_step(
-    model: EvaluableModel,
-    micro_batches: Sequence[Batch],
-    optimizer: torch.optim.Optimizer,
-    config: ExperimentConfig,
-    runtime: Runtime,
-    meter: Meter,
-) -> None:
-    """One optimiser step on the mean loss over all samples of the micro-batches."""
-    params = config.optimizer_params
-    total = sum(len(batch.labels) for batch in micro_batches)
-    for batch in micro_batches:
-        with runtime.autocast():
-            logits_BC = logits_of(model, batch)
-            task = model.task_loss(logits_BC, batch.labels, config.training_params.label_smoothing)
-            terms = auxiliary_terms(model)
-            auxiliary = sum((term.weight * term.raw for term in terms.values()), start=task * 0)
-            loss = task + params.aux_loss_coeff * auxiliary
-        (loss * (len(batch.labels) / total)).backward()
-        correct = (logits_BC.detach().argmax(-1) == batch.labels).float().mean()
-        values = {"train_loss": loss, "train_task_loss": task, "train_acc": correct}
-        for name, term in terms.items():
-            values |= {f"{name}_raw": term.raw, f"{name}_weighted": params.aux_loss_coeff * term.weight * term.raw}
-        meter.add(values, len(batch.labels))
-    if params.grad_clip_norm is not None:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), params.grad_clip_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+def take(step: Step) -> None:
+    """Forward, backward, update."""
+    gradients(step)
+    step.optimizer.step()
+    step.optimizer.zero_grad(set_to_none=True)
+
+
+def gradients(step: Step) -> None:
+    """Those of the mean loss over all samples, clipped, into the parameters."""
+    for batch in step.micro_batches:
+        with step.runtime.autocast():
+            loss = step_loss(step, batch, logits_of(step.model, batch))
+        loss.backward()
+    if step.config.optimizer_params.grad_clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(step.model.parameters(), step.config.optimizer_params.grad_clip_norm)
+
+
+def step_loss(step: Step, batch: Batch, logits_BC: torch.Tensor) -> torch.Tensor:
+    """The part of a step's loss that comes from one of its micro-batches; the meter gets its values."""
+    coefficient = step.config.optimizer_params.aux_loss_coeff
+    task = step.model.task_loss(logits_BC, batch.labels, step.config.training_params.label_smoothing)
+    terms = auxiliary_terms(step.model)
+    loss = task
+    if terms:
+        loss = task + coefficient * sum(term.weight * term.raw for term in terms.values())
+    correct = (logits_BC.detach().argmax(-1) == batch.labels).float().mean()
+    values = {"train_loss": loss, "train_task_loss": task, "train_acc": correct}
+    for name, term in terms.items():
+        values |= {f"{name}_raw": term.raw, f"{name}_weighted": coefficient * term.weight * term.raw}
+    step.meter.add(values, len(batch.labels))
+    return loss if len(step.micro_batches) == 1 else loss * (len(batch.labels) / step.num_samples)
 
 
 def _report(observer: Observer, meter: Meter, step: int, rate: float) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,6 +104,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.waiting = 0
+        self.previous: dict[int, Any] = {}
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
@@ -110,16 +113,30 @@ class StopRequest:
         self.signal = number
 
 
+_request: StopRequest | None = None
+
+
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Turn SIGINT and SIGTERM into a request that the loop answers between two steps (main thread only)."""
-    request = StopRequest()
-    try:
-        previous = {number: signal.signal(number, request.receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals go to whoever owns it
-        previous = {}
+    """Turn SIGINT and SIGTERM into a request that the loop answers between two steps (main thread only).
+
+    Loops that run side by side share one request, until the last of them has ended.
+    """
+    global _request
+    request = _request or StopRequest()
+    if not request.waiting:
+        try:
+            for sign in (signal.SIGINT, signal.SIGTERM):
+                request.previous[sign] = signal.signal(sign, request.receive)
+            _request = request
+        except ValueError:  # not the main thread: signals go to whoever owns it
+            pass
+    request.waiting += 1
     try:
         yield request
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        request.waiting -= 1
+        if not request.waiting:
+            _request = None if _request is request else _request
+            for number, handler in request.previous.items():
+                signal.signal(number, handler)
