@@ -287,6 +287,11 @@ def goe_model(shape: GoEShape, dropout: float) -> GoEOriginalClassifier:
     return naive_goe.goe_original(width, inner, experts, steps, dropout=dropout)
 
 
+def idle_behind(model: GoEOriginalClassifier, busy: int) -> None:
+    """No path leads to the experts behind so many."""
+    model.balance_bias[:, busy:] = -1e6
+
+
 def goe_contestant(
     shape: GoEShape,
     padded: bool,
@@ -296,12 +301,18 @@ def goe_contestant(
     attend: naive_goe.Attend | None,
     precision: str | None = None,
     rate: float | None = 0.0,
+    busy: int | None = None,
 ) -> Build:
-    """Ours, or with `attend` the naive loop. The learning rate is 0, so that all keep the same paths."""
+    """Ours, or with `attend` the naive loop. The learning rate is 0, so that all keep the same paths.
+
+    With `busy` the experts behind so many are idle.
+    """
 
     def built() -> Contestant:
         runtime = settings.runtime(precision)
         model = goe_model(shape, dropout)
+        if busy is not None:
+            idle_behind(model, busy)
         naive = None if attend is None else naive_goe.NaiveGoE(model, attend).to(runtime.device)
         model = model.to(runtime.device)
         ids_BL, keep_BL = (x.to(runtime.device) for x in naive_goe.padded_batch(shape[5], shape[4], padded))

@@ -27,13 +27,16 @@ TINY_BASE = {"width": 16, "inner": 32, "experts": 4, "steps": 2, "length": 4, "b
 TINY_CURVES = {"experts": [2, 4], "path length": [1, 2], "sequence length": [4, 8], "batch": [2, 4], "width": [8, 16]}
 
 
-def step_at(settings: Settings, rate: float | None = 0.0, **changes: int) -> Contestant:
-    """A training step of the base shape with some of its sizes changed; without a `rate` no optimiser."""
+def step_at(settings: Settings, rate: float | None = 0.0, busy: int | None = None, **changes: int) -> Contestant:
+    """A training step of the base shape with some of its sizes changed; without a `rate` no optimiser.
+
+    With `busy` the router chooses among so many experts only, and the others are idle.
+    """
     sizes = (TINY_BASE if settings.tiny else BASE) | changes
     if "width" in changes:
         sizes["inner"] = 4 * changes["width"]
     shape = (sizes["width"], sizes["inner"], sizes["experts"], sizes["steps"], sizes["length"], sizes["batch"])
-    return peers.goe_contestant(shape, False, True, 0.0, settings, None, rate=rate)()
+    return peers.goe_contestant(shape, False, True, 0.0, settings, None, rate=rate, busy=busy)()
 
 
 def exponent(sizes: list[int], costs: list[float]) -> float:
@@ -56,24 +59,24 @@ def curve(name: str, sizes: list[int], seconds: float, settings: Settings) -> Ro
 
 
 def idle_experts(seconds: float, settings: Settings) -> list[Row]:
-    """What 64 experts cost more than 4 when a sample meets the same number of them."""
+    """What 64 experts cost more than 4: on the same paths, where the others are idle, and where all have samples."""
     few, many = (2, 4) if settings.tiny else IDLE
     shape = {} if settings.tiny else {"steps": 6, "batch": 32}
-    parts: dict[str, float | None] = {"training step": 0.0, "forward and backward alone": None}
     contestants = {
-        f"{part}, {experts}": step_at(settings, rate, experts=experts, **shape)
-        for part, rate in parts.items()
-        for experts in (few, many)
+        "few": step_at(settings, experts=few, **shape),
+        "the same paths": step_at(settings, busy=few, experts=many, **shape),
+        "paths through all": step_at(settings, experts=many, **shape),
     }
     rounds = measure(contestants, seconds, settings)
     return [
         {
-            "what": part,
-            f"{few} experts, ms": 1000 * rounds.median(f"{part}, {few}"),
-            f"{many} experts, ms": 1000 * rounds.median(f"{part}, {many}"),
-            "ratio": rounds.ratio(f"{part}, {many}", f"{part}, {few}"),
+            "paths": name,
+            f"{few} experts, ms": 1000 * rounds.median("few"),
+            f"{many} experts, ms": 1000 * rounds.median(name),
+            "ratio": rounds.ratio(name, "few"),
         }
-        for part in parts
+        for name in contestants
+        if name != "few"
     ]
 
 

@@ -229,8 +229,25 @@ def test_scaling_has_a_curve_for_every_size_and_a_picture(answer: Answer, tmp_pa
     curves, idle = answer("scaling", "--picture", str(tmp_path / "scaling.png"))["scaling"].values()
     assert [row["cost against"] for row in curves] == ["experts", "path length", "sequence length", "batch", "width"]
     assert all(len(row["sizes"]) == len(row["ms per step"]) for row in curves)
-    assert [row["what"] for row in idle] == ["training step", "forward and backward alone"]
+    assert [row["paths"] for row in idle] == ["the same paths", "paths through all"]
     assert (tmp_path / "scaling.png").stat().st_size > 1000
+
+
+def test_eight_seeds_are_measured_beside_one(answer: Answer) -> None:
+    ((row,),) = answer("seeds")["seeds"].values()
+    assert row["ratio"][0] > 0 and row["8 seeds, s"] > 0
+
+
+def test_idle_experts_are_on_no_path() -> None:
+    peers = benchmark("peers")
+    model = peers.goe_model((16, 32, 4, 3, 6, 64), 0.0).train()
+    batch = naive_goe.padded_batch(64, 6, False)
+    model(*batch)
+    assert model.counts[:, 2:].any()
+    model.after_step(0.5)
+    peers.idle_behind(model, 2)
+    model(*batch)
+    assert model.counts[:, :2].any() and not model.counts[:, 2:].any()
 
 
 def test_data_is_measured(answer: Answer) -> None:

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from research_eval.schema import Kernels
 
 PER_DEVICE: dict[str, Kernels] = {"cpu": "slices", "cuda": "grouped"}  # of "auto"; "plain" elsewhere
 MIN_CHAIN = 20_000  # numbers per expert
+EPSILON = 1e-5  # of layer normalisation, as torch has it
 
 _asked: Kernels = "auto"
 
@@ -117,6 +119,62 @@ def by_slices(function: Callable[..., Tensor], *rows: Tensor, dispatch: Dispatch
     if not parts:
         return function(*rows, Dispatch([0], expert=0))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class SlicedLinear(torch.autograd.Function):
+    """`weight @ row + bias` for x [R, I] sorted by expert, into one output [R, O].
+
+    `sizes` are the rows of each expert; the weights [O, I] of all of them come before their biases [O]. A node of the
+    graph per expert would cost more than its product where experts see few rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int], *parameters: Tensor) -> Tensor:
+        weights, biases = parameters[: len(sizes)], parameters[len(sizes) :]
+        out = x.new_empty(len(x), len(biases[0]))
+        for part, weight, bias, target in zip(x.split(sizes), weights, biases, out.split(sizes), strict=True):
+            torch.addmm(bias, part, weight.t(), out=target)
+        ctx.save_for_backward(x, *weights)
+        ctx.sizes = sizes
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        to_x = torch.empty_like(x)
+        parts = gradient.split(ctx.sizes)
+        for part, weight, target in zip(parts, weights, to_x.split(ctx.sizes), strict=True):
+            torch.mm(part, weight, out=target)
+        to_weights = [part.t() @ rows for part, rows in zip(parts, x.split(ctx.sizes), strict=True)]
+        return to_x, None, *to_weights, *(part.sum(0) for part in parts)
+
+
+class SlicedNorm(torch.autograd.Function):
+    """The same for layer normalisation: the scales [D] of all experts come before their shifts [D]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int], *parameters: Tensor) -> Tensor:
+        scales, shifts = parameters[: len(sizes)], parameters[len(sizes) :]
+        normed, mean, rate = torch.native_layer_norm(x, x.shape[1:], None, None, EPSILON)
+        out = torch.empty_like(x)
+        for part, scale, shift, target in zip(normed.split(sizes), scales, shifts, out.split(sizes), strict=True):
+            torch.addcmul(shift, part, scale, out=target)
+        ctx.save_for_backward(x, mean, rate, *scales)
+        ctx.sizes = sizes
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rate, *scales = ctx.saved_tensors
+        slices = zip(*(part.split(ctx.sizes) for part in (gradient, x, mean, rate)), scales, strict=True)
+        experts = [
+            torch.ops.aten.native_layer_norm_backward(part, rows, x.shape[1:], mean, rate, scale, scale, [True] * 3)
+            for part, rows, mean, rate, scale in slices
+        ]
+        to_x, to_scales, to_shifts = zip(*experts, strict=True)
+        return torch.cat(to_x), None, *to_scales, *to_shifts
 
 
 def grouped_linear(x: Tensor, weight_NOI: Tensor, bias_NO: Tensor, dispatch: Dispatch) -> Tensor:

@@ -13,7 +13,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from research_eval.layers.kernels import Dispatch, by_slices, for_rows, grouped_linear, kernels_for
+from research_eval.layers.kernels import (
+    Dispatch,
+    SlicedLinear,
+    SlicedNorm,
+    by_slices,
+    for_rows,
+    grouped_linear,
+    kernels_for,
+)
 
 
 class Stacked(nn.Module):
@@ -34,6 +42,18 @@ class Stacked(nn.Module):
             for weight in weights
             if weight is not None
         ]
+
+    def _sliced(self, function: type[torch.autograd.Function], x: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+        """`function` of the rows, how many go to each expert that has any, and the two weights of each of these."""
+        sizes = dispatch.counts()
+        busy = [expert for expert, size in enumerate(sizes) if size]
+        if kernels_for(x.device) != "slices" or torch.is_autocast_enabled(x.device.type) or not busy:
+            return by_slices(self.forward, x, dispatch=dispatch)
+        tokens = x.shape[1:-1].numel()
+        weights, biases = zip(*map(self.of_expert, busy), strict=True)
+        rows = [sizes[expert] * tokens for expert in busy]
+        out: torch.Tensor = function.apply(x.reshape(-1, x.shape[-1]), rows, *weights, *biases)
+        return out.view(*x.shape[:-1], -1)
 
 
 @contextmanager
@@ -70,7 +90,7 @@ class StackedLinear(Stacked):
         # The grouped product of a GPU wants rows of 16 bytes; in bf16 that is 8 numbers.
         if kernels_for(x.device) == "grouped" and self.weight.shape[1] % 8 == 0 == self.weight.shape[2] % 8:
             return grouped_linear(x, self.weight, self.bias, dispatch)
-        return by_slices(self.forward, x, dispatch=dispatch)
+        return self._sliced(SlicedLinear, x, dispatch)
 
 
 class StackedLayerNorm(Stacked):
@@ -90,7 +110,7 @@ class StackedLayerNorm(Stacked):
         if kernels_for(x.device) == "grouped":
             scale, shift = (for_rows(weight, x, dispatch) for weight in (self.scale, self.shift))
             return torch.addcmul(shift, F.layer_norm(x, width), scale)
-        return by_slices(self.forward, x, dispatch=dispatch)
+        return self._sliced(SlicedNorm, x, dispatch)
 
 
 class Dropout(nn.Module):
