@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support import history, repeatable, results, run_in, small_config
+from torch import nn
 
 from research_eval.db_utils import DB_FILE
 from research_eval.experiment import Journal, Result, run_all
 from research_eval.models.dense import DenseTransformerClassifier
+from research_eval.registry import MODELS_MAP
 from research_eval.schema import ExperimentConfig
 from research_eval.training import seeds
 from research_eval.training.checkpoint import load_tensors
@@ -195,6 +197,36 @@ def test_what_does_not_fit_into_a_stack_is_trained_one_by_one(
     alone = [run_in(tmp_path / "alone", config) for config in configs]
     for one, other in zip(alone, run_together(tmp_path / "together", configs), strict=True):
         check_equal(one, other, tmp_path)
+    assert not together.sizes
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: nn.Linear(8, 8, bias=False),
+        lambda: nn.LayerNorm(8, eps=1e-3),
+        lambda: nn.LayerNorm(8, bias=False),
+        lambda: nn.Dropout(0.5),
+        lambda: nn.BatchNorm1d(8),
+        lambda: nn.GRU(8, 8),
+    ],
+    ids=["no bias", "another epsilon", "no shift", "torch's dropout", "buffers", "a layer of another kind"],
+)
+def test_a_model_with_other_layers_is_trained_one_by_one(
+    layer: Callable[[], nn.Module], together: Together, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Foreign(DenseTransformerClassifier):
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**arguments)
+            self.further = layer()
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+            return super().forward(input_ids, attention_mask) + sum(p.sum() for p in self.further.parameters())
+
+    monkeypatch.setitem(MODELS_MAP, "foreign", Foreign)
+    model_params = {"embed_dim": 8, "num_heads": 2}
+    results = run_together(tmp_path, configs_of(model_type="foreign", epochs=1, model_params=model_params))
+    assert [result.status for result in results] == ["finished"] * 3
     assert not together.sizes
 
 

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from research_eval.datasets.token_data import Batch
-from research_eval.layers.kernels import SlicedNorm
+from research_eval.layers.kernels import EPSILON, SlicedNorm
 from research_eval.layers.stacked import Dropout, StackedLayerNorm, StackedLinear
 from research_eval.models.base_model import logits_of
 from research_eval.training.checkpoint import generator_states, restore_generators
@@ -36,6 +36,7 @@ VECTOR = 16  # numbers: of a tensor's rest behind the last full one an optimiser
 SMALL_PRODUCT = 400  # multiplications: below, torch has a batched product that rounds otherwise
 MAX_SEEDS = 8  # in one stack
 MAX_PARAMETERS = 300_000  # of one model; a larger one is busy with products, which stacking does not make cheaper
+LAYERS = (nn.Linear, nn.LayerNorm, nn.Embedding, StackedLinear, StackedLayerNorm)
 T = TypeVar("T")
 
 
@@ -301,11 +302,21 @@ def _may_stack(step: Step | None) -> bool:
     return (
         step is not None
         and step.model.stackable
+        and all(map(_is_known, step.model.modules()))
         and step.runtime.device.type == "cpu"
         and step.runtime.precision == "fp32"
         and not step.config.training_params.compile
         and step.model.get_parameter_count() <= MAX_PARAMETERS
     )
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether its own weights, if it has any, can be stacked; a foreign model may have layers of all kinds."""
+    if isinstance(module, nn.LayerNorm) and (len(module.normalized_shape) > 1 or module.eps != EPSILON):
+        return False
+    if isinstance(module, nn.modules.dropout._DropoutNd) or any(True for _ in module.buffers(recurse=False)):
+        return False
+    return None not in module._parameters.values() if isinstance(module, LAYERS) else not module._parameters
 
 
 def _take_together(lanes: Sequence[_Lane[T]]) -> None:
