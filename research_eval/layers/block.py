@@ -5,6 +5,8 @@ B batch (sorted by expert)  L length  D width  H heads  C channels of a head  N 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -78,26 +80,30 @@ class Attention(nn.Module):
         """Rows [S, D], or a grid [R, L, D], in the order of the experts -> the same shape."""
         width = h.shape[-1]
         projected = each_expert(self._projected, h, dispatch=dispatch)
-        grids = zip(layout.grids_of(projected[..., : 3 * width]), layout.grids, strict=True)
-        attended = layout.rows_of([self._attended(qkv, grid.mask) for qkv, grid in grids])
-        return each_expert(self._gated, attended, projected[..., 3 * width :], dispatch=dispatch)
+        # Parts of one split: the gradients of slices would each be filled up to the whole.
+        qkv, *rest = (projected,) if self.gate is None else projected.split([3 * width, width], -1)
+        grids = zip(layout.grids_of(qkv), layout.grids, strict=True)
+        attended = layout.rows_of([self._attended(grid_qkv, grid.mask) for grid_qkv, grid in grids])
+        return each_expert(self._gated, attended, *rest, dispatch=dispatch)
 
     def _projected(self, h: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         """Queries, keys and values side by side, and where there is a gate its half that reads y."""
         projected: torch.Tensor = self.input(self.norm(h, dispatch), dispatch)
         return projected
 
-    def _gated(self, attended: torch.Tensor, from_input: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+    def _gated(self, *rows_and_dispatch: Any) -> torch.Tensor:
+        attended, *from_input, dispatch = rows_and_dispatch
         attended = self.output(attended, dispatch)
         if self.gate is None:
             return attended
-        return attended * torch.sigmoid(from_input + self.gate(attended, dispatch))
+        return attended * torch.sigmoid(from_input[0] + self.gate(attended, dispatch))
 
     def _attended(self, qkv_BLE: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Queries, keys and values side by side [B, L, 3 D] -> [B, L, D]."""
         batch, length, _ = qkv_BLE.shape
-        # One view, and not three slices: their gradients would each be filled up to the whole.
-        query, key, value = qkv_BLE.view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind()
+        query, key, value = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in qkv_BLE.chunk(3, dim=-1)
+        )
         if self.positional_encoding == "rope":
             query, key = rotated(query), rotated(key)
         elif self.positional_encoding == "alibi":
