@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from research_eval.schema import Kernels
 
 PER_DEVICE: dict[str, Kernels] = {"cpu": "slices", "cuda": "grouped"}  # of "auto"; "plain" elsewhere
-MIN_CHAIN = 20_000  # numbers per expert
+MIN_CHAIN = 10_000  # numbers per expert
 EPSILON = 1e-5  # of layer normalisation, as torch has it
 
 _asked: Kernels = "auto"
