@@ -59,14 +59,20 @@ class AdditionDataset(SequenceBaseDataset):
         num, digits, base = self.num_samples, self.num_digits, self.base
         a_ND, b_ND = self.rng.integers(base, size=(2, num, digits), dtype=np.int32)  # least significant digit first
         sum_ND = np.zeros((num, digits + 1), np.int32)
+        np.add(a_ND, b_ND, out=sum_ND[:, :digits])
         for place in range(digits):
-            sum_ND[:, place] += a_ND[:, place] + b_ND[:, place]
-            sum_ND[:, place + 1] = sum_ND[:, place] // base
-            sum_ND[:, place] %= base
+            carry_N = sum_ND[:, place] >= base
+            sum_ND[:, place] -= base * carry_N
+            sum_ND[:, place + 1] += carry_N
         known_N = self.rng.integers(self.max_known, size=num, endpoint=True)
-        known_ND = np.where(np.arange(self.max_known) < known_N[:, None], sum_ND[:, : self.max_known] + 1, 0)
-        plus, equals = np.full((num, 1), base + 1), np.full((num, 1), base + 2)
-        ids_NL = np.concatenate([a_ND[:, ::-1] + 1, plus, b_ND[:, ::-1] + 1, equals, known_ND], axis=1)
+        ids_NL = np.empty((num, 2 * digits + 2 + self.max_known), np.int32)
+        plus, equals = digits, 2 * digits + 1
+        ids_NL[:, :plus] = a_ND[:, ::-1]
+        ids_NL[:, plus + 1 : equals] = b_ND[:, ::-1]
+        ids_NL[:, equals + 1 :] = sum_ND[:, : self.max_known]
+        ids_NL += 1
+        ids_NL[:, [plus, equals]] = base + 1, base + 2
+        ids_NL[:, equals + 1 :] *= np.arange(self.max_known, dtype=np.int32) < known_N[:, None]
         self.samples = ArraySamples(ids_NL, sum_ND[np.arange(num), known_N])
         self.labels_list = list(range(base))
 
