@@ -79,8 +79,9 @@ def guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.Na
     except Exception as error:
         if not type(error).__module__.startswith("sqlalchemy"):  # which is not imported for this
             raise
-        print(message(f"database: {getattr(error, 'orig', None) or error}"), file=sys.stderr)
-        return 1
+        text = str(getattr(error, "orig", None) or error)
+        print(message(f"database: {text}"), file=sys.stderr)
+        return 2 if text.startswith("Could not decode") else 1  # bytes where text belongs: no run of ours wrote them
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -645,7 +645,14 @@ class Store:
                             f"database: its table {table.name!r} belongs to another program (it has no "
                             f"{', '.join(without)}). Give another database."
                         )
-        elif version == SCHEMA_VERSION:
+        elif version != SCHEMA_VERSION:
+            for table in (experiments_table, metrics_table):
+                if not inspector.has_table(table.name):
+                    raise ConfigError(
+                        f"database {self.location}: damaged: it has no table {table.name!r}. Restore a backup or give "
+                        "another database."
+                    )
+        else:
             for table in metadata.sorted_tables:
                 known = inspector.get_columns(table.name) if inspector.has_table(table.name) else []
                 missing = {column.name for column in table.columns} - {column["name"] for column in known}

@@ -30,7 +30,7 @@ from research_eval.errors import ConfigError
 from research_eval.files import file_stem, write_atomically
 from research_eval.metrics import DEFAULT_METRIC, check_selectable, direction
 from research_eval.perturbation import Config, Space, is_number, perturbed, rounded, space_around, values_of, widened
-from research_eval.schema import ExperimentConfig, Range, config_from_dict, hint
+from research_eval.schema import INT_MAX, ExperimentConfig, Range, config_from_dict, hint
 from research_eval.search_space import Infeasible
 from research_eval.seeding import derive_seed
 from research_eval.store_tools import Change, changes, check_metric
@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 STRATEGIES = ("perturb", "tpe")
 DEFAULT_MAGNITUDE = 0.1
 MAX_TRIES = 300  # draws in search of one new config
+MAX_SUGGESTIONS = 1000  # of one config, or of one sampler
 TRIES_PER_STEP = 50  # without a new one, after which the way from the template gets a step longer
 MIN_FITTED = 2  # runs below which a sampler has nothing to compare
 REHEARSED_SAMPLES = 4096
@@ -71,6 +72,13 @@ class Request:
         for name, least in (("top_n", 1), ("num_variations_per_config", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name}: has to be at least {least}, got {getattr(self, name)}")
+        if self.seed > INT_MAX:
+            raise ConfigError(f"--seed: has to be at most {INT_MAX:,}, got {self.seed:,}")
+        by_tpe = self.strategy == "tpe"
+        asked = self.num_variations_per_config * (self.top_n if by_tpe else 1)
+        if asked > MAX_SUGGESTIONS:
+            what = "--top_n times --num_variations_per_config" if by_tpe else "--num_variations_per_config"
+            raise ConfigError(f"{what}: has to be at most {MAX_SUGGESTIONS:,}, got {asked:,}")
         if not 0 < self.perturbation_magnitude < math.inf:
             magnitude = self.perturbation_magnitude
             raise ConfigError(f"--perturbation_magnitude: has to be a positive number, got {magnitude}")

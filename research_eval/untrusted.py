@@ -45,12 +45,12 @@ def read_limited(path: str | Path, max_bytes: int, what: str) -> bytes:
     return content
 
 
-def user_path(text: str) -> Path:
-    """A path as a user gives it, with ~ for a home folder. Raises ConfigError."""
+def user_path(text: str, what: str = "") -> Path:
+    """A path as a user gives it, as `what`, with ~ for a home folder. Raises ConfigError."""
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
-        raise ConfigError(f"{text}: there is no such home folder") from error
+        raise ConfigError(f"{what}{': ' * bool(what)}{text}: there is no such home folder") from error
 
 
 def in_folder(folder: Path, name: str) -> Path:

@@ -104,7 +104,7 @@ class Verdict:
     problems: list[str] = field(default_factory=list)
 
 
-class TooSlow(Exception):
+class TooSlow(BaseException):
     """The case took longer than SECONDS."""
 
 

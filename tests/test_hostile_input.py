@@ -30,7 +30,7 @@ from research_eval.untrusted import MAX_LINE, in_folder, message, parse_json, pr
 SLICE = {"config": 90, "command line": 14, "data": 6, "checkpoint": 7, "database": 24, "names": 12}  # every nth case
 ALWAYS = re.compile(
     r"a bomb|JSONL, deep$|: a browser's|behind the vocabulary|experiment_name: |embed_dim = 1e\+09$|somebody's"
-    r"|: a pipe$"
+    r"|: a pipe$|without our tables|a further entry|~nobody|resume: a link to checkpoint"
 )
 FUZZ_SECONDS = float(os.environ.get("GOE_FUZZ_SECONDS", "0"))
 FUZZ = settings(

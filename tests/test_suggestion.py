@@ -597,6 +597,8 @@ def test_a_search_space_file_narrows(folder: Path) -> None:
     [
         (["--top_n", "0"], "--top_n: has to be at least 1, got 0"),
         (["--num-variations-per-config", "-1"], "--num_variations_per_config: has to be at least 1"),
+        (["--num_variations_per_config", "1001"], "--num_variations_per_config: has to be at most 1,000, got 1,001"),
+        (["--strategy", "tpe", "--top_n", "501"], "--num_variations_per_config: has to be at most 1,000, got 1,002"),
         (["--perturbation_magnitude", "0"], "--perturbation_magnitude: has to be a positive number, got 0.0"),
         (["--perturbation_magnitude", "nan"], "--perturbation_magnitude: has to be a positive number"),
         (["--perturbation_magnitude", "inf"], "--perturbation_magnitude: has to be a positive number"),

@@ -163,12 +163,19 @@ class TextDataset:
     def splits(self, seed: int = 0) -> DataSplits:
         """Read, split, tokenise. The same rows for every `seed`."""
         if self.sources:
-            parts = {_source_name(source): self._chosen(user_path(source)) for source in self.sources}
+            parts = {
+                _source_name(source): self._chosen(user_path(source, "dataset_params.sources"))
+                for source in self.sources
+            }
             if len(parts) < len(self.sources):
                 raise ConfigError(f"dataset_params.sources: two of {self.sources} have the same name. Rename a folder.")
             rows, label_names, groups = _mixed(parts)
         else:
-            path = user_path(self.data_dir) if self.data_dir else hub_copy(self.source, self.cache)
+            path = (
+                user_path(self.data_dir, "dataset_params.data_dir")
+                if self.data_dir
+                else hub_copy(self.source, self.cache)
+            )
             rows, label_names = self._chosen(path)
             groups = {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def previous_checkpoint(path: Path) -> Path:
 
 def checkpoint_exists(path: Path) -> bool:
     """Whether there is a checkpoint to go on from, be it the one before the newest."""
-    return path.exists() or previous_checkpoint(path).exists()
+    return any(map(os.path.lexists, (path, previous_checkpoint(path))))  # a broken link too: it is complained about
 
 
 def save_checkpoint(path: Path, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
@@ -74,7 +75,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     Raises ConfigError where none is whole.
     """
     previous = previous_checkpoint(path)
-    if not path.exists():
+    if not os.path.lexists(path):
         return load_tensors(previous)
     try:
         return load_tensors(path)

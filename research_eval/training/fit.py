@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from pydantic import Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from research_eval.datasets.token_data import Batch, Batches, DataSplits
@@ -58,6 +58,8 @@ class Interrupted(RuntimeError):
 @dataclass
 class TrainingState:
     """Where a run is; together with the tensors of a checkpoint enough to go on exactly."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     step: Natural = 0
     best_f1: float = -1.0
