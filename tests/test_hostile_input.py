@@ -16,7 +16,19 @@ from typing import Any
 
 import hostile
 import pytest
-from hostile import CATEGORIES, Case, Sandbox, Verdict, base_settings, cases, config_text, csv_bytes, places, text_rows
+from hostile import (
+    CATEGORIES,
+    Case,
+    Sandbox,
+    Verdict,
+    base_settings,
+    bomb_table,
+    cases,
+    config_text,
+    csv_bytes,
+    places,
+    text_rows,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import ROOT, Ended
@@ -175,6 +187,16 @@ def test_plain_json_is_read_as_it_was_written(value: Any) -> None:
 def test_a_message_cannot_steer_a_terminal(text: str) -> None:
     assert printable(text).isprintable()
     assert all(line.isprintable() and len(line) <= MAX_LINE + 3 for line in message(text * 3).split("\n"))
+
+
+def test_a_text_that_a_small_file_names_often_is_not_written_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train.parquet").write_bytes(bomb_table(rows=100))  # 100 MB, of which the file holds 1
+    monkeypatch.setattr("research_eval.datasets.text.MAX_SPLIT_BYTES", 10_000_000)
+    dataset = TextDataset(dataset_name="bomb", data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ConfigError, match="train.parquet: holds more than"):
+        dataset.splits()
 
 
 # ------------------------------------------------------------------------------------------ fuzzing

@@ -32,6 +32,7 @@ import pyarrow as pa
 import tokenizers
 from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
+from pyarrow import compute as pc
 from pyarrow import csv, parquet
 from pyarrow import json as jsonl
 from pydantic import Field
@@ -564,8 +565,8 @@ def _read_split(
         label_field = _pick(label_fields, columns, "label_field", where)
         class_names = _names_in_schema(tables[0].schema, label_field)
         table = pa.concat_tables([table.select([text_field, label_field]) for table in tables])
-        texts = _plain(table[text_field])
-        labels = _plain(table[label_field])
+        texts = _plain(table[text_field], paths[0])
+        labels = _plain(table[label_field], paths[0])
         texts.validate(full=True)  # Parquet does not promise UTF-8
         labels.validate(full=True)
     except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
@@ -587,12 +588,15 @@ def _read_split(
     return _RawRows(where, texts.to_pylist(), labels, class_names)
 
 
-def _plain(column: Any) -> Any:
+def _plain(column: Any, path: Path) -> Any:
     """One array of string or int64 where the column can be that; else the column as it is."""
     array = column.combine_chunks()
     kind = array.type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
+        if pa.types.is_string(kind) or pa.types.is_large_string(kind):  # a small file may name one long text often
+            lengths = pc.binary_length(array.dictionary).cast(pa.int64())
+            _check_size(path, pc.sum(lengths.take(array.indices)).as_py() or 0)
         array = array.cast(kind)
     if pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or pa.types.is_boolean(kind):
         return array.cast(pa.string())
