@@ -14,7 +14,7 @@ from research_eval.experiment import run_all
 from research_eval.schema import ExperimentConfig, config_from_dict
 
 SEEDS = 8
-SHAPES = [(16, 8, 16), (16, 8, 32), (32, 16, 32), (64, 16, 32)]  # width, tokens, batch
+SHAPES = [(16, 8, 8), (16, 8, 16), (16, 8, 32), (64, 16, 32)]  # width, tokens, batch
 STEPS = 1000
 
 

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from research_eval.datasets.token_data import Batch
-from research_eval.layers.kernels import EPSILON, SlicedNorm
+from research_eval.layers.kernels import EPSILON
 from research_eval.layers.stacked import Dropout, StackedLayerNorm, StackedLinear
 from research_eval.models.base_model import logits_of
 from research_eval.training.checkpoint import generator_states, restore_generators
@@ -83,10 +83,33 @@ class _LayerNorm(nn.Module):
     def forward(self, x: Tensor, *_: Any) -> Tensor:
         """x [S B, ..., D] -> the same shape."""
         scale_SD, shift_SD = (self.get_parameter(name).flatten(1) for name in self._names)
-        rows = x.reshape(-1, x.shape[-1])
-        sizes = [len(rows) // len(scale_SD)] * len(scale_SD)
-        normed: Tensor = SlicedNorm.apply(rows, sizes, *scale_SD, *shift_SD)  # type: ignore[no-untyped-call]
-        return normed.view(x.shape)
+        normed: Tensor = _Norm.apply(x, scale_SD, shift_SD)  # type: ignore[no-untyped-call]
+        return normed
+
+
+class _Norm(torch.autograd.Function):
+    """Backward one seed at a time, because it sums over rows; quicker than `SlicedNorm`, as all have as many rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale_SD: Tensor, shift_SD: Tensor) -> Tensor:
+        seeds, width = scale_SD.shape
+        x_SRD = x.reshape(seeds, -1, width)
+        normed_SRD, mean_SR1, rate_SR1 = torch.native_layer_norm(x_SRD, [width], None, None, EPSILON)
+        ctx.save_for_backward(x_SRD, mean_SR1, rate_SR1, scale_SD, shift_SD)
+        return torch.addcmul(shift_SD.unsqueeze(1), normed_SRD, scale_SD.unsqueeze(1)).view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x_SRD, mean_SR1, rate_SR1, scale_SD, shift_SD = ctx.saved_tensors
+        backward = torch.ops.aten.native_layer_norm_backward
+        parts = zip(gradient.reshape(x_SRD.shape), x_SRD, mean_SR1, rate_SR1, scale_SD, shift_SD, strict=True)
+        seeds = [
+            backward(to_y, x, x.shape[1:], mean, rate, scale, shift, [True] * 3)
+            for to_y, x, mean, rate, scale, shift in parts
+        ]
+        to_x, to_scale, to_shift = (torch.stack(members) for members in zip(*seeds, strict=True))
+        return to_x.view(gradient.shape), to_scale, to_shift
 
 
 class _Embedding(nn.Module):
