@@ -278,6 +278,13 @@ class _Lane(Generic[T]):
         self._advance(partial(next, self._training))
         self._leave()
 
+    def finish(self) -> None:
+        """All steps that are left, by itself."""
+        if self.step is not None:
+            self._enter()
+        while self.step is not None:
+            self._advance(partial(next, self._training))
+
     def taken(self) -> None:
         """The step has been taken by the stack."""
         entered = False
@@ -313,8 +320,7 @@ def side_by_side(trainings: Iterable[Training[T]]) -> Iterator[list[T]]:
                 lane.start()
             _take_together(lanes)
         for lane in lanes:
-            while lane.step is not None:
-                lane.take()
+            lane.finish()
         for lane in lanes:
             if lane.error is not None:
                 raise lane.error
