@@ -48,7 +48,7 @@ needs_transformers = pytest.mark.skipif(
 )
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None)
 @given(
     num_experts=st.integers(1, 5),
     steps=st.integers(1, 4),

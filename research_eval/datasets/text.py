@@ -70,6 +70,7 @@ ENCODE_ROWS = 1000  # per call: bounds the memory held by encodings
 BLOCK_BYTES = 1 << 24  # a CSV or JSONL row has to fit into one block
 PARQUET_ROWS = 1000  # that are decompressed at once
 MAX_SPLIT_BYTES = 2**31  # of one file, decompressed
+VARIABLE_SIZES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
 MAX_INFO_BYTES = 10_000_000
 MAX_LABEL = 1000  # characters of a class name
 
@@ -594,7 +595,7 @@ def _plain(column: Any, path: Path) -> Any:
     kind = array.type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-        if pa.types.is_string(kind) or pa.types.is_large_string(kind):  # a small file may name one long text often
+        if any(is_kind(kind) for is_kind in VARIABLE_SIZES):  # a small file may name one long text often
             lengths = pc.binary_length(array.dictionary).cast(pa.int64())
             _check_size(path, pc.sum(lengths.take(array.indices)).as_py() or 0)
         array = array.cast(kind)

@@ -1,7 +1,7 @@
 """Trainings of one config with several seeds, whose steps are taken as one.
 
-A small model costs what its operations cost to call, not what they compute, and eight models in one operation cost
-little more than one. The weights of all seeds lie in one parameter, seed first, of which the weights of each model are
+A small model costs mostly what its operations cost to call, so eight models in one operation cost less than eight
+operations. The weights of all seeds lie in one parameter, seed first, of which the weights of each model are
 views; gradients and moments likewise. Whatever sums over samples is done for each seed with the call of a single
 training, and the rest is elementwise, so that the numbers are those of a single training.
 
