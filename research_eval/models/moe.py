@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from research_eval.errors import ConfigError
+from research_eval.layers.assignments import Assignments
 from research_eval.layers.block import Attention, FeedForward, block_flops, feed_forward_width
 from research_eval.layers.kernels import Dispatch
 from research_eval.layers.packing import Layout
-from research_eval.layers.routing import balance_loss, balanced_bias, entropy, load_metrics, members, z_loss
+from research_eval.layers.routing import balance_loss, balanced_bias, entropy, load_metrics, z_loss
 from research_eval.layers.stacked import Dropout, StackedLayerNorm, unbound, weight_count
 from research_eval.layers.text import ClassificationHead, Pool, PositionalEncoding, TokenEmbedding
 from research_eval.models.base_model import AuxiliaryLoss, EvaluableModel, keep_mask, routed_parameters
@@ -40,6 +41,7 @@ class RoutedFeedForward(nn.Module):
         self.register_buffer("counts", torch.zeros(num_experts), persistent=False)
         self.logits_SN = torch.empty(0, num_experts)
         self.chosen_SK = torch.empty(0, top_k, dtype=torch.long)
+        self.sizes_N = torch.zeros(num_experts, dtype=torch.long)
 
     def forward(self, x_SD: Tensor) -> Tensor:
         """Real tokens only: padding is neither dispatched nor counted."""
@@ -50,23 +52,17 @@ class RoutedFeedForward(nn.Module):
         weights_SK = scores_SN.gather(-1, self.chosen_SK)
         if self.top_k > 1:  # for one expert the renormalised weight is 1 and the router would get no gradient
             weights_SK = weights_SK / weights_SK.sum(-1, keepdim=True)
-        order_R = self.chosen_SK.flatten().argsort(stable=True)
-        sizes_N = self._sizes()
+        assignments = Assignments.of(self.chosen_SK, self.num_experts)
+        self.sizes_N = assignments.sizes_N
         if self.training:
-            self.counts += sizes_N
-        rows_RD = x_SD[order_R // self.top_k]
+            self.counts += self.sizes_N
         with unbound(self.experts):
-            outputs_RD = self.experts(rows_RD, Dispatch.of(sizes_N))
-        # Un-sorting and a sum over K, not `index_add`: the result does not depend on the order of threads.
-        unsorted_SKD = outputs_RD[order_R.argsort()].view(*self.chosen_SK.shape, x_SD.shape[1])
-        return (unsorted_SKD * weights_SK.unsqueeze(-1).to(unsorted_SKD.dtype)).sum(1)
-
-    def _sizes(self) -> Tensor:
-        return members(self.chosen_SK, self.num_experts).sum((0, 1))
+            outputs_RD = self.experts(assignments.rows(x_SD), Dispatch.of(self.sizes_N))
+        return assignments.combined(outputs_RD, weights_SK)
 
     def load(self) -> Tensor:
         """Share of the last forward's assignments per expert, [N]."""
-        return self._sizes() / max(self.chosen_SK.numel(), 1)
+        return self.sizes_N / max(self.chosen_SK.numel(), 1)
 
 
 class MoEBlock(nn.Module):
@@ -190,7 +186,7 @@ class MoETransformerClassifier(EvaluableModel):
 
     def _record(self) -> None:
         for number, layer in enumerate(self._routed()):
-            self._counts_TN[number] += layer.chosen_SK.flatten().bincount(minlength=self.num_experts).cpu()
+            self._counts_TN[number] += layer.sizes_N.cpu()
             self._entropy += entropy(layer.logits_SN.detach().softmax(-1)).sum().cpu()
             self._decisions += len(layer.logits_SN)
 
