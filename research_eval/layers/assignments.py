@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 
 class Assignments(NamedTuple):
-    """Assignments sorted by expert: the first `sizes[0]` go to expert 0, and so on; of one expert in the tokens' order."""
+    """Assignments sorted by expert: the first `sizes[0]` go to expert 0, and so on; of one in the tokens' order."""
 
     order_R: Tensor  # number of each among the choices as they came, [S, K] row by row
     place_SK: Tensor  # the opposite: where each of the choices stands

@@ -79,12 +79,12 @@ class Attention(nn.Module):
     def forward(self, h: torch.Tensor, layout: Layout, dispatch: Dispatch) -> torch.Tensor:
         """Rows [S, D], or a grid [R, L, D], in the order of the experts -> the same shape."""
         width = h.shape[-1]
-        projected = each_expert(self._projected, h, dispatch=dispatch)
+        projected = each_expert(self._projected, h, dispatch=dispatch, width=self.input.weight.shape[1])
         # Parts of one split: the gradients of slices would each be filled up to the whole.
         qkv, *rest = (projected,) if self.gate is None else projected.split([3 * width, width], -1)
         grids = zip(layout.grids_of(qkv), layout.grids, strict=True)
         attended = layout.rows_of([self._attended(grid_qkv, grid.mask) for grid_qkv, grid in grids])
-        return each_expert(self._gated, attended, *rest, dispatch=dispatch)
+        return each_expert(self._gated, attended, *rest, dispatch=dispatch, width=projected.shape[-1])
 
     def _projected(self, h: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         """Queries, keys and values side by side, and where there is a gate its half that reads y."""
@@ -132,7 +132,7 @@ class FeedForward(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
-        return each_expert(self._of_expert, x, dispatch=dispatch)
+        return each_expert(self._of_expert, x, dispatch=dispatch, width=self.expand.weight.shape[1])
 
     def _of_expert(self, x: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         image: torch.Tensor = self.contract(self.dropout(F.gelu(self.expand(x, dispatch))), dispatch)
@@ -161,7 +161,8 @@ class Block(nn.Module):
     def forward(self, h: torch.Tensor, layout: Layout, dispatch: Dispatch) -> torch.Tensor:
         """Rows [S, D], or a grid [R, L, D], in the order of the experts -> the same shape."""
         h = h + self.dropout(self.attention(h, layout, dispatch))
-        return h + self.dropout(each_expert(self._fed_forward, h, dispatch=dispatch))
+        width = self.feed_forward.expand.weight.shape[1]
+        return h + self.dropout(each_expert(self._fed_forward, h, dispatch=dispatch, width=width))
 
     def _fed_forward(self, h: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         update: torch.Tensor = self.feed_forward(self.norm(h, dispatch), dispatch)

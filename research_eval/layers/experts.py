@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from research_eval.errors import ConfigError
 from research_eval.layers.block import Block
-from research_eval.layers.kernels import Dispatch, by_slices, for_rows, kernels_for
+from research_eval.layers.kernels import Dispatch, RowDot, by_slices, for_rows, kernels_for
 from research_eval.layers.packing import Layout, Packing, Samples
 from research_eval.layers.routing import members
 from research_eval.layers.scan import ScanExpert, ScanSettings
-from research_eval.layers.stacked import Stacked
+from research_eval.layers.stacked import Stacked, by_rows
 from research_eval.layers.text import PositionalEncoding
 
 
@@ -155,14 +155,18 @@ class AdaptiveGate(Stacked):
         if dispatch.expert is not None:
             weight_D, bias, _ = self.of_expert(dispatch.expert)
             return F.linear(z, weight_D.unsqueeze(0), bias.unsqueeze(0))
+        bias = for_rows(self.bias.unsqueeze(1), z, dispatch)
+        if by_rows(z):
+            score: torch.Tensor = RowDot.apply(z, dispatch.experts_of(z), self.weight)  # type: ignore[no-untyped-call]
+            return score + bias
         if kernels_for(z.device) != "grouped":
             return by_slices(self._scored, z, dispatch=dispatch)
         weight = for_rows(self.weight, z, dispatch).expand_as(z)
-        return (z.unsqueeze(-2) @ weight.unsqueeze(-1)).squeeze(-1) + for_rows(self.bias.unsqueeze(1), z, dispatch)
+        return (z.unsqueeze(-2) @ weight.unsqueeze(-1)).squeeze(-1) + bias
 
     def _tagged(self, gate: torch.Tensor, gap: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         if dispatch.expert is not None:
             return torch.addcmul(self.of_expert(dispatch.expert)[2], gate, gap)
-        if kernels_for(gap.device) != "grouped":
+        if not (by_rows(gap) or kernels_for(gap.device) == "grouped"):
             return by_slices(self._tagged, gate, gap, dispatch=dispatch)
         return torch.addcmul(for_rows(self.tag, gap, dispatch), gate, gap)

@@ -6,22 +6,27 @@ R rows (samples [R, L, D] or tokens [R, D])  N experts  I in  O out  D width
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from research_eval.layers.kernels import (
+    Collected,
     Dispatch,
+    RowNorm,
     SlicedLinear,
-    SlicedNorm,
+    Uses,
     by_slices,
     for_rows,
     grouped_linear,
     kernels_for,
 )
+
+T = TypeVar("T")
 
 
 class Stacked(nn.Module):
@@ -29,35 +34,29 @@ class Stacked(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._unbound: list[tuple[torch.Tensor, ...]] | None = None
+        self._in_pass = False
+        self._kept: dict[str, Any] = {}
+
+    def kept(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` gives, within `one_pass` made once."""
+        if not self._in_pass:
+            return make()
+        if name not in self._kept:
+            self._kept[name] = make()
+        made: T = self._kept[name]
+        return made
 
     def of_expert(self, expert: int) -> list[torch.Tensor]:
         """The weights of one expert."""
-        if self._unbound is not None:
-            return [slices[expert] for slices in self._unbound]
-        weights = self._parameters.values()
+        weights = [weight for weight in self._parameters.values() if weight is not None]
         # A view of the only expert costs nothing backward; an index fills a gradient of the whole stack.
-        return [
-            weight.squeeze(0) if len(weight) == 1 else weight.unbind()[expert]
-            for weight in weights
-            if weight is not None
-        ]
-
-    def _sliced(self, function: type[torch.autograd.Function], x: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
-        """`function` of the rows, how many go to each expert that has any, and the two weights of each of these."""
-        sizes = dispatch.counts()
-        busy = [expert for expert, size in enumerate(sizes) if size]
-        if kernels_for(x.device) != "slices" or torch.is_autocast_enabled(x.device.type) or not busy:
-            return by_slices(self.forward, x, dispatch=dispatch)
-        tokens = x.shape[1:-1].numel()
-        weights, biases = zip(*map(self.of_expert, busy), strict=True)
-        rows = [sizes[expert] * tokens for expert in busy]
-        out: torch.Tensor = function.apply(x.reshape(-1, x.shape[-1]), rows, *weights, *biases)
-        return out.view(*x.shape[:-1], -1)
+        if not self._in_pass and len(weights[0]) == 1:
+            return [weight.squeeze(0) for weight in weights]
+        return [slices[expert] for slices in self.kept("slices", lambda: [weight.unbind() for weight in weights])]
 
 
 @contextmanager
-def unbound(module: nn.Module) -> Iterator[None]:
+def one_pass(module: nn.Module) -> Iterator[None]:
     """Inside, the stacks below `module` are taken apart once, however often their experts are used.
 
     The gradients of the experts are then joined into those of the stacks once per pass and not once per use, which
@@ -65,12 +64,18 @@ def unbound(module: nn.Module) -> Iterator[None]:
     """
     stacks = [child for child in module.modules() if isinstance(child, Stacked)]
     for stack in stacks:
-        stack._unbound = [weight.unbind() for weight in stack._parameters.values() if weight is not None]
+        stack._in_pass = True
     try:
         yield
     finally:
         for stack in stacks:
-            stack._unbound = None
+            stack._in_pass = False
+            stack._kept.clear()
+
+
+def by_rows(x: torch.Tensor) -> bool:
+    """Whether weights are best chosen for each row: on a CPU, in fp32 and without an expert given."""
+    return kernels_for(x.device) == "slices" and not torch.is_autocast_enabled(x.device.type)
 
 
 class StackedLinear(Stacked):
@@ -90,7 +95,18 @@ class StackedLinear(Stacked):
         # The grouped product of a GPU wants rows of 16 bytes; in bf16 that is 8 numbers.
         if kernels_for(x.device) == "grouped" and self.weight.shape[1] % 8 == 0 == self.weight.shape[2] % 8:
             return grouped_linear(x, self.weight, self.bias, dispatch)
-        return self._sliced(SlicedLinear, x, dispatch)
+        if not by_rows(x):
+            return by_slices(self.forward, x, dispatch=dispatch)
+        tokens = x.shape[1:-1].numel()
+        sizes = [size * tokens for size in dispatch.counts()]
+        rows, experts = x.reshape(-1, x.shape[-1]), dispatch.experts_of(x, tokens)
+        uses, token = self.kept("uses", self._uses)
+        out: torch.Tensor = SlicedLinear.apply(rows, sizes, experts, uses, token)  # type: ignore[no-untyped-call]
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    def _uses(self) -> tuple[Uses, torch.Tensor]:
+        uses = Uses(self.weight, self.bias)
+        return uses, Collected.apply(uses, self.weight, self.bias)  # type: ignore[no-untyped-call]
 
 
 class StackedLayerNorm(Stacked):
@@ -110,7 +126,11 @@ class StackedLayerNorm(Stacked):
         if kernels_for(x.device) == "grouped":
             scale, shift = (for_rows(weight, x, dispatch) for weight in (self.scale, self.shift))
             return torch.addcmul(shift, F.layer_norm(x, width), scale)
-        return self._sliced(SlicedNorm, x, dispatch)
+        if not by_rows(x):
+            return by_slices(self.forward, x, dispatch=dispatch)
+        rows, experts = x.reshape(-1, x.shape[-1]), dispatch.experts_of(x, x.shape[1:-1].numel())
+        out: torch.Tensor = RowNorm.apply(rows, experts, self.scale, self.shift)  # type: ignore[no-untyped-call]
+        return out.view(x.shape)
 
 
 class Dropout(nn.Module):

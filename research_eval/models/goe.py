@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from research_eval.layers.block import block_flops, feed_forward_width
 from research_eval.layers.experts import ExpertPool
 from research_eval.layers.routing import PathRecord, balance_loss, entropy, members
-from research_eval.layers.stacked import unbound
+from research_eval.layers.stacked import one_pass
 from research_eval.layers.text import ClassificationHead, Pool, PositionalEncoding, TokenEmbedding, masked_mean
 from research_eval.models.base_model import AuxiliaryLoss, EvaluableModel, keep_mask, routed_parameters
 from research_eval.registry import MODELS_MAP
@@ -100,7 +100,7 @@ class GoEClassifier(EvaluableModel):
         self._balance: list[Tensor] = []
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        with unbound(self.experts):
+        with one_pass(self.experts):
             return self._walk(input_ids, keep_mask(input_ids, attention_mask, self.padding_idx))
 
     def _walk(self, input_ids: Tensor, keep_BL: Tensor) -> Tensor:

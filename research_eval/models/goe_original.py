@@ -37,7 +37,7 @@ from research_eval.layers.routing import (
     z_loss,
 )
 from research_eval.layers.scan import ScanSettings
-from research_eval.layers.stacked import unbound
+from research_eval.layers.stacked import one_pass
 from research_eval.layers.text import (
     ClassificationHead,
     Pool,
@@ -332,7 +332,7 @@ class GoEOriginalClassifier(EvaluableModel):
         self._known_path_BT = F.pad(known_BT, (0, self.max_path_len - known_BT.shape[1]), value=STOPPED)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        with unbound(self.experts):
+        with one_pass(self.experts):
             return self._walk(input_ids, keep_mask(input_ids, attention_mask, self.padding_idx))
 
     def _walk(self, input_ids: Tensor, keep_BL: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from research_eval.layers.block import Attention, FeedForward, block_flops, feed
 from research_eval.layers.kernels import Dispatch
 from research_eval.layers.packing import Layout
 from research_eval.layers.routing import balance_loss, balanced_bias, entropy, load_metrics, z_loss
-from research_eval.layers.stacked import Dropout, StackedLayerNorm, unbound, weight_count
+from research_eval.layers.stacked import Dropout, StackedLayerNorm, one_pass, weight_count
 from research_eval.layers.text import ClassificationHead, Pool, PositionalEncoding, TokenEmbedding
 from research_eval.models.base_model import AuxiliaryLoss, EvaluableModel, keep_mask, routed_parameters
 from research_eval.registry import MODELS_MAP
@@ -56,7 +56,7 @@ class RoutedFeedForward(nn.Module):
         self.sizes_N = assignments.sizes_N
         if self.training:
             self.counts += self.sizes_N
-        with unbound(self.experts):
+        with one_pass(self.experts):
             outputs_RD = self.experts(assignments.rows(x_SD), Dispatch.of(self.sizes_N))
         return assignments.combined(outputs_RD, weights_SK)
 
