@@ -29,6 +29,7 @@ from research_eval.errors import ConfigError
 from research_eval.files import LOCK_FILE, write_atomically
 from research_eval.files import RUNS_FOLDER as RUNS_FOLDER
 from research_eval.files import run_folder as run_folder
+from research_eval.layers.block import compile_blocks
 from research_eval.models.base_model import EvaluableModel, adapt
 from research_eval.progress import Progress
 from research_eval.registry import MODELS_MAP
@@ -199,7 +200,7 @@ def prepare(config: ExperimentConfig, data: DataSplits | None = None) -> tuple[R
     runtime.seed(config.seed, "init")
     model = adapt(create_model(config.model_type, config.model_params, context, runtime.device), config.model_type)
     if options.compile:
-        model.compile(dynamic=True)
+        compile_blocks(model)
     return runtime, data, model
 
 

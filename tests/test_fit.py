@@ -369,18 +369,29 @@ def test_the_peak_memory_is_that_of_a_process_with_torch() -> None:
     assert 50 < Runtime("cpu").peak_memory_mb() < 100_000
 
 
-def test_a_model_is_compiled_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[dict[str, Any]] = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: calls.append(options))
-    prepare(small_config())
+@pytest.mark.parametrize(
+    ("model_type", "compiled"),
+    [
+        ("dense", ["Block", "Block"]),
+        ("goe_original", ["Block"]),
+        ("moe", ["Attention", "FeedForward"] * 2),
+        ("lstm", ["LSTMClassifier"]),  # without a block of ours
+    ],
+)
+def test_the_blocks_are_compiled_when_asked_for(
+    model_type: str, compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, dynamic: calls.append(type(self).__name__))
+    prepare(small_config(model_type=model_type))
     assert calls == []
-    prepare(small_config(training_params={"compile": True}))
-    assert calls == [{"dynamic": True}]
+    prepare(small_config(model_type=model_type, training_params={"compile": True}))
+    assert calls == compiled
 
 
 @pytest.mark.skipif("GOE_TEST_COMPILE" not in os.environ, reason="takes minutes: set GOE_TEST_COMPILE=1")
 @pytest.mark.timeout(1800)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize("model_type", MODELS)
 def test_a_compiled_model_trains_like_the_plain_one(model_type: str, tmp_path: Path) -> None:
     losses = []

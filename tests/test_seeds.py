@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from research_eval.registry import MODELS_MAP
 from research_eval.schema import ExperimentConfig
 from research_eval.training import seeds
 from research_eval.training.checkpoint import load_tensors
+from research_eval.training.evaluate import Evaluation
 from research_eval.training.fit import CHECKPOINT_FILE, MODEL_FILE, Step
 
 SEEDS = [3, 0, 5]
@@ -65,12 +67,13 @@ class Together:
     def __init__(self) -> None:
         self.sizes: list[int] = []
         self.same: list[bool] = []
+        self.evaluations = 0
 
 
 @pytest.fixture(name="together")
 def _together(monkeypatch: pytest.MonkeyPatch) -> Together:
     """Stacking pays whatever the clock says."""
-    seen, compare, take = Together(), seeds.compare, seeds.Stack.take
+    seen, compare, take, scored = Together(), seeds.compare, seeds.Stack.take, seeds.Stack._scored
 
     def compared(*arguments: Any) -> tuple[bool, float]:
         seen.same.append(compare(*arguments)[0])
@@ -81,8 +84,13 @@ def _together(monkeypatch: pytest.MonkeyPatch) -> Together:
         seen.sizes.append(len(steps))
         take(self, steps)
 
+    def counted(self: seeds.Stack, *arguments: Any) -> list[Evaluation]:
+        seen.evaluations += 1
+        return scored(self, *arguments)
+
     monkeypatch.setattr(seeds, "compare", compared)
     monkeypatch.setattr(seeds.Stack, "take", taken)
+    monkeypatch.setattr(seeds.Stack, "_scored", counted)
     return seen
 
 
@@ -132,6 +140,8 @@ def test_each_seed_is_what_it_is_alone(name: str, together: Together, tmp_path: 
         assert together.sizes[0] == 3
         lengths = {one.metrics["epochs_completed"] for one in alone}
         assert together.sizes[-1] == 3 or len(lengths) > 1
+        averaged = bool(configs[0].training_params.ema_decay)
+        assert (together.evaluations == 0) == averaged
     assert (name == "early stopping") == (len({one.metrics["epochs_completed"] for one in alone}) > 1)
 
 
@@ -172,6 +182,21 @@ def test_a_stack_that_computes_something_else_is_found_out(
     run_together(tmp_path, configs)
     assert together.same == [False]
     assert not together.sizes
+
+
+def test_a_stack_that_scores_otherwise_is_found_out(
+    together: Together, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored = seeds.Stack._scored
+
+    def wrong(self: seeds.Stack, *arguments: Any) -> list[Evaluation]:
+        return [replace(one, losses_N=one.losses_N + 1) for one in scored(self, *arguments)]
+
+    monkeypatch.setattr(seeds.Stack, "_scored", wrong)
+    configs = configs_of(epochs=3)
+    for config, result in zip(configs, run_together(tmp_path, configs), strict=True):
+        assert result.metrics["final_val_loss"] == run_in(tmp_path, config).metrics["final_val_loss"]
+    assert not all(together.same) or together.evaluations == 1
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ B batch (sorted by expert)  L length  D width  H heads  C channels of a head  N 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -167,6 +168,24 @@ class Block(nn.Module):
     def _fed_forward(self, h: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         update: torch.Tensor = self.feed_forward(self.norm(h, dispatch), dispatch)
         return update
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile each block, or the parts of one; the whole model where it has none of ours.
+
+    Blocks of one shape share what is compiled, so that the first step comes several times sooner than with the whole.
+    """
+    regions = list(_regions(model))
+    for region in regions or [model]:
+        region.compile(dynamic=True)
+
+
+def _regions(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if isinstance(child, Block | Attention | FeedForward):
+            yield child
+        else:
+            yield from _regions(child)
 
 
 def block_flops(block: nn.Module, embed_dim: int, length: int) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -58,6 +58,15 @@ class Evaluation:
         ]
 
 
+class Scoring(NamedTuple):
+    """A model that is to be scored, in evaluation mode."""
+
+    model: EvaluableModel
+    batches: Batches
+    num_classes: int
+    runtime: Runtime
+
+
 @torch.no_grad()
 def evaluate(model: EvaluableModel, batches: Iterable[Batch], num_classes: int, runtime: Runtime) -> Evaluation:
     """Every sample once, in evaluation mode; the model's records are those of this evaluation."""
@@ -70,15 +79,23 @@ def evaluate(model: EvaluableModel, batches: Iterable[Batch], num_classes: int, 
         losses.append(F.cross_entropy(logits_BC, batch.labels, reduction="none"))
         guesses.append(logits_BC.argmax(-1))
         labels.append(batch.labels)
-        rows.append(np.arange(len(batch.labels)) if batch.rows is None else batch.rows)
+        rows.append(rows_of(batch))
     truth_N, guess_N, losses_N = (torch.cat(parts).cpu() for parts in (labels, guesses, losses))
+    return evaluation_of(truth_N, guess_N, losses_N, np.concatenate(rows), num_classes)
+
+
+def rows_of(batch: Batch) -> NDArray[np.int64]:
+    """Where the samples stand in their split."""
+    return np.arange(len(batch.labels)) if batch.rows is None else batch.rows
+
+
+def evaluation_of(
+    truth_N: torch.Tensor, guess_N: torch.Tensor, losses_N: torch.Tensor, rows_N: NDArray[np.int64], num_classes: int
+) -> Evaluation:
+    """Of the samples of one split."""
     confusion = (truth_N * num_classes + guess_N).bincount(minlength=num_classes**2).view(num_classes, num_classes)
     return Evaluation(
-        float(losses_N.double().mean()),
-        confusion.numpy(),
-        np.concatenate(rows),
-        (guess_N == truth_N).numpy(),
-        losses_N.numpy(),
+        float(losses_N.double().mean()), confusion.numpy(), rows_N, (guess_N == truth_N).numpy(), losses_N.numpy()
     )
 
 
@@ -132,6 +149,8 @@ def measure_flops(model: EvaluableModel, batches: Batches, runtime: Runtime, rep
     """
     order = batches.order(0)
     chosen = [batches.take(order[index]) for index in np.linspace(0, len(order) - 1, repeats).astype(int)]
+    if model.stackable and all(batch.num_tokens == batch.input_ids.numel() for batch in chosen):
+        chosen = list({batch.input_ids.shape: batch for batch in chosen}.values())  # without routes they cost the same
     samples = sum(len(batch.labels) for batch in chosen)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     totals = []

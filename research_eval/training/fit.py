@@ -30,7 +30,7 @@ from research_eval.training.checkpoint import (
     save_checkpoint,
     save_tensors,
 )
-from research_eval.training.evaluate import Evaluation, evaluate
+from research_eval.training.evaluate import Evaluation, Scoring, evaluate
 from research_eval.training.optimizers import build_optimizer, build_schedule
 from research_eval.training.runtime import Runtime, stop_requests
 from research_eval.training.trace import RoutingWatch
@@ -130,8 +130,9 @@ class Step(NamedTuple):
 
 Fitted = tuple[TrainingState, EvaluableModel, Evaluation]
 T = TypeVar("T")
-# Yields each step before it is taken. Where somebody else takes it, it is sent what puts its own generators back.
-Training = Generator[Step, Callable[[], None] | None, T]
+# Yields each step before it is taken, and each model before it is scored. Where somebody else takes the step, what is
+# sent puts the training's own generators back; where somebody else scores, it is the evaluation.
+Training = Generator[Step | Scoring, Callable[[], None] | Evaluation | None, T]
 
 
 def to_the_end(training: Training[T]) -> T:
@@ -167,7 +168,7 @@ def fit_stepwise(
     folder: Path,
     observer: Observer,
 ) -> Training[Fitted]:
-    """`fit`, which gives way before each step."""
+    """`fit`, which gives way before each step and each evaluation."""
     options = config.training_params
     train = Batches(
         data.train, config.batch_size, runtime.device, config.seed, curriculum_epochs=options.curriculum * config.epochs
@@ -202,6 +203,7 @@ def fit_stepwise(
                 micro_batches = [train.take(rows) for rows in order[first : first + every]]
                 step = Step(model, micro_batches, optimizer, config, runtime, meter)
                 own_generators = yield step
+                assert not isinstance(own_generators, Evaluation)
                 if own_generators is None:
                     take(step)
                 schedule.step()
@@ -218,7 +220,9 @@ def fit_stepwise(
                 if epoch_ends or state.step % options.log_every == 0 or due or request.signal:
                     _report(observer, meter, state.step, float(schedule.get_last_lr()[0]))
                 if epoch_ends:
-                    evaluation = _evaluate(scored, validation, data.num_classes, runtime)
+                    scoring = Scoring(scored, validation, data.num_classes, runtime)
+                    given = None if average is not None else (yield scoring)
+                    evaluation = given if isinstance(given, Evaluation) else _evaluated(scoring)
                     _check_finite("validation loss", evaluation.loss, state.step)
                     metrics = watch.epoch_end(epoch + 1, scored, evaluation, state.reports)
                     observer.epoch_end(state.step, evaluation, metrics)
@@ -233,14 +237,14 @@ def fit_stepwise(
                     raise Interrupted(stop, state.step)
     state.seconds = time.perf_counter() - started
     if evaluation is None:  # nothing was left to train
-        evaluation = _evaluate(scored, validation, data.num_classes, runtime)
+        evaluation = _evaluated(Scoring(scored, validation, data.num_classes, runtime))
     return state, scored, evaluation
 
 
-def _evaluate(model: EvaluableModel, validation: Batches, num_classes: int, runtime: Runtime) -> Evaluation:
-    with runtime.autocast():
-        model.calibrate(validation)
-    return evaluate(model, validation, num_classes, runtime)
+def _evaluated(scoring: Scoring) -> Evaluation:
+    with scoring.runtime.autocast():
+        scoring.model.calibrate(scoring.batches)
+    return evaluate(*scoring)
 
 
 def take(step: Step) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -28,6 +29,7 @@ from research_eval.layers.kernels import EPSILON
 from research_eval.layers.stacked import Dropout, StackedLayerNorm, StackedLinear
 from research_eval.models.base_model import logits_of
 from research_eval.training.checkpoint import generator_states, restore_generators
+from research_eval.training.evaluate import Evaluation, Scoring, evaluate, evaluation_of, rows_of
 from research_eval.training.fit import Meter, Step, Training, step_loss, take
 
 log = logging.getLogger(__name__)
@@ -192,6 +194,7 @@ class Stack:
             ]
         )
         self._optimizer.state.update(state)
+        self._scores_alike: bool | None = None  # not known yet
 
     def _share(self, parts: Sequence[nn.Parameter]) -> dict[str, Any]:
         """The moments of all seeds, of which those of each become views; they have one count of steps."""
@@ -213,8 +216,7 @@ class Stack:
     def _gradients(self, steps: Sequence[Step]) -> None:
         """Those of each seed's loss, and clipped as its own."""
         for batches in zip(*(step.micro_batches for step in steps), strict=True):
-            ids, keep, labels = (torch.cat(parts) for parts in list(zip(*batches, strict=True))[:3])
-            logits = logits_of(self._model, Batch(ids, keep, labels, num_tokens=ids.numel()))
+            logits = logits_of(self._model, _joined(batches))
             parts = zip(steps, batches, logits.split(len(batches[0].labels)), strict=True)
             torch.stack([step_loss(step, batch, logits_BC) for step, batch, logits_BC in parts]).sum().backward()
         limit = steps[0].config.optimizer_params.grad_clip_norm
@@ -240,21 +242,55 @@ class Stack:
         for parameter in (*self._parameters, *(part for _, parts in self._apart for part in parts)):
             parameter.grad = None
 
+    def score(self, scorings: Sequence[Scoring]) -> list[Evaluation]:
+        """What `evaluate` gives for each of them; the first time found out by both ways."""
+        batches = [list(scoring.batches) for scoring in scorings]
+        if self._scores_alike is False or not _same_shapes(batches):
+            return [evaluate(*scoring) for scoring in scorings]
+        together = self._scored(batches, scorings[0].num_classes)
+        if self._scores_alike is None:
+            alone = [evaluate(*scoring) for scoring in scorings]
+            pairs = zip(together, alone, strict=True)
+            self._scores_alike = all(np.array_equal(one.losses_N, other.losses_N) for one, other in pairs)
+            return alone
+        return together
+
+    @torch.no_grad()
+    def _scored(self, batches: Sequence[Sequence[Batch]], num_classes: int) -> list[Evaluation]:
+        self._model.eval()
+        scores = []
+        for parts in zip(*batches, strict=True):
+            batch = _joined(parts)
+            logits = logits_of(self._model, batch).float()
+            losses = F.cross_entropy(logits, batch.labels, reduction="none")
+            scores.append([each.view(len(parts), -1) for each in (batch.labels, logits.argmax(-1), losses)])
+        self._model.train()
+        truth_SN, guess_SN, losses_SN = (torch.cat(parts, 1) for parts in zip(*scores, strict=True))
+        rows = [np.concatenate([rows_of(batch) for batch in of_seed]) for of_seed in batches]
+        seeds = zip(truth_SN, guess_SN, losses_SN, rows, strict=True)
+        return [evaluation_of(*of_seed, num_classes) for of_seed in seeds]
+
+
+def _joined(batches: Sequence[Batch]) -> Batch:
+    """Those of all seeds, without padding, one behind the other."""
+    ids, keep, labels = (torch.cat(parts) for parts in list(zip(*batches, strict=True))[:3])
+    return Batch(ids, keep, labels, num_tokens=ids.numel())
+
 
 class _Lane(Generic[T]):
     """One of the trainings, with the generators that it would draw from if it were alone."""
 
     def __init__(self, training: Training[T]) -> None:
-        self.step: Step | None = None  # the next one
+        self.due: Step | Scoring | None = None  # what comes next
         self.result: T | None = None
         self.error: Exception | None = None
         self.generator = torch.Generator()
         self._training = training
 
-    def _advance(self, go: Callable[[], Step]) -> None:
-        self.step = None
+    def _advance(self, go: Callable[[], Step | Scoring]) -> None:
+        self.due = None
         try:
-            self.step = go()
+            self.due = go()
         except StopIteration as end:
             self.result = end.value
         except Exception as problem:
@@ -272,17 +308,17 @@ class _Lane(Generic[T]):
         self._advance(partial(next, self._training))
         self._leave()
 
-    def take(self) -> None:
-        """The step, by itself."""
+    def go_on(self, evaluation: Evaluation | None = None) -> None:
+        """By itself, but for the evaluation where it is given."""
         self._enter()
-        self._advance(partial(next, self._training))
+        self._advance(partial(self._training.send, evaluation))
         self._leave()
 
     def finish(self) -> None:
-        """All steps that are left, by itself."""
-        if self.step is not None:
+        """All that is left, by itself."""
+        if self.due is not None:
             self._enter()
-        while self.step is not None:
+        while self.due is not None:
             self._advance(partial(next, self._training))
 
     def taken(self) -> None:
@@ -299,7 +335,7 @@ class _Lane(Generic[T]):
             self._leave()
 
     def fail(self, problem: BaseException) -> None:
-        """The step has gone wrong in the stack."""
+        """What was due has gone wrong in the stack."""
         self._enter()
         self._advance(partial(self._training.throw, problem))
 
@@ -314,7 +350,7 @@ def side_by_side(trainings: Iterable[Training[T]]) -> Iterator[list[T]]:
     while waiting:
         lanes = [_Lane(waiting.popleft())]
         lanes[0].start()
-        if _may_stack(lanes[0].step):
+        if _may_stack(lanes[0].due):
             lanes += [_Lane(waiting.popleft()) for _ in range(min(len(waiting), MAX_SEEDS - 1))]
             for lane in lanes[1:]:
                 lane.start()
@@ -327,9 +363,9 @@ def side_by_side(trainings: Iterable[Training[T]]) -> Iterator[list[T]]:
         yield [cast(T, lane.result) for lane in lanes]
 
 
-def _may_stack(step: Step | None) -> bool:
+def _may_stack(step: Step | Scoring | None) -> bool:
     return (
-        step is not None
+        isinstance(step, Step)
         and step.model.stackable
         and all(map(_is_known, step.model.modules()))
         and step.runtime.device.type == "cpu"
@@ -351,26 +387,36 @@ def _is_known(module: nn.Module) -> bool:
 def _take_together(lanes: Sequence[_Lane[T]]) -> None:
     """The steps of all as one, until some differ in shape or the stack does not pay."""
     for lane in lanes:
-        if lane.step is not None:
-            lane.take()  # the moments of an optimiser begin with its first step
+        if lane.due is not None:
+            lane.go_on()  # the moments of an optimiser begin with its first step
     stack: Stack | None = None
     tried = False
-    while True:
-        live = [lane for lane in lanes if lane.step is not None]
-        steps = [lane.step for lane in live if lane.step is not None]
-        if len(live) < 2 or not _alike(steps) or not (tried or _pays(steps, [lane.generator for lane in live])):
+    while len(live := [lane for lane in lanes if lane.due is not None]) > 1:
+        steps = [lane.due for lane in live if isinstance(lane.due, Step)]
+        scorings = [lane.due for lane in live if isinstance(lane.due, Scoring)]
+        if steps and (scorings or not _alike(steps)):
             break
-        tried = True
-        stack = stack or Stack(steps, [lane.generator for lane in live])
+        if steps and stack is None:
+            generators = [lane.generator for lane in live]
+            if not (tried or _pays(steps, generators)):
+                break
+            tried, stack = True, Stack(steps, generators)
+        evaluations: Sequence[Evaluation | None] = [None] * len(live)
         try:
-            stack.take(steps)
-        except BaseException as problem:  # each training is to meet it in its step
+            if stack is not None and steps:
+                stack.take(steps)
+            elif stack is not None:
+                evaluations = stack.score(scorings)
+        except BaseException as problem:  # each training is to meet it where it stands
             for lane in live:
                 lane.fail(problem)
             return
-        for lane in live:
-            lane.taken()
-        if any(lane.step is None for lane in live):
+        for lane, evaluation in zip(live, evaluations, strict=True):
+            if steps:
+                lane.taken()
+            else:
+                lane.go_on(evaluation)
+        if stack is not None and any(lane.due is None for lane in live):
             stack.release()
             stack = None
     if stack is not None:
@@ -378,10 +424,15 @@ def _take_together(lanes: Sequence[_Lane[T]]) -> None:
 
 
 def _alike(steps: Sequence[Step]) -> bool:
-    """Whether all have batches of the same shape, and none has padding."""
-    shapes = {tuple(batch.input_ids.shape for batch in step.micro_batches) for step in steps}
-    batches = (batch for step in steps for batch in step.micro_batches)
-    return len(shapes) == 1 and all(batch.num_tokens == batch.input_ids.numel() for batch in batches)
+    return _same_shapes([step.micro_batches for step in steps])
+
+
+def _same_shapes(batches: Sequence[Sequence[Batch]]) -> bool:
+    """Whether all seeds have batches of the same shape, and none has padding."""
+    shapes = {tuple(batch.input_ids.shape for batch in of_seed) for of_seed in batches}
+    return len(shapes) == 1 and all(
+        batch.num_tokens == batch.input_ids.numel() for of_seed in batches for batch in of_seed
+    )
 
 
 def _pays(steps: Sequence[Step], generators: Sequence[torch.Generator]) -> bool:
