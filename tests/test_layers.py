@@ -29,7 +29,7 @@ from research_eval.layers.experts import ExpertPool
 from research_eval.layers.kernels import Dispatch, Kernels, use_kernels
 from research_eval.layers.losses import cross_entropy
 from research_eval.layers.packing import Layout, Packing, attention_mask_for
-from research_eval.layers.stacked import Dropout, StackedLayerNorm, StackedLinear, weight_count
+from research_eval.layers.stacked import Dropout, StackedLayerNorm, StackedLinear, one_pass, weight_count
 from research_eval.layers.text import ClassificationHead, TokenEmbedding, masked_max, masked_mean
 from research_eval.models.moe import RoutedFeedForward
 from research_eval.registry import MODELS_MAP
@@ -228,6 +228,31 @@ def test_stacked_layer_norm_is_one_norm_per_row(seed: int, sizes: list[int], wid
     assert_same_map(layer, lambda x: layer(x, dispatch), slow, x)
     if len(sizes) == 1:
         assert_same_map(layer, lambda x: layer(x, Dispatch.single(len(x))), slow, x)
+
+
+def test_the_gradients_of_a_pass_are_those_of_all_its_uses_and_of_no_other_pass() -> None:
+    """Also where only a part of them is asked for first, and where a pass goes backward twice."""
+    layer, sizes = StackedLinear(3, 4, 4).double(), [2, 0, 3]  # the second is idle
+    scramble(layer)
+    x = torch.randn(5, 4).double().requires_grad_()
+    with one_pass(layer):
+        fast = layer(layer(x, dispatch_of(sizes)).sin(), dispatch_of(sizes)).square().sum()
+    slow = x
+    for function in (torch.sin, torch.square):
+        rows = [layer.weight[e] @ row + layer.bias[e] for row, e in zip(slow, experts_of(sizes), strict=True)]
+        slow = function(torch.stack(rows))
+    expected = torch.autograd.grad(slow.sum(), [x, layer.weight, layer.bias])
+    assert_close(torch.autograd.grad(fast, x, retain_graph=True)[0], expected[0])
+    for _ in range(2):
+        assert_close(torch.autograd.grad(fast, [x, layer.weight, layer.bias], retain_graph=True), expected)
+
+
+def test_frozen_experts_pass_gradients_on() -> None:
+    layer = StackedLinear(2, 3, 3).requires_grad_(False)
+    x = torch.randn(4, 3, requires_grad=True)
+    layer(x, dispatch_of([1, 3])).sum().backward()
+    assert_close(x.grad, layer.weight.sum(1)[experts_of([1, 3])])
+    assert layer.weight.grad is None
 
 
 def test_no_rows_at_all_pass_a_stacked_map() -> None:
