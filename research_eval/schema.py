@@ -167,7 +167,7 @@ class TrainingParams(_Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of the forward and backward pass; weights stay fp32."""
     compile: bool = False
-    """Compile the model with torch.compile."""
+    """Compile the model's blocks with torch.compile."""
     gradient_accumulation_steps: Count = 1
     """Batches whose gradients are averaged into one optimiser step."""
     label_smoothing: Share = 0.0

@@ -22,7 +22,7 @@ from research_eval.registry import MODELS_MAP
 from research_eval.schema import ExperimentConfig
 from research_eval.training import seeds
 from research_eval.training.checkpoint import load_tensors
-from research_eval.training.evaluate import Evaluation
+from research_eval.training.evaluate import Evaluation, Scoring
 from research_eval.training.fit import CHECKPOINT_FILE, MODEL_FILE, Step
 
 SEEDS = [3, 0, 5]
@@ -84,9 +84,9 @@ def _together(monkeypatch: pytest.MonkeyPatch) -> Together:
         seen.sizes.append(len(steps))
         take(self, steps)
 
-    def counted(self: seeds.Stack, *arguments: Any) -> list[Evaluation]:
+    def counted(self: seeds.Stack, scorings: Sequence[Scoring]) -> list[Evaluation] | None:
         seen.evaluations += 1
-        return scored(self, *arguments)
+        return scored(self, scorings)
 
     monkeypatch.setattr(seeds, "compare", compared)
     monkeypatch.setattr(seeds.Stack, "take", taken)
@@ -189,8 +189,8 @@ def test_a_stack_that_scores_otherwise_is_found_out(
 ) -> None:
     scored = seeds.Stack._scored
 
-    def wrong(self: seeds.Stack, *arguments: Any) -> list[Evaluation]:
-        return [replace(one, losses_N=one.losses_N + 1) for one in scored(self, *arguments)]
+    def wrong(self: seeds.Stack, scorings: Sequence[Scoring]) -> list[Evaluation]:
+        return [replace(one, losses_N=one.losses_N + 1) for one in scored(self, scorings) or []]
 
     monkeypatch.setattr(seeds.Stack, "_scored", wrong)
     configs = configs_of(epochs=3)

@@ -225,15 +225,15 @@ class RowNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, expert_R: Tensor, scale_ND: Tensor, shift_ND: Tensor) -> Tensor:
         one, zero = x.new_ones(x.shape[1]), x.new_zeros(x.shape[1])  # without them it takes twice as long
         normed, mean, rate = torch.native_layer_norm(x, x.shape[1:], one, zero, EPSILON)
-        ctx.save_for_backward(x, normed, mean, rate, expert_R, scale_ND)
+        ctx.save_for_backward(x, mean, rate, expert_R, scale_ND)
         return torch.addcmul(shift_ND.index_select(0, expert_R), normed, scale_ND.index_select(0, expert_R))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
-        x, normed, mean, rate, expert_R, scale_ND = ctx.saved_tensors
+        x, mean, rate, expert_R, scale_ND = ctx.saved_tensors
         to_shift = torch.zeros_like(scale_ND).index_add_(0, expert_R, gradient)
-        to_scale = torch.zeros_like(scale_ND).index_add_(0, expert_R, gradient * normed)
+        to_scale = torch.zeros_like(scale_ND).index_add_(0, expert_R, (x - mean).mul_(rate).mul_(gradient))
         to_normed = gradient * scale_ND.index_select(0, expert_R)
         to_x, _, _ = torch.ops.aten.native_layer_norm_backward(
             to_normed, x, x.shape[1:], mean, rate, None, None, [True, False, False]

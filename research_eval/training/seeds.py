@@ -215,6 +215,7 @@ class Stack:
 
     def _gradients(self, steps: Sequence[Step]) -> None:
         """Those of each seed's loss, and clipped as its own."""
+        self._model.train()
         for batches in zip(*(step.micro_batches for step in steps), strict=True):
             logits = logits_of(self._model, _joined(batches))
             parts = zip(steps, batches, logits.split(len(batches[0].labels)), strict=True)
@@ -244,31 +245,32 @@ class Stack:
 
     def score(self, scorings: Sequence[Scoring]) -> list[Evaluation]:
         """What `evaluate` gives for each of them; the first time found out by both ways."""
-        batches = [list(scoring.batches) for scoring in scorings]
-        if self._scores_alike is False or not _same_shapes(batches):
-            return [evaluate(*scoring) for scoring in scorings]
-        together = self._scored(batches, scorings[0].num_classes)
-        if self._scores_alike is None:
-            alone = [evaluate(*scoring) for scoring in scorings]
+        together = self._scored(scorings) if self._scores_alike is not False else None
+        if together is not None and self._scores_alike:
+            return together
+        alone = [evaluate(*scoring) for scoring in scorings]
+        if together is not None:
             pairs = zip(together, alone, strict=True)
             self._scores_alike = all(np.array_equal(one.losses_N, other.losses_N) for one, other in pairs)
-            return alone
-        return together
+        return alone
 
     @torch.no_grad()
-    def _scored(self, batches: Sequence[Sequence[Batch]], num_classes: int) -> list[Evaluation]:
+    def _scored(self, scorings: Sequence[Scoring]) -> list[Evaluation] | None:
+        """None where the batches of the seeds differ in shape or have padding."""
         self._model.eval()
-        scores = []
-        for parts in zip(*batches, strict=True):
-            batch = _joined(parts)
+        scores, rows = [], []
+        for batches in zip(*(scoring.batches for scoring in scorings), strict=True):
+            if not _same_shapes([[batch] for batch in batches]):
+                return None
+            batch = _joined(batches)
             logits = logits_of(self._model, batch).float()
             losses = F.cross_entropy(logits, batch.labels, reduction="none")
-            scores.append([each.view(len(parts), -1) for each in (batch.labels, logits.argmax(-1), losses)])
-        self._model.train()
+            scores.append([each.view(len(scorings), -1) for each in (batch.labels, logits.argmax(-1), losses)])
+            rows.append([rows_of(batch) for batch in batches])
         truth_SN, guess_SN, losses_SN = (torch.cat(parts, 1) for parts in zip(*scores, strict=True))
-        rows = [np.concatenate([rows_of(batch) for batch in of_seed]) for of_seed in batches]
-        seeds = zip(truth_SN, guess_SN, losses_SN, rows, strict=True)
-        return [evaluation_of(*of_seed, num_classes) for of_seed in seeds]
+        rows_SN = [np.concatenate(parts) for parts in zip(*rows, strict=True)]
+        seeds = zip(truth_SN, guess_SN, losses_SN, rows_SN, strict=True)
+        return [evaluation_of(*of_seed, scorings[0].num_classes) for of_seed in seeds]
 
 
 def _joined(batches: Sequence[Batch]) -> Batch:
