@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from research_eval.layers.kernels import applied
+
 
 class Assignments(NamedTuple):
     """Assignments sorted by expert: the first `sizes[0]` go to expert 0, and so on; of one in the tokens' order."""
@@ -31,12 +33,12 @@ class Assignments(NamedTuple):
 
     def rows(self, x_SD: Tensor) -> Tensor:
         """The token of each assignment, [R, D]."""
-        rows_RD: Tensor = _Rows.apply(x_SD, *self)  # type: ignore[no-untyped-call]
+        rows_RD: Tensor = applied(_Rows, x_SD, *self)
         return rows_RD
 
     def combined(self, y_RD: Tensor, weights_SK: Tensor) -> Tensor:
         """Per token the sum of its K rows, each times its weight, [S, D]."""
-        sums_SD: Tensor = _Combined.apply(y_RD, weights_SK.to(y_RD.dtype), *self)  # type: ignore[no-untyped-call]
+        sums_SD: Tensor = applied(_Combined, y_RD, weights_SK.to(y_RD.dtype), *self)
         return sums_SD
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from research_eval.errors import ConfigError
 from research_eval.layers.block import Block
-from research_eval.layers.kernels import Dispatch, RowDot, by_slices, for_rows, kernels_for
+from research_eval.layers.kernels import Dispatch, RowDot, applied, by_slices, for_rows, kernels_for
 from research_eval.layers.packing import Layout, Packing, Samples
 from research_eval.layers.routing import members
 from research_eval.layers.scan import ScanExpert, ScanSettings
@@ -157,7 +157,7 @@ class AdaptiveGate(Stacked):
             return F.linear(z, weight_D.unsqueeze(0), bias.unsqueeze(0))
         bias = for_rows(self.bias.unsqueeze(1), z, dispatch)
         if by_rows(z):
-            score: torch.Tensor = RowDot.apply(z, dispatch.experts_of(z), self.weight)  # type: ignore[no-untyped-call]
+            score: torch.Tensor = applied(RowDot, z, dispatch.experts_of(z), self.weight)
             return score + bias
         if kernels_for(z.device) != "grouped":
             return by_slices(self._scored, z, dispatch=dispatch)

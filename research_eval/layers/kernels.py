@@ -127,6 +127,20 @@ def by_slices(function: Callable[..., Tensor], *rows: Tensor, dispatch: Dispatch
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+class _Forgetful:
+    """What a forward pass gets for its context where no gradient is wanted."""
+
+    def save_for_backward(self, *_: Any) -> None:
+        pass
+
+
+def applied(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    """Its output. Where no gradient is wanted, without a node of the graph: that costs as much as a small operation."""
+    if torch.is_grad_enabled():
+        return function.apply(*arguments)
+    return function.forward(_Forgetful(), *arguments)
+
+
 class Uses:
     """A stack of weights [N, O, I] and biases [N, O] during one pass, and their gradient.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from research_eval.layers.kernels import kernels_for
+from research_eval.layers.kernels import applied, kernels_for
 from research_eval.layers.text import masked_mean
 
 MIN_GROUP = 8  # samples that attend together at least, and into how many grids a batch is cut at most
@@ -61,19 +61,19 @@ class _AddAt(torch.autograd.Function):
 
 def take(x_GF: Tensor, index_S: Tensor) -> Tensor:
     """Rows `index` of x; no row twice, so that the gradient is a copy and not a sum."""
-    rows: Tensor = _Take.apply(x_GF, index_S)  # type: ignore[no-untyped-call]
+    rows: Tensor = applied(_Take, x_GF, index_S)
     return rows
 
 
 def place(x_SF: Tensor, index_S: Tensor, num_rows: int) -> Tensor:
     """The opposite: row s of x becomes row `index[s]` of `num_rows`, zero elsewhere."""
-    rows: Tensor = _Place.apply(x_SF, index_S, num_rows)  # type: ignore[no-untyped-call]
+    rows: Tensor = applied(_Place, x_SF, index_S, num_rows)
     return rows
 
 
 def add_at(x_GF: Tensor, index_S: Tensor, change_SF: Tensor) -> Tensor:
     """x with `change` added to its rows `index`, none of which comes twice."""
-    rows: Tensor = _AddAt.apply(x_GF, index_S, change_SF)  # type: ignore[no-untyped-call]
+    rows: Tensor = applied(_AddAt, x_GF, index_S, change_SF)
     return rows
 
 

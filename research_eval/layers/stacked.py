@@ -20,6 +20,7 @@ from research_eval.layers.kernels import (
     RowNorm,
     SlicedLinear,
     Uses,
+    applied,
     by_slices,
     for_rows,
     grouped_linear,
@@ -101,7 +102,7 @@ class StackedLinear(Stacked):
         sizes = [size * tokens for size in dispatch.counts()]
         rows, experts = x.reshape(-1, x.shape[-1]), dispatch.experts_of(x, tokens)
         uses, token = self.kept("uses", self._uses)
-        out: torch.Tensor = SlicedLinear.apply(rows, sizes, experts, uses, token)  # type: ignore[no-untyped-call]
+        out: torch.Tensor = applied(SlicedLinear, rows, sizes, experts, uses, token)
         return out.view(*x.shape[:-1], out.shape[-1])
 
     def _uses(self) -> tuple[Uses, torch.Tensor]:
@@ -129,7 +130,7 @@ class StackedLayerNorm(Stacked):
         if not by_rows(x):
             return by_slices(self.forward, x, dispatch=dispatch)
         rows, experts = x.reshape(-1, x.shape[-1]), dispatch.experts_of(x, x.shape[1:-1].numel())
-        out: torch.Tensor = RowNorm.apply(rows, experts, self.scale, self.shift)  # type: ignore[no-untyped-call]
+        out: torch.Tensor = applied(RowNorm, rows, experts, self.scale, self.shift)
         return out.view(x.shape)
 
 
