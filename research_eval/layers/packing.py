@@ -16,7 +16,8 @@ from research_eval.layers.text import masked_mean
 
 MIN_GROUP = 8  # samples that attend together at least, and into how many grids a batch is cut at most
 MAX_GROUPS = 4
-LANES = 16  # numbers that a CPU takes at once
+# Numbers that a CPU takes at once.
+LANES = {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
 
 
 class _Take(torch.autograd.Function):
@@ -207,7 +208,7 @@ class Packing:
 
 
 def _cut_grids(lengths_R: Tensor) -> tuple[list[Grid], Tensor]:
-    """Grids of samples of similar length, each as long as its longest sample, and where each sample begins."""
+    """Grids of samples of similar length, as long as attention to the longest asks, and where each sample begins."""
     order_R = lengths_R.argsort(stable=True)
     size = max(MIN_GROUP, -(-len(lengths_R) // MAX_GROUPS))
     groups: dict[int, list[Tensor]] = {}
@@ -227,7 +228,7 @@ def _cut_grids(lengths_R: Tensor) -> tuple[list[Grid], Tensor]:
 
 
 def attended_length(length: int) -> int:
-    """On a CPU. What is left of a row of scores behind its last 16 is taken one by one, and costs 16 from 8 on."""
+    """On a CPU. What a row of scores has behind its last full vector is taken one by one; half a vector costs a whole."""
     return length + -length % LANES if length % LANES >= LANES // 2 else length
 
 

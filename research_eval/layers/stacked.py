@@ -75,7 +75,7 @@ def one_pass(module: nn.Module) -> Iterator[None]:
 
 
 def by_rows(x: torch.Tensor) -> bool:
-    """Whether weights are best chosen for each row: on a CPU, in fp32 and without an expert given."""
+    """Whether all experts are applied in one node of the graph: by the kernels of a CPU, outside autocast."""
     return kernels_for(x.device) == "slices" and not torch.is_autocast_enabled(x.device.type)
 
 
