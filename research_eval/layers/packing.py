@@ -228,7 +228,7 @@ def _cut_grids(lengths_R: Tensor) -> tuple[list[Grid], Tensor]:
 
 
 def attended_length(length: int) -> int:
-    """On a CPU. What a row of scores has behind its last full vector is taken one by one; half a vector costs a whole."""
+    """On a CPU. What a row of scores has behind its last full vector is taken one by one: half of one costs a whole."""
     return length + -length % LANES if length % LANES >= LANES // 2 else length
 
 

@@ -90,7 +90,7 @@ class _LayerNorm(nn.Module):
 
 
 class _Norm(torch.autograd.Function):
-    """Backward one seed at a time, because it sums over rows; quicker than `SlicedNorm`, as all have as many rows."""
+    """Backward one seed at a time, with the call of a single training, because it sums over rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale_SD: Tensor, shift_SD: Tensor) -> Tensor:
@@ -215,7 +215,8 @@ class Stack:
 
     def _gradients(self, steps: Sequence[Step]) -> None:
         """Those of each seed's loss, and clipped as its own."""
-        self._model.train()
+        if not self._model.training:
+            self._model.train()
         for batches in zip(*(step.micro_batches for step in steps), strict=True):
             logits = logits_of(self._model, _joined(batches))
             parts = zip(steps, batches, logits.split(len(batches[0].labels)), strict=True)
