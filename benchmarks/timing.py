@@ -20,8 +20,8 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 
-from research_eval.environment import environment_record
-from research_eval.schema import Kernels
+from research_eval.annotations import Kernels
+from research_eval.system.environment import environment_record
 from research_eval.training.runtime import Runtime
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -21,8 +21,8 @@ from unittest import mock
 from research_eval.db_utils import Store
 from research_eval.experiment import Journal, prepare, start_row
 from research_eval.models.base_model import EvaluableModel
-from research_eval.progress import Progress
 from research_eval.schema import ExperimentConfig, config_from_dict
+from research_eval.system.progress import Progress
 from research_eval.training.evaluate import Evaluation
 from research_eval.training.fit import fit
 from research_eval.training.trace import RoutingWatch

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from research_eval.errors import ConfigError
-from research_eval.untrusted import message, printable, steers
+from research_eval.system.untrusted import message, steers
+from research_eval.wording import printable
 
 MAX_WORD = 4096
 DB_HELP = "the results (default: $GOE_DB, else experiment_results.db)"

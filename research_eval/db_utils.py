@@ -42,7 +42,7 @@ from sqlalchemy.engine import URL, Connection, Dialect, make_url
 
 from research_eval.errors import ConfigError
 from research_eval.files import is_at_work, sync_folder
-from research_eval.untrusted import check_regular_file, user_path
+from research_eval.system.untrusted import check_regular_file, user_path
 
 log = logging.getLogger(__name__)
 

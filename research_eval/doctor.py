@@ -22,12 +22,12 @@ import filelock
 from packaging.requirements import Requirement
 from sqlalchemy.engine import make_url
 
-from research_eval.checksum import has_intact_checksum
 from research_eval.db_utils import SCHEMA_VERSION, Store, back_up, database_url
-from research_eval.environment import direct_requirements
 from research_eval.errors import ConfigError
 from research_eval.files import LOCK_FILE, RUNS_FOLDER, is_at_work, run_folder
 from research_eval.spool import CSV_FILE, merge_pending, waiting
+from research_eval.system.checksum import has_intact_checksum
+from research_eval.system.environment import direct_requirements
 
 log = logging.getLogger(__name__)
 

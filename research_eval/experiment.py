@@ -24,17 +24,18 @@ from research_eval.datasets.providers import load_splits
 from research_eval.datasets.regular import task_automaton
 from research_eval.datasets.token_data import Batches, DataSplits, TokenData
 from research_eval.db_utils import HistoryRow, Store, append_csv, normal_metrics
-from research_eval.environment import check_fits, environment_record
 from research_eval.errors import ConfigError
 from research_eval.files import LOCK_FILE, write_atomically
 from research_eval.files import RUNS_FOLDER as RUNS_FOLDER
 from research_eval.files import run_folder as run_folder
 from research_eval.layers.block import compile_blocks
 from research_eval.models.base_model import EvaluableModel, adapt
-from research_eval.progress import Progress
 from research_eval.registry import MODELS_MAP
-from research_eval.schema import ExperimentConfig, context_arguments, largest_of, without_draws
+from research_eval.schema import ExperimentConfig, context_arguments, without_draws
 from research_eval.spool import CSV_FILE, Ledger, Write, merge_pending, patiently
+from research_eval.system.environment import check_fits, environment_record
+from research_eval.system.progress import Progress
+from research_eval.system.untrusted import in_folder
 from research_eval.training.checkpoint import checkpoint_exists, load_tensors, load_weights, previous_checkpoint
 from research_eval.training.evaluate import Evaluation, evaluate, measure_flops, measure_latency
 from research_eval.training.fit import (
@@ -51,7 +52,7 @@ from research_eval.training.fit import (
 from research_eval.training.runtime import Runtime
 from research_eval.training.seeds import side_by_side
 from research_eval.training.trace import alarm_metrics, regret_metrics, routing_metrics
-from research_eval.untrusted import in_folder
+from research_eval.wording import largest_of
 
 log = logging.getLogger(__name__)
 

@@ -36,11 +36,12 @@ from sqlalchemy.engine import make_url
 from research_eval.analysis.study_trials import TrialRecord, best_of, own_trials, trial_records
 from research_eval.db_utils import RunFilter, Store, canonical_json, database_url, foreign_table
 from research_eval.errors import ConfigError
-from research_eval.progress import StudyProgress
 from research_eval.schema import config_from_dict
 from research_eval.search_space import Infeasible, known_values, random_pick
 from research_eval.seeding import derive_seed
 from research_eval.study_results import StudyFiles, write_csv_of, write_results
+from research_eval.system.progress import StudyProgress
+from research_eval.system.untrusted import stored_object
 from research_eval.trials import (
     MAX_DRAFTS,
     Outcome,
@@ -52,7 +53,6 @@ from research_eval.trials import (
     train_config,
     train_trial,
 )
-from research_eval.untrusted import stored_object
 
 log = logging.getLogger(__name__)
 

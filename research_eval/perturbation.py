@@ -13,16 +13,9 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from research_eval.annotations import Choice, Range
 from research_eval.registry import MODELS_MAP
-from research_eval.schema import (
-    MODEL_PROVIDED,
-    Choice,
-    ExperimentConfig,
-    Range,
-    fields_of,
-    signature_model,
-    spellings_of,
-)
+from research_eval.schema import MODEL_PROVIDED, ExperimentConfig, fields_of, signature_model, spellings_of
 from research_eval.search_space import SECTIONS, TOP_LEVEL, Parameter, SearchSpace, build_space, contains
 
 MOVES_PER_MAGNITUDE = 3.0  # a discrete value moves with this probability times the magnitude: 30% at 0.1

@@ -12,17 +12,19 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from tokenizers import Tokenizer
 
+from research_eval.annotations import Count, Natural
 from research_eval.datasets.text import LINE_BREAK, UNK, UNK_ID, encode_texts
 from research_eval.datasets.token_data import Batches, TokenData
 from research_eval.db_utils import Store
 from research_eval.errors import ConfigError
 from research_eval.experiment import check_model_fits, create_model, run_folder
 from research_eval.models.base_model import EvaluableModel, adapt, logits_of
-from research_eval.schema import Count, ExperimentConfig, Natural, config_from_dict
+from research_eval.schema import ExperimentConfig, config_from_dict
+from research_eval.system.untrusted import check_regular_file, in_folder, parse_json, read_limited
 from research_eval.training.checkpoint import load_tensors, load_weights
 from research_eval.training.fit import MODEL_FILE
 from research_eval.training.runtime import Runtime
-from research_eval.untrusted import check_regular_file, in_folder, parse_json, printable, read_limited
+from research_eval.wording import printable
 
 BATCH_SIZE = 64
 MAX_FILE_BYTES = 100_000_000

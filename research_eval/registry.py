@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import TypeVar
 
 from research_eval.errors import ConfigError
+from research_eval.wording import hint
 
 C = TypeVar("C", bound=type)
 
@@ -56,9 +56,7 @@ class Registry(MutableMapping[str, type]):
         """The class, or a ConfigError that lists the known names."""
         classes = self._discover()
         if name not in classes:
-            near = difflib.get_close_matches(name, classes, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(sorted(classes))}."
-            raise ConfigError(f"{self.field}: unknown {name!r}. {hint}")
+            raise ConfigError(f"{self.field}: unknown {name!r}.{hint(name, classes)}")
         return classes[name]
 
     def __setitem__(self, name: str, cls: type) -> None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import json
@@ -25,10 +24,24 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_jso
 from pydantic_core import CoreSchema, ErrorDetails, PydanticUndefined, to_jsonable_python
 from pydantic_core.core_schema import ModelField
 
+from research_eval.annotations import INT_MAX as INT_MAX
+from research_eval.annotations import Aka as Aka
+from research_eval.annotations import (
+    Choice,
+    Count,
+    Kernels,
+    Natural,
+    Positive,
+    Range,
+    Share,
+    Weight,
+    When,
+)
 from research_eval.errors import ConfigError
 from research_eval.files import MAX_NAME
 from research_eval.registry import MODELS_MAP, SYNTHETIC_DATASETS
-from research_eval.untrusted import printable, read_limited, steers
+from research_eval.system.untrusted import read_limited, steers
+from research_eval.wording import did_you_mean, hint, largest_of, shown
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +50,6 @@ MAX_DEPTH = 50
 MAX_TEXT = 4096  # characters of one string, which is what a path may have
 MAX_PARAMETERS = 10**11
 MAX_TENSORS = 10_000
-INT_MAX = 2**31 - 1  # what an INTEGER column holds in every database
 
 MODEL_PROVIDED = frozenset({"vocab_size", "num_classes", "padding_idx", "max_length", "device"})
 MAX_TASK_SIZE = 100_000  # of a task's own sizes: moduli, symbols, tables; its samples have their memory checked
@@ -45,57 +57,6 @@ SYNTHETIC_PROVIDED = frozenset({"seed"})
 TEXT_PROVIDED = frozenset({"dataset_name"})
 
 Location = tuple[str | int, ...]  # ("model_params", "embed_dim")
-
-
-# ------------------------------------------------------------------------------- words for constructor signatures
-
-
-class Aka:
-    """Other accepted spellings of a parameter: `num_experts: Annotated[Count, Aka("num_experts_per_layer")]`."""
-
-    def __init__(self, *names: str) -> None:
-        self.names = names
-
-
-class Choice:
-    """The values that a study tries: `embed_dim: Annotated[Count, Choice(32, 64, 128)]`."""
-
-    def __init__(self, *values: Any) -> None:
-        self.values = values
-
-
-class Range:
-    """The interval that a study searches, both ends included; whole numbers where the parameter is an int.
-
-    `upto` names parameters of the same section whose product is an upper bound too.
-    """
-
-    def __init__(
-        self, low: float, high: float, *, log: bool = False, step: float | None = None, upto: tuple[str, ...] = ()
-    ) -> None:
-        self.low, self.high, self.log, self.step, self.upto = low, high, log, step, upto
-
-
-class Divides:
-    """Only values that divide another parameter of the section are tried."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-class When:
-    """Searched only where another parameter of the section has one of these values."""
-
-    def __init__(self, name: str, *values: Any) -> None:
-        self.name, self.values = name, values
-
-
-Count = Annotated[int, Field(ge=1, le=INT_MAX)]
-Natural = Annotated[int, Field(ge=0, le=INT_MAX)]
-Steps = Annotated[int, Field(ge=1, le=10_000)]  # one after the other
-Share = Annotated[float, Field(ge=0, lt=1)]
-Weight = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
 
 
 # ----------------------------------------------------------------------------------------------- the file's sections
@@ -154,9 +115,6 @@ def _known_device(device: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", device):
         raise ValueError("expected auto, cpu, cuda, cuda:N or mps")
     return device
-
-
-Kernels = Literal["auto", "plain", "slices", "grouped"]  # what they are: layers/kernels.py
 
 
 class TrainingParams(_Section):
@@ -405,20 +363,6 @@ class _Source:
 # ------------------------------------------------------------------------------------------------- errors in words
 
 
-def _shown(value: Any) -> str:
-    """A value for a message: JSON, shortened."""
-    text = printable(json.dumps(value, ensure_ascii=False, default=repr))
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def hint(name: str, known: Iterable[str]) -> str:
-    """What to write instead of an unknown name: the nearest known one, else all of them; begins with a blank."""
-    near = difflib.get_close_matches(name, known := sorted(known), n=1)
-    if near:
-        return f" Did you mean {near[0]!r}?"
-    return f" Known: {', '.join(known)}." if known else ""
-
-
 _EXPECTED = {
     "int_type": "expected int",
     "int_parsing": "expected int",
@@ -513,8 +457,8 @@ class _Report:
             words = " or ".join(dict.fromkeys(map(_in_words, details)))
             value = details[0]["input"]
             choices = re.findall(r"'([^']*)'", words)
-            near = difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) else []
-            self.add(path, f"{words}, got {_shown(value)}." + (f" Did you mean {near[0]!r}?" if near else ""))
+            near = did_you_mean(value, choices) if isinstance(value, str) else ""
+            self.add(path, f"{words}, got {shown(value)}.{near}")
 
 
 def _keys_at(model: type[BaseModel], path: Iterable[str | int]) -> list[str]:
@@ -540,7 +484,7 @@ def load_json(path: str | Path) -> dict[str, Any]:
     reader = _Source(_read_text(path), str(path))
     data = reader.values()
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected an object {{...}}, got {_shown(data)}")
+        raise ConfigError(f"{path}: expected an object {{...}}, got {shown(data)}")
     lines, duplicates = reader.lines()
     report = _Report(str(path), lines)
     for location, message in duplicates:
@@ -566,7 +510,7 @@ def parse_config(text: str, source: str, overrides: Mapping[str, Any] | None = N
     reader = _Source(text, source)
     data = reader.values()
     if not isinstance(data, dict):
-        raise ConfigError(f"{source}: expected an object {{...}}, got {_shown(data)}")
+        raise ConfigError(f"{source}: expected an object {{...}}, got {shown(data)}")
     lines, duplicates = reader.lines()
     origins: dict[Location, int | str] = dict(lines)
     for key, value in (overrides or {}).items():
@@ -607,10 +551,10 @@ def _check_values(value: Any, path: Location, report: _Report) -> None:
         if len(value) > MAX_TEXT:
             report.add(path, f"expected at most {MAX_TEXT} characters, got {len(value)}")
         elif any(map(steers, value)):
-            report.add(path, f"control characters are not allowed, got {_shown(value)}")
+            report.add(path, f"control characters are not allowed, got {shown(value)}")
     elif isinstance(value, int) and not isinstance(value, bool) and abs(value) > INT_MAX:
         limit = f"<= {INT_MAX}" if value > 0 else f">= {-INT_MAX}"
-        report.add(path, f"must be {limit}, got {_shown(value)}.")
+        report.add(path, f"must be {limit}, got {shown(value)}.")
     elif len(path) > MAX_DEPTH:
         report.add(path[:2], f"nested deeper than {MAX_DEPTH} levels")
     elif isinstance(value, dict):
@@ -670,16 +614,6 @@ def _arguments(
     arguments |= checked.model_extra or {}
     # What JSON cannot hold stays with the constructor.
     return {name: value for name, value in arguments.items() if name in values or _json_text(value) is not None}
-
-
-def largest_of(sizes: Mapping[str, Any]) -> str:
-    """The three largest whole numbers, for a message: what to lower where a model does not fit.
-
-    >>> largest_of({"embed_dim": 10**9, "gated": True, "num_layers": 2})
-    'embed_dim=1000000000, num_layers=2'
-    """
-    whole = {name: value for name, value in sizes.items() if isinstance(value, int) and not isinstance(value, bool)}
-    return ", ".join(f"{name}={whole[name]}" for name in sorted(whole, key=lambda name: -whole[name])[:3])
 
 
 @contextmanager

@@ -19,22 +19,19 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from research_eval.annotations import Choice, Divides, Range, When
 from research_eval.errors import ConfigError
 from research_eval.registry import MODELS_MAP
 from research_eval.schema import (
     MODEL_PROVIDED,
-    Choice,
-    Divides,
     ExperimentConfig,
-    Range,
-    When,
     dataset_model,
     fields_of,
-    hint,
     load_json,
     signature_model,
     spellings_of,
 )
+from research_eval.wording import hint
 
 SECTIONS = ("dataset_params", "model_params", "optimizer_params", "scheduler_params", "training_params")
 TOP_LEVEL = ("batch_size",)

@@ -22,7 +22,7 @@ import filelock
 from research_eval.db_utils import HistoryRow, Store, StoreUnavailable, append_csv, normal_metrics
 from research_eval.errors import ConfigError
 from research_eval.files import LOCK_FILE, RUNS_FOLDER, run_folder, sync_folder
-from research_eval.untrusted import read_limited
+from research_eval.system.untrusted import read_limited
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from research_eval.commands import DB_HELP, add_flag, names_of
 from research_eval.errors import ConfigError
 from research_eval.files import file_stem
 from research_eval.metrics import DEFAULT_METRIC
-from research_eval.untrusted import printable
+from research_eval.wording import printable
 
 if TYPE_CHECKING:
     from research_eval.db_utils import RunFilter, Store

@@ -146,7 +146,7 @@ def _base(arguments: argparse.Namespace, whole: dict[str, int]) -> dict[str, Any
             params[parameter] = value if flag == "data_dir" else _at_least(flag, value, 1)
     if dataset_type == "real_world" and "data_dir" not in params:
         from research_eval.datasets.providers import REAL_WORLD_DATASETS
-        from research_eval.schema import hint
+        from research_eval.wording import hint
 
         if dataset_name not in REAL_WORLD_DATASETS:
             near = hint(dataset_name, [*REAL_WORLD_DATASETS, *SYNTHETIC_DATASETS])

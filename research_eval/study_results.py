@@ -20,7 +20,7 @@ from research_eval.analysis.study_trials import TrialRecord, best_of, own_trials
 from research_eval.db_utils import Store, csv_text
 from research_eval.errors import ConfigError
 from research_eval.files import file_stem, write_atomically
-from research_eval.untrusted import stored_object
+from research_eval.system.untrusted import stored_object
 
 if TYPE_CHECKING:
     import optuna

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from research_eval.commands import DB_HELP, add_flag, guarded, parse_or_suggest
 from research_eval.errors import ConfigError
 from research_eval.metrics import DEFAULT_METRIC
-from research_eval.untrusted import printable
+from research_eval.wording import printable
 
 if TYPE_CHECKING:
     from research_eval.suggestion import Suggestion

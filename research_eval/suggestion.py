@@ -25,16 +25,18 @@ import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from research_eval.analysis.runs import OPERATIONAL
+from research_eval.annotations import INT_MAX, Range
 from research_eval.db_utils import RunRow, Store, canonical_json
 from research_eval.errors import ConfigError
 from research_eval.files import file_stem, write_atomically
 from research_eval.metrics import DEFAULT_METRIC, check_selectable, direction
 from research_eval.perturbation import Config, Space, is_number, perturbed, rounded, space_around, values_of, widened
-from research_eval.schema import INT_MAX, ExperimentConfig, Range, config_from_dict, hint
+from research_eval.schema import ExperimentConfig, config_from_dict
 from research_eval.search_space import Infeasible
 from research_eval.seeding import derive_seed
 from research_eval.store_tools import Change, changes, check_metric
-from research_eval.untrusted import stored_object
+from research_eval.system.untrusted import stored_object
+from research_eval.wording import hint
 
 if TYPE_CHECKING:
     import optuna

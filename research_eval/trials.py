@@ -26,10 +26,10 @@ from research_eval.metrics import DEFAULT_METRIC, Direction, direction
 from research_eval.schema import ExperimentConfig, config_from_dict
 from research_eval.search_space import Infeasible, SearchSpace, contains
 from research_eval.seeding import derive_seed
+from research_eval.system.untrusted import stored_object
 from research_eval.training.checkpoint import delete_checkpoint
 from research_eval.training.evaluate import measure_flops, measure_latency
 from research_eval.training.fit import CHECKPOINT_FILE, Pruned
-from research_eval.untrusted import stored_object
 
 log = logging.getLogger(__name__)
 

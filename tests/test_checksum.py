@@ -10,8 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from research_eval.checksum import KEY, ZEROS, has_intact_checksum
 from research_eval.errors import ConfigError
+from research_eval.system.checksum import KEY, ZEROS, has_intact_checksum
 from research_eval.training.checkpoint import load_tensors, save_tensors
 
 texts = st.text(max_size=8) | st.sampled_from([KEY, ZEROS, f'"{KEY}":"{ZEROS}"', "values"])

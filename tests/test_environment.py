@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import research_eval
-from research_eval import environment
-from research_eval.environment import environment_record
+from research_eval.system import environment
+from research_eval.system.environment import environment_record
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,7 +41,7 @@ def test_the_record_does_not_name_the_host(monkeypatch):
 
 def test_torch_is_asked_but_never_imported(monkeypatch):
     code = (
-        "import sys; from research_eval.environment import environment_record\n"
+        "import sys; from research_eval.system.environment import environment_record\n"
         "print(environment_record('cpu')['num_threads'], 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

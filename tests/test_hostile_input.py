@@ -37,7 +37,7 @@ from research_eval.datasets.text import TextDataset
 from research_eval.errors import ConfigError
 from research_eval.files import write_atomically
 from research_eval.schema import parse_config
-from research_eval.untrusted import MAX_LINE, in_folder, message, parse_json, printable, read_limited
+from research_eval.system.untrusted import MAX_LINE, in_folder, message, parse_json, printable, read_limited
 
 SLICE = {"config": 90, "command line": 14, "data": 6, "checkpoint": 7, "database": 24, "names": 12}  # every nth case
 ALWAYS = re.compile(

@@ -22,7 +22,7 @@ from research_eval.analysis.summary import summary_table as summary_table_of
 from research_eval.analysis.tables import interval_text, metric_text, printable, short_number
 from research_eval.files import file_stem
 from research_eval.metrics import direction
-from research_eval.untrusted import stored_object
+from research_eval.system.untrusted import stored_object
 
 if TYPE_CHECKING:
     from research_eval.db_utils import Store

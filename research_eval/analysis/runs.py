@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from research_eval.metrics import direction
-from research_eval.untrusted import stored_object
+from research_eval.system.untrusted import stored_object
 
 if TYPE_CHECKING:
     from research_eval.db_utils import RunRow, Store

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from research_eval.datasets.token_data import TokenData
-from research_eval.environment import check_fits
 from research_eval.errors import ConfigError
+from research_eval.system.environment import check_fits
 
 
 @contextmanager

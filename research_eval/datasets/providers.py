@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from research_eval.datasets.text import TEXT_FIELDS, TextDataset, TextSource
 from research_eval.datasets.token_data import Batches, DataSplits
 from research_eval.errors import ConfigError
 from research_eval.registry import SYNTHETIC_DATASETS
-from research_eval.schema import largest_of
+from research_eval.wording import hint, largest_of
 
 __all__ = [
     "REAL_WORLD_DATASETS",
@@ -41,10 +40,9 @@ def load_splits(dataset_type: str, dataset_name: str, dataset_params: dict[str, 
         raise ConfigError(f"dataset_type: expected 'synthetic' or 'real_world', got {dataset_type!r}")
     own_files = dataset_params.get("data_dir") or dataset_params.get("sources")
     if dataset_name not in REAL_WORLD_DATASETS and not own_files:
-        near = difflib.get_close_matches(dataset_name, REAL_WORLD_DATASETS, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(sorted(REAL_WORLD_DATASETS))}."
+        near = hint(dataset_name, REAL_WORLD_DATASETS)
         raise ConfigError(
-            f"dataset_name: unknown {dataset_name!r}. {hint} A set of your own needs dataset_params.data_dir or "
+            f"dataset_name: unknown {dataset_name!r}.{near} A set of your own needs dataset_params.data_dir or "
             "sources, one from the hub an entry in REAL_WORLD_DATASETS."
         )
     return TextDataset(dataset_name=dataset_name, **dataset_params).splits(seed)

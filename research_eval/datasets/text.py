@@ -38,19 +38,19 @@ from pyarrow import json as jsonl
 from pydantic import Field
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from research_eval.annotations import Choice, Range
 from research_eval.datasets.token_data import DataSplits, TokenData
 from research_eval.errors import ConfigError
-from research_eval.schema import Choice, Range
 from research_eval.seeding import derive_seed
-from research_eval.untrusted import (
+from research_eval.system.untrusted import (
     MAX_JSON_DEPTH,
     check_regular_file,
     parse_json,
-    printable,
     read_limited,
     steers,
     user_path,
 )
+from research_eval.wording import printable
 
 log = logging.getLogger(__name__)
 

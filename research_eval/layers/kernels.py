@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from research_eval.schema import Kernels
+from research_eval.annotations import Kernels
 
 PER_DEVICE: dict[str, Kernels] = {"cpu": "slices", "cuda": "grouped"}  # of "auto"; "plain" elsewhere
 MIN_CHAIN = 80_000  # numbers that come out per expert

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from research_eval.annotations import Aka, Choice, Count, Divides, Natural, Positive, Range, Share, Steps, Weight, When
 from research_eval.layers.block import block_flops, feed_forward_width
 from research_eval.layers.experts import ExpertPool
 from research_eval.layers.routing import PathRecord, balance_loss, entropy, members
@@ -19,7 +20,6 @@ from research_eval.layers.stacked import one_pass
 from research_eval.layers.text import ClassificationHead, Pool, PositionalEncoding, TokenEmbedding, masked_mean
 from research_eval.models.base_model import AuxiliaryLoss, EvaluableModel, keep_mask, routed_parameters
 from research_eval.registry import MODELS_MAP
-from research_eval.schema import Aka, Choice, Count, Divides, Natural, Positive, Range, Share, Steps, Weight, When
 
 
 class GRURouter(nn.Module):

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from research_eval.annotations import Aka, Choice, Count, Divides, Natural, Positive, Range, Share, Steps, Weight, When
 from research_eval.datasets.token_data import Batch
 from research_eval.errors import ConfigError
 from research_eval.layers.block import block_flops, feed_forward_width
@@ -48,7 +49,6 @@ from research_eval.layers.text import (
 )
 from research_eval.models.base_model import AuxiliaryLoss, EvaluableModel, keep_mask, logits_of, routed_parameters
 from research_eval.registry import MODELS_MAP
-from research_eval.schema import Aka, Choice, Count, Divides, Natural, Positive, Range, Share, Steps, Weight, When
 
 MASKED = -1e9  # finite, so that entropy and its gradient stay finite
 LOAD_DECAY = 0.5  # of the running share of decisions per expert; a longer memory answers a collapse too late

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from research_eval.analysis.automaton import WalkerAutomaton
+from research_eval.annotations import Choice, Count, Range, Weight
 from research_eval.layers.scan import EdgePicker, Estimator, WalkerGraph
 from research_eval.layers.text import TokenEmbedding
 from research_eval.models.base_model import AuxiliaryLoss, EvaluableModel, keep_mask
 from research_eval.registry import MODELS_MAP
-from research_eval.schema import Choice, Count, Range, Weight
 
 
 @MODELS_MAP.register("goe_scan")

@@ -9,12 +9,12 @@ from typing import Annotated
 
 from torch import Tensor, nn
 
+from research_eval.annotations import Choice, Count, Divides, Natural, Positive, Range, Share, When
 from research_eval.layers.block import Block, block_flops, feed_forward_width
 from research_eval.layers.kernels import Dispatch
 from research_eval.layers.text import ClassificationHead, Pool, PositionalEncoding, TokenEmbedding
 from research_eval.models.base_model import EvaluableModel, keep_mask
 from research_eval.registry import MODELS_MAP
-from research_eval.schema import Choice, Count, Divides, Natural, Positive, Range, Share, When
 
 
 @MODELS_MAP.register("looped")

@@ -10,10 +10,10 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
+from research_eval.annotations import Choice, Count, Range, Share
 from research_eval.layers.text import ClassificationHead, TokenEmbedding
 from research_eval.models.base_model import EvaluableModel, keep_mask
 from research_eval.registry import MODELS_MAP
-from research_eval.schema import Choice, Count, Range, Share
 
 
 @MODELS_MAP.register("lstm")

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from research_eval.annotations import Aka, Choice, Count, Divides, Natural, Positive, Range, Share, Weight, When
 from research_eval.errors import ConfigError
 from research_eval.layers.assignments import Assignments
 from research_eval.layers.block import Attention, FeedForward, block_flops, feed_forward_width
@@ -21,7 +22,6 @@ from research_eval.layers.stacked import Dropout, StackedLayerNorm, one_pass, we
 from research_eval.layers.text import ClassificationHead, Pool, PositionalEncoding, TokenEmbedding
 from research_eval.models.base_model import AuxiliaryLoss, EvaluableModel, keep_mask, routed_parameters
 from research_eval.registry import MODELS_MAP
-from research_eval.schema import Aka, Choice, Count, Divides, Natural, Positive, Range, Share, Weight, When
 
 
 class RoutedFeedForward(nn.Module):

@@ -14,10 +14,10 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from research_eval import checksum
 from research_eval.errors import ConfigError
 from research_eval.files import write_atomically
-from research_eval.untrusted import check_regular_file, in_folder
+from research_eval.system import checksum
+from research_eval.system.untrusted import check_regular_file, in_folder
 
 log = logging.getLogger(__name__)
 

@@ -15,10 +15,11 @@ import torch
 from pydantic import ConfigDict, Field, TypeAdapter
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from research_eval.annotations import Natural
 from research_eval.datasets.token_data import Batch, Batches, DataSplits
 from research_eval.errors import ConfigError
 from research_eval.models.base_model import EvaluableModel, auxiliary_terms, logits_of
-from research_eval.schema import ExperimentConfig, Natural
+from research_eval.schema import ExperimentConfig
 from research_eval.training.checkpoint import (
     checkpoint_exists,
     flatten_optimizer,

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from research_eval.annotations import Kernels
 from research_eval.errors import ConfigError
 from research_eval.layers.kernels import set_kernels
-from research_eval.schema import Kernels
 from research_eval.seeding import derive_seed
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from research_eval.errors import ConfigError
+from research_eval.wording import printable as printable
+from research_eval.wording import shortened
 
 MAX_LINE = 2000  # characters of one line of a message
 MAX_LINES = 100
@@ -120,19 +122,10 @@ def steers(character: str) -> bool:
 _DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
-def printable(text: str) -> str:
-    r"""Text on one line of a terminal: what would steer the terminal is shown as its escape.
-
-    >>> print(printable("two" + chr(10) + "lines"))
-    two\nlines
-    """
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-
-
 def message(error: object) -> str:
     """An error for a terminal: its lines, each of them printable, none of them endless."""
     lines = [printable(line) for line in str(error).split("\n")]
-    lines = [line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}..." for line in lines]
+    lines = [shortened(line, MAX_LINE, "...") for line in lines]
     return "\n".join(
         lines if len(lines) <= MAX_LINES else [*lines[:MAX_LINES], f"... and {len(lines) - MAX_LINES} more"]
     )

@@ -17,7 +17,7 @@ import research_eval
 from research_eval.errors import ConfigError
 
 DISTRIBUTION = "graph-of-experts"
-SOURCE_ROOT = Path(__file__).resolve().parent.parent
+SOURCE_ROOT = Path(__file__).resolve().parent.parent.parent
 _GIT_SECONDS = 5.0
 
 
