@@ -24,6 +24,7 @@ from peer_models import Shape
 from timing import NOT_MEASURED, Contestant, Row, Settings, argument_parser, installed, report
 from torch.nn import functional as F
 
+from research_eval.layers.settings import EncoderSettings
 from research_eval.models.dense import DenseTransformerClassifier
 
 CLASSES = 30_000
@@ -66,7 +67,8 @@ def loss_alone(ours: bool) -> Step:
 
     def build(settings: Settings) -> Contestant:
         rows, classes = logits_shape(settings)
-        model = DenseTransformerClassifier(vocab_size=4, num_classes=2, embed_dim=8, num_heads=1)
+        encoder = EncoderSettings(embed_dim=8, num_heads=1)
+        model = DenseTransformerClassifier(vocab_size=4, num_classes=2, encoder=encoder)
         logits_BC = torch.randn(rows, classes, device=settings.device, requires_grad=True)
         labels_B = torch.randint(classes, (rows,), device=settings.device)
 

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from research_eval.layers.block import Block as StackedBlock
+from research_eval.layers.path.balance import LOAD_DECAY
+from research_eval.layers.path.policy import LearnedPolicy
 from research_eval.layers.text import sinusoids
-from research_eval.models.goe_original import LOAD_DECAY, GoEOriginalClassifier
+from research_eval.models.goe_original import GoEOriginalClassifier
 from research_eval.registry import MODELS_MAP
 
 Attend = Literal["matmul", "sdpa"]
-UNUSED = ("progress", "threshold", "reward")  # of the model's state: of other modes
+UNUSED = ("progress", "value.reward.")  # of the model's state: of other modes
 
 
 class Attention(nn.Module):
@@ -141,16 +143,18 @@ class NaiveGoE(nn.Module):
 
     def __init__(self, model: GoEOriginalClassifier, attend: Attend = "matmul") -> None:
         super().__init__()
-        ours, router, block = model.state_dict(), model.router, model.experts.blocks[0]
-        if router is None or model.features is None or model.router_mode != "gate" or model.halt != "off":
+        ours, policy, block = model.state_dict(), model.policy, model.experts.blocks[0]
+        choice, balance = model.choice.settings, model.balance.settings
+        default = choice.router_mode == "gate" and model.halting.settings.halt == "off"
+        if not default or not isinstance(policy, LearnedPolicy) or policy.features is None:
             raise ValueError("the naive loop knows the default router of goe_original only")
-        width, steps, self.num_experts = model.embed_dim, model.max_path_len, model.num_experts
+        width, steps, self.num_experts = model.embed_dim, model.path.max_path_len, model.num_experts
         assert isinstance(block, StackedBlock)
         heads, inner = block.attention.num_heads, block.feed_forward.expand.weight.shape[1]
         dropout = block.dropout.p
-        self.width, self.max_visits, self.gate_scale = width, model.max_visits, model.gate_scale
-        self.balance_bias_rate = model.balance_bias_rate
-        self.diversity_loss_coef, self.z_loss_coef = model.diversity_loss_coef, model.z_loss_coef
+        self.width, self.max_visits, self.gate_scale = width, model.path.max_visits, choice.gate_scale
+        self.balance_bias_rate = balance.balance_bias_rate
+        self.diversity_loss_coef, self.z_loss_coef = balance.diversity_loss_coef, balance.z_loss_coef
         vocab_size = len(ours["embedding.token.weight"])
         table = nn.Embedding(vocab_size, width, padding_idx=model.padding_idx)
         self.embedding = nn.ModuleDict({"token": table, "norm": nn.LayerNorm(width)})
@@ -158,12 +162,12 @@ class NaiveGoE(nn.Module):
         self.experts = nn.ModuleList(
             Expert(len(model.experts.blocks), width, heads, inner, dropout, attend) for _ in range(self.num_experts)
         )
-        self.router = Router(width, ours["router.visits.weight"].shape[0], self.num_experts, steps)
+        self.router = Router(width, ours["policy.router.visits.weight"].shape[0], self.num_experts, steps)
         classes = nn.Linear(width, model.head.linear.out_features)
         self.head = nn.ModuleDict({"norm": nn.LayerNorm(width), "linear": classes})
-        self.features = nn.ParameterDict({"table_VD": nn.Parameter(ours["features.table_VD"].clone(), False)})
-        for name in ("balance_bias", "load"):
-            self.register_buffer(name, ours[name].clone())
+        self.features = nn.ParameterDict({"table_VD": nn.Parameter(ours["policy.features.table_VD"].clone(), False)})
+        self.register_buffer("balance_bias", ours["balance.bias"].clone())
+        self.register_buffer("load", ours["balance.load"].clone())
         self.register_buffer("counts", torch.zeros_like(self.load), persistent=False)
         self.auxiliary_loss = torch.zeros(())
         self.to(self.load.device)
@@ -176,7 +180,7 @@ class NaiveGoE(nn.Module):
                 if (source := our_name(name)) in left:
                     tensor.copy_(left[source][: tensor.numel()].view_as(tensor))
                     left[source] = left[source][tensor.numel() :]
-        rest = [name for name, tensor in left.items() if len(tensor) and name.split(".")[0] not in UNUSED]
+        rest = [name for name, tensor in left.items() if len(tensor) and not name.startswith(UNUSED)]
         assert not rest, f"the naive loop has no place for {', '.join(rest)}"
 
     def gradients(self) -> dict[str, Tensor]:
@@ -251,8 +255,12 @@ class NaiveGoE(nn.Module):
 
 def our_name(name: str) -> str:
     """Where `goe_original` keeps the values: experts and steps lie one behind the other in one parameter."""
+    if name in ("balance_bias", "load"):
+        return f"balance.{name.removeprefix('balance_')}"
+    if name.startswith(("router.", "features.")):
+        return "policy." + re.sub(r"^(router\.\w+)\.\d+\.", r"\1.", name)
     if not name.startswith("experts."):
-        return re.sub(r"^(router\.\w+)\.\d+\.", r"\1.", name)
+        return name
     name = re.sub(r"^experts\.\d+\.", "experts.", name).replace("experts.tag", "experts.gate.tag")
     return name.replace("norm.weight", "norm.scale").replace("norm.bias", "norm.shift")
 

@@ -18,8 +18,9 @@ import torch
 
 from research_eval.datasets.token_data import Batches, DataSplits, TokenData
 from research_eval.db_utils import Store
-from research_eval.experiment import Journal, prepare, start_row
+from research_eval.experiment import prepare
 from research_eval.models.base_model import EvaluableModel, auxiliary_terms
+from research_eval.runs.journal import Journal, start_row
 from research_eval.schema import ExperimentConfig, config_from_dict
 from research_eval.system.progress import Progress
 from research_eval.training.fit import fit

@@ -111,7 +111,7 @@ def language_model(
     def built() -> Contestant:
         torch.manual_seed(0)
         runtime = settings.runtime(precision)
-        module = build().to(runtime.device)
+        module = settings.placed(build())
         ids_BL = shape.ids(settings.device)
 
         def loss() -> Tensor:
@@ -204,20 +204,25 @@ def moe_layer(shape: tuple[int, int, int, int, int], kind: str, train: bool, set
             module = peer_models.gelu_experts(layer, kind.split()[1])
         elif kind != "ours":
             module = peer_models.swiglu_experts(layer)
-        module = module.to(runtime.device)
+        module = settings.placed(module)
         x_SD = torch.randn(tokens, width, device=runtime.device, requires_grad=train)
         gradient_SD = torch.randn_like(x_SD)
         x = x_SD if kind == "ours" else x_SD.unsqueeze(0)
 
+        def outputs() -> Tensor:
+            out = module(x)
+            outputs_SD: Tensor = out[0] if isinstance(out, tuple) else out  # ours gives its routing too
+            return outputs_SD
+
         def forward_backward() -> None:
             with runtime.autocast():
-                out = module(x)
+                out = outputs()
             out.backward(gradient_SD.view_as(out).to(out.dtype))
             module.zero_grad()
             x_SD.grad = None
 
         module.train(train)
-        return forward_backward if train else inference(module, lambda: module(x), runtime.autocast)
+        return forward_backward if train else inference(module, outputs, runtime.autocast)
 
     return built
 
@@ -233,7 +238,7 @@ def same_layers(shape: tuple[int, int, int, int, int]) -> None:
                 parameter.normal_()
         for implementation in ("grouped_mm", "eager"):
             peer = peer_models.gelu_experts(layer, implementation)
-            torch.testing.assert_close(layer(x_SD), peer(x_SD.unsqueeze(0))[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(layer(x_SD)[0], peer(x_SD.unsqueeze(0))[0], rtol=1e-4, atol=1e-5)
 
 
 def moe(settings: Settings) -> dict[str, list[Row]]:
@@ -289,7 +294,7 @@ def goe_model(shape: GoEShape, dropout: float) -> GoEOriginalClassifier:
 
 def idle_behind(model: GoEOriginalClassifier, busy: int) -> None:
     """No path leads to the experts behind so many."""
-    model.balance_bias[:, busy:] = -1e6
+    model.balance.bias[:, busy:] = -1e6
 
 
 def goe_contestant(
@@ -314,7 +319,7 @@ def goe_contestant(
         if busy is not None:
             idle_behind(model, busy)
         naive = None if attend is None else naive_goe.NaiveGoE(model, attend).to(runtime.device)
-        model = model.to(runtime.device)
+        model = settings.placed(model)
         ids_BL, keep_BL = (x.to(runtime.device) for x in naive_goe.padded_batch(shape[5], shape[4], padded))
         labels_B = torch.arange(len(ids_BL), device=runtime.device) % 4
         batch = Batch(ids_BL, keep_BL, labels_B, None, None, int(keep_BL.sum()))

@@ -26,9 +26,10 @@ from typing import Any
 
 from research_eval.db_utils import DB_FILE, Store
 from research_eval.experiment import run
-from research_eval.metrics import is_measured
 from research_eval.schema import ExperimentConfig, config_from_dict
-from research_eval.spool import CSV_FILE, PENDING_FOLDER
+from research_eval.store.csv_file import CSV_FILE
+from research_eval.store.metrics import is_measured
+from research_eval.store.pending import PENDING_FOLDER
 from research_eval.training.checkpoint import checkpoint_exists
 from research_eval.training.fit import CHECKPOINT_FILE
 

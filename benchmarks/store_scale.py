@@ -23,6 +23,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from research_eval.cli.runs import DEFAULT_COSTS, DEFAULT_LIMIT
 from research_eval.db_utils import (
     DB_FILE,
     HistoryRow,
@@ -36,10 +37,11 @@ from research_eval.db_utils import (
     history_runs,
     metrics_table,
 )
-from research_eval.experiment import new_id, run
+from research_eval.experiment import run
+from research_eval.runs.folder import new_id
 from research_eval.schema import config_from_dict
-from research_eval.store_commands import DEFAULT_LIMIT, DEFAULT_METRICS
-from research_eval.store_tools import find_runs
+from research_eval.store.find import find_runs
+from research_eval.store.metrics import DEFAULT_METRIC
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_TYPES = ("dense", "moe", "goe", "goe_original")
@@ -283,7 +285,7 @@ def measured(db: str, template: Template, arguments: argparse.Namespace) -> dict
 def listed(store: Store, options: dict[str, Any]) -> list[dict[str, Any]]:
     """What `goe runs` asks of the store."""
     options = {"wanted": RunFilter(), **options}
-    return find_runs(store, limit=DEFAULT_LIMIT, metrics=DEFAULT_METRICS, **options)
+    return find_runs(store, limit=DEFAULT_LIMIT, metrics=(DEFAULT_METRIC, *DEFAULT_COSTS), **options)
 
 
 def settle(db: str) -> None:

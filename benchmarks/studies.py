@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from research_eval.analysis.statistics import mean_interval
-from research_eval.analysis.study_trials import trial_records
 from research_eval.main import main as run_main
+from research_eval.studies.adapter import trial_records
 
 DATA = {
     "sampler": "--dataset_name addition --syn_num_samples 2000 --syn_seq_len 8 --syn_vocab_size 8 --model_types dense",

@@ -16,13 +16,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import torch
+from torch import nn
 
 from research_eval.annotations import Kernels
+from research_eval.layers.dispatch import Execution, set_execution
 from research_eval.system.environment import environment_record
-from research_eval.training.runtime import Runtime
+from research_eval.training.runtime import Runtime, choose_device
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NOT_MEASURED = "not measured"
@@ -30,6 +32,7 @@ MIN_CALL = 0.02  # seconds that a contestant runs per round at least
 MIN_ROUNDS = 3
 
 Contestant = Callable[[], object]
+M = TypeVar("M", bound=nn.Module)
 Row = dict[str, Any]
 
 
@@ -85,7 +88,12 @@ class Settings:
         return self.device == "cpu" or torch.cuda.is_available()
 
     def runtime(self, precision: str | None = None) -> Runtime:
-        return Runtime(self.device, precision or self.precision, self.threads, self.kernels, self.keep_memory)
+        return Runtime(self.device, precision or self.precision, self.threads, self.keep_memory)
+
+    def placed(self, module: M) -> M:
+        """The module on the device; what it has of our experts is executed by the kernels of the flags."""
+        set_execution(module, Execution(kernels=self.kernels))
+        return module.to(choose_device(self.device))
 
     def share(self, rows_left: int) -> float:
         """An equal part of the seconds that are left, for the next of the rows that are left."""

@@ -19,13 +19,14 @@ from typing import Any
 from unittest import mock
 
 from research_eval.db_utils import Store
-from research_eval.experiment import Journal, prepare, start_row
+from research_eval.experiment import prepare
 from research_eval.models.base_model import EvaluableModel
+from research_eval.runs.journal import Journal, start_row
 from research_eval.schema import ExperimentConfig, config_from_dict
 from research_eval.system.progress import Progress
 from research_eval.training.evaluate import Evaluation
 from research_eval.training.fit import fit
-from research_eval.training.trace import RoutingWatch
+from research_eval.training.routing_watch import RoutingWatch
 
 WAYS = ("bare", "watched", "traced")
 

@@ -1,4 +1,6 @@
-"""The one exception for what a user can mend."""
+"""The one exception for what a user can mend, and the number of the signal that an interruption stands for."""
+
+import signal
 
 
 class ConfigError(ValueError):
@@ -6,3 +8,8 @@ class ConfigError(ValueError):
 
     The message says where, what was given and what to do. Commands print it and exit with 2.
     """
+
+
+def signal_of(interruption: KeyboardInterrupt) -> int:
+    """The signal's number: the exception's argument if it has one, else that of Ctrl-C, for which Python gives none."""
+    return int(interruption.args[0]) if interruption.args else int(signal.SIGINT)

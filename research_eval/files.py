@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and names that are safe to be files."""
+"""Files that are either complete or absent, and names that are safe as file names."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ ID_LETTERS = frozenset(string.ascii_letters + string.digits + "-_")
 
 
 def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
-    """Write, fsync, rename: a reader sees the old file or the new one, never half of one.
+    """Write, fsync, rename: a reader sees the old file or the new one, never a part of one.
 
-    The old one stays under the name `previous`, where one is given: at every moment one of the two is there and whole.
+    If `previous` is given, the old file moves there. At every moment at least one of the two is complete.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)  # left by a crash, or a link that somebody put there
+    temporary.unlink(missing_ok=True)  # left by a crash, or a foreign link
     try:
         with temporary.open("xb") as file:
             file.write(content)
@@ -38,35 +38,35 @@ def write_atomically(path: Path, content: bytes, previous: Path | None = None) -
         sync_folder(path.parent)
     except OSError as error:
         if error.errno is not None:
-            error.filename = str(path)  # a full disk says so without a name, or with that of the temporary file
+            error.filename = str(path)  # the error may name no file or the temporary one
         raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk, as fsync does with the content of a file."""
+    """Write a folder's entries to the disk, as fsync does with the content of a file."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that has no such thing
+        if error.errno != errno.EINVAL:  # a file system that cannot sync folders
             raise
     finally:
         os.close(descriptor)
 
 
 def run_folder(experiment_id: str) -> Path:
-    """The folder of a run. Raises ConfigError for an id that is no plain name, as a foreign database may hold."""
+    """The folder of a run. Raises ConfigError for an unsafe id, which a foreign database may contain."""
     if not experiment_id or not set(experiment_id) <= ID_LETTERS:
         raise ConfigError(f"experiment id {experiment_id!r}: expected letters, digits, - and _ only")
     return RUNS_FOLDER / experiment_id
 
 
 def is_at_work(experiment_id: str) -> bool | None:
-    """Whether a process holds the run's folder; None where the folder is not below this working directory.
+    """Whether a process holds the run's folder; None if the folder is not below this working directory.
 
-    The operating system gives a lock back when its process dies, however it dies and whatever the clock says.
+    The operating system releases a lock when its process dies, whatever the cause.
     """
     if not experiment_id or not set(experiment_id) <= ID_LETTERS:
         return None
@@ -78,14 +78,14 @@ def is_at_work(experiment_id: str) -> bool | None:
             return False
     except filelock.Timeout:
         return True
-    except OSError:  # not ours to lock, as on a read-only disk
+    except OSError:  # locking is not possible, for example on a read-only disk
         return None
 
 
 def file_stem(name: str) -> str:
-    """A user's name as part of a file name: itself where it is letters, digits, `-`, `_` and inner dots.
+    """A user's name as part of a file name: unchanged if it has only letters, digits, `-`, `_` and inner dots.
 
-    Other characters become `_`, and a hash of the name keeps two such names apart.
+    Other characters become `_`. A hash of the name is then added, so that two such names stay different.
 
     >>> file_stem("my-study_1.5"), file_stem("../etc/passwd")
     ('my-study_1.5', '_._etc_passwd_7fef78f5')

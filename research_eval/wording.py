@@ -52,13 +52,18 @@ def shortened(text: str, length: int, mark: str = "…") -> str:
     return text if len(text) <= length else text[: length - len(mark)] + mark
 
 
-def printable(text: str) -> str:
+def printable(text: str, replacement: str | None = None) -> str:
     r"""The text on one line of a terminal: characters that would steer the terminal become their escapes.
+
+    With a `replacement`, that text takes the place of each such character, so that the length does not change.
 
     >>> print(printable("two" + chr(10) + "lines"))
     two\nlines
     """
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    return "".join(
+        letter if letter.isprintable() else ascii(letter)[1:-1] if replacement is None else replacement
+        for letter in text
+    )
 
 
 def shown(value: Any, length: int = 80) -> str:

@@ -6,6 +6,7 @@ B batch  L length  C classes
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import logging
@@ -24,8 +25,11 @@ import pytest
 import torch
 from torch import nn
 
+from research_eval.annotations import Kernels
 from research_eval.db_utils import DB_FILE, Store
 from research_eval.experiment import Journal, Result, run
+from research_eval.layers.dispatch import Execution, set_execution
+from research_eval.layers.path.halting import HaltingSettings
 from research_eval.models.base_model import EvaluableModel
 from research_eval.models.goe_original import GoEOriginalClassifier
 from research_eval.schema import ExperimentConfig, config_from_dict
@@ -181,7 +185,7 @@ def wake(model: EvaluableModel) -> EvaluableModel:
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and (below(name, "router") or below(name, "action_values")):
                 parameter.normal_(std=0.5)
-        if isinstance(model, GoEOriginalClassifier) and model.router is not None:
+        if isinstance(model, GoEOriginalClassifier) and model.policy.router is not None:
             stop_biases(model).fill_(4.0)
     return model.eval()
 
@@ -194,18 +198,41 @@ def below(name: str, module: str) -> bool:
 def stop_biases(model: EvaluableModel) -> torch.Tensor:
     """Those of the router of `goe_original`, one per step or one in all; a view."""
     assert isinstance(model, GoEOriginalClassifier)
-    assert model.router is not None
-    return model.router.policy.bias.view(model.router.num_copies, -1)[:, -1]
+    assert model.policy.router is not None
+    return model.policy.router.policy.bias.view(model.policy.router.num_copies, -1)[:, -1]
 
 
 def set_policy(model: EvaluableModel, probabilities: list[float]) -> None:
     """A router that gives all samples these probabilities (the last one stops) at every step."""
     assert isinstance(model, GoEOriginalClassifier)
-    assert model.router is not None
-    model.router.norm = None
+    assert model.policy.router is not None
+    model.policy.router.norm = None
     with torch.no_grad():
-        model.router.policy.weight.zero_()
-        model.router.policy.bias.copy_(torch.tensor(probabilities).log().repeat(model.router.num_copies))
+        model.policy.router.policy.weight.zero_()
+        model.policy.router.policy.bias.copy_(torch.tensor(probabilities).log().repeat(model.policy.router.num_copies))
+
+
+@contextlib.contextmanager
+def exactly(model: EvaluableModel, steps: int) -> Iterator[None]:
+    """Inside, the paths of `goe_original` have this many steps, and no halting rule ends them earlier."""
+    assert isinstance(model, GoEOriginalClassifier)
+    path, halting = model.path, model.halting
+    model.path = dataclasses.replace(path, max_path_len=steps, min_path_len=min(steps, path.min_path_len))
+    model.halting = HaltingSettings().rule(model.path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.balance, "count", lambda _: None)  # its rows belong to the steps, of which there are fewer
+        yield
+    model.path, model.halting = path, halting
+
+
+@contextlib.contextmanager
+def executed_with(model: nn.Module, kernels: Kernels) -> Iterator[None]:
+    """Inside, the experts of a model are executed by these kernels."""
+    set_execution(model, Execution(kernels=kernels))
+    try:
+        yield
+    finally:
+        set_execution(model, Execution())
 
 
 def loss_of(model: EvaluableModel, ids_BL: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:

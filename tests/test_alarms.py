@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from support import ROOT, history, run_in
 
-from research_eval.analysis.alarms import RULES, Circumstances, find_alarms
+from research_eval.routing.alarms import RULES, Circumstances, find_alarms
 from research_eval.schema import load_config
 
 SICK = sorted((ROOT / "examples" / "sick").glob("*.json"))

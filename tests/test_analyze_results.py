@@ -31,7 +31,8 @@ from research_eval.analysis.result_plots import draw_cost_plot
 from research_eval.analysis.runs import Group, Results, load_results, with_all_metrics
 from research_eval.analysis.summary import Options
 from research_eval.analysis.tables import Table, is_score, short_number
-from research_eval.analyze_results import add_arguments, main
+from research_eval.analyze_results import main
+from research_eval.cli.analyze import add_arguments
 from research_eval.db_utils import DB_FILE, STATUSES, HistoryRow, RunRow, Store, canonical_json
 from research_eval.schema import config_from_dict
 
@@ -654,12 +655,14 @@ def groups_of(scores: list[tuple[float, float]], models: tuple[str, ...] = ("den
 def test_plots_of_any_number_of_points(tmp_path: Path, number: int) -> None:
     rng = random.Random(0)
     results = groups_of([(rng.uniform(1e3, 1e6), rng.random()) for _ in range(number)])
-    assert draw_cost_plot(results, "param_count", 0.95, tmp_path / "a.png")
+    assert draw_cost_plot(results, "param_count", points.Score.of(results, "final_val_f1"), 0.95, tmp_path / "a.png")
     picture = image.imread(tmp_path / "a.png")
     assert 300 < picture.shape[0] < 1500
     assert picture.std() > 0.01
     assert (tmp_path / "a.svg").stat().st_size < 400_000, "a crowd is a picture inside"
-    assert not draw_cost_plot(results, "inference_latency_ms_batch", 0.95, tmp_path / "b.png")
+    assert not draw_cost_plot(
+        results, "inference_latency_ms_batch", points.Score.of(results, "final_val_f1"), 0.95, tmp_path / "b.png"
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"a.png", "a.svg"}
 
 
@@ -667,7 +670,7 @@ def test_equal_results_are_equal_files(tmp_path: Path) -> None:
     results = groups_of([(1e3, 0.5), (1e5, 0.9), (1e4, 0.4)])
     drawn = []
     for _ in range(2):
-        draw_cost_plot(results, "param_count", 0.95, tmp_path / "a.png")
+        draw_cost_plot(results, "param_count", points.Score.of(results, "final_val_f1"), 0.95, tmp_path / "a.png")
         drawn.append([(tmp_path / f"a{suffix}").read_bytes() for suffix in (".png", ".svg")])
     assert drawn[0] == drawn[1]
     assert b"<dc:date>" not in drawn[0][1]
@@ -681,7 +684,7 @@ def test_points_are_means_with_intervals_and_a_front(lab: Lab) -> None:
     lab.add(0.9, model="lstm", metrics={})
     results = lab.results("final_val_f1", "param_count")
     (task,) = results.tasks
-    found = points.points_of(results, task, "param_count", 0.95)
+    found = points.points_of(results, task, "param_count", points.Score.of(results, "final_val_f1"), 0.95)
     assert [(point.group.model_type, point.cost, point.on_front) for point in found] == [
         ("dense", 101.0, True),
         ("moe", 500.0, False),
@@ -894,3 +897,21 @@ def browse(page: Path, folder: Path) -> tuple[str, str, list[str]]:
     started = re.findall(r'"initiator":"([^"]*)".*"url":"((?!file:|data:)[^"]*)"', log.read_text())
     own = [url for initiator, url in started if initiator != "not an origin"]  # the others are the browser's errands
     return done.stdout, done.stderr, own
+
+
+def test_analysis_imports_the_store_and_what_lies_below_it() -> None:
+    allowed = {
+        "analysis",
+        "store",
+        "routing",
+        "registry",
+        "system",
+        "files",
+        "errors",
+        "wording",
+        "db_utils",
+        "metrics",
+    }
+    for path in (ROOT / "research_eval" / "analysis").glob("*.py"):
+        parts = set(re.findall(r"from research_eval\.(\w+)", path.read_text()))
+        assert parts <= allowed, path.name

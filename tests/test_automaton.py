@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import environment
 
-from research_eval.analysis.automaton import (
+from research_eval.routing.automaton import (
     NONE,
     Automaton,
     WalkerAutomaton,
@@ -201,5 +201,5 @@ def test_any_automaton_is_drawn(num_states: int, tmp_path: Path) -> None:
 
 
 def test_the_module_needs_no_torch() -> None:
-    code = "import sys, research_eval.analysis.automaton; raise SystemExit('torch' in sys.modules)"
+    code = "import sys, research_eval.routing.automaton; raise SystemExit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=environment(), check=False).returncode == 0

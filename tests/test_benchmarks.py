@@ -17,10 +17,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import ROOT, python
+from support import ROOT, executed_with, python
 from torch.nn import functional as F
-
-from research_eval.layers.kernels import use_kernels
 
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -63,7 +61,7 @@ def test_goe_original_and_the_naive_loop_are_the_same_function(
 ) -> None:
     model = naive_goe.goe_original(16, 24, num_experts, steps, num_heads=2, expert_layers=layers)
     batch = naive_goe.padded_batch(samples, length, padded)
-    with use_kernels(kernels):
+    with executed_with(model, kernels):
         found = naive_goe.check(model, *batch, torch.arange(samples) % 4)
     assert set(found) == {"logits", "loss", "gradients", "logits in evaluation"}
 
@@ -93,8 +91,8 @@ def test_both_balance_their_experts_alike() -> None:
         torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
         model.after_step(0.0)
         naive.after_step()
-    torch.testing.assert_close(model.balance_bias, naive.balance_bias)
-    assert model.balance_bias.any()
+    torch.testing.assert_close(model.balance.bias, naive.balance_bias)
+    assert model.balance.bias.any()
 
 
 @pytest.mark.parametrize(("padded", "share"), [(False, 1.0), (True, 0.5)])
@@ -243,11 +241,11 @@ def test_idle_experts_are_on_no_path() -> None:
     model = peers.goe_model((16, 32, 4, 3, 6, 64), 0.0).train()
     batch = naive_goe.padded_batch(64, 6, False)
     model(*batch)
-    assert model.counts[:, 2:].any()
+    assert model.balance.counts[:, 2:].any()
     model.after_step(0.5)
     peers.idle_behind(model, 2)
     model(*batch)
-    assert model.counts[:, :2].any() and not model.counts[:, 2:].any()
+    assert model.balance.counts[:, :2].any() and not model.balance.counts[:, 2:].any()
 
 
 def test_data_is_measured(answer: Answer) -> None:

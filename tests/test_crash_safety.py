@@ -27,18 +27,15 @@ import sqlalchemy as sa
 import torch
 from support import command, history, repeatable, results, run_in, small_config, write_config
 
-from research_eval import db_utils, spool
+from research_eval import db_utils
 from research_eval.db_utils import DB_FILE, HistoryRow, RunFilter, Store, append_csv
-from research_eval.experiment import CSV_FILE, Journal, Result, claimed_folder
+from research_eval.experiment import Journal, Result, claimed_folder
 from research_eval.main import cli, main
 from research_eval.schema import ExperimentConfig
-from research_eval.spool import PENDING_FOLDER
-from research_eval.training.checkpoint import (
-    checkpoint_exists,
-    delete_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from research_eval.store import connection, pending
+from research_eval.store.csv_file import CSV_FILE
+from research_eval.store.pending import PENDING_FOLDER
+from research_eval.training.checkpoint import checkpoint_exists, delete_checkpoint, load_checkpoint, save_checkpoint
 from research_eval.training.fit import CHECKPOINT_FILE
 
 CHANGES: dict[str, Any] = {
@@ -302,7 +299,7 @@ def run_on_a_small_disk(folder: Path, path: Path) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
 
     Journal.train_values = reporting  # type: ignore[method-assign]
-    spool.DELAYS = ()
+    pending.DELAYS = ()
     with contextlib.chdir(folder):
         ended = command(main, "--json_config_path", path, "--db", DB_FILE, "--quiet")
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -362,9 +359,9 @@ class Outage:
     """Somebody holds the database from one step on to another, both as seen by training."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, first: int, last: int | None) -> None:
-        monkeypatch.setattr(db_utils, "_BUSY_SECONDS", 0.01)
-        monkeypatch.setattr(spool, "DELAYS", (0.0, 0.0))
-        monkeypatch.setattr(spool, "RETRY_SECONDS", 0.0)
+        monkeypatch.setattr(connection, "BUSY_SECONDS", 0.01)
+        monkeypatch.setattr(pending, "DELAYS", (0.0, 0.0))
+        monkeypatch.setattr(pending, "RETRY_SECONDS", 0.0)
         self._file = folder / DB_FILE
         self._holder: sqlite3.Connection | None = None
         report = Journal.train_values
@@ -397,7 +394,7 @@ def test_training_goes_on_while_the_database_is_away(
         Outage(patch, tmp_path, first=2, last=5)
         end = run_in(tmp_path, CONFIG)
     assert end.status == "finished"
-    assert "database is locked. Training goes on; its results wait in runs/.pending/" in caplog.text
+    assert "database is locked. Training continues; its results wait in runs/.pending/" in caplog.text
     assert "the database answers again" in caplog.text
     finishes_exactly(tmp_path, whole)
 
@@ -438,8 +435,8 @@ def test_a_short_outage_leaves_nothing_behind(tmp_path: Path) -> None:
     pauses: list[float] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("time.sleep", pauses.append)
-        assert spool.patiently(action) == "done"
-    assert pauses == list(spool.DELAYS[:2]) and pauses[1] > pauses[0] > 0
+        assert pending.with_retries(action) == "done"
+    assert pauses == list(pending.DELAYS[:2]) and pauses[1] > pauses[0] > 0
 
 
 @pytest.mark.parametrize(
@@ -458,7 +455,7 @@ def test_what_no_run_has_left_is_left_alone(
         (PENDING_FOLDER / f"{name}.jsonl").write_bytes(content.encode("latin-1"))
     with Store(DB_FILE) as store:
         start(store, "known")
-        merged = spool.merge_pending(store)
+        merged = pending.merge_pending(store)
     assert (PENDING_FOLDER / "unknown.jsonl").exists() and (PENDING_FOLDER / "no id!.jsonl").exists()
     assert merged == (content == "[1, 2"), "a line that a crash has cut off is no line"
     assert ("known.jsonl: not results of a run" in caplog.text) is not bool(merged)
@@ -524,7 +521,7 @@ def hold_for_a_moment(folder: Path, held: Any) -> None:
 
 
 def test_readers_and_writers_do_not_wait_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(db_utils, "_BUSY_SECONDS", 0.0)
+    monkeypatch.setattr(connection, "BUSY_SECONDS", 0.0)
     with Store(str(tmp_path / DB_FILE)) as store:
         start(store, "a")
         with contextlib.closing(sqlite3.connect(tmp_path / DB_FILE, isolation_level=None, timeout=0)) as reader:

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,10 +21,14 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from support import results, run_in, small_config
 
 from research_eval import db_utils, init_db
 from research_eval.db_utils import HistoryRow, Store, append_csv, database_url
 from research_eval.errors import ConfigError
+from research_eval.store import connection, values
+from research_eval.store.csv_file import _cell
+from research_eval.store.migrate import MIGRATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC_TABLES = """
@@ -139,6 +144,21 @@ def test_a_metric_that_cannot_be_stored_changes_nothing(db):
             store.finish_experiment("run-1", {"x": 2.0, "routes": [object()]})
         assert store.metrics("run-1") == {"x": 1.0}
         assert store.experiment("run-1")["status"] == "running"
+
+
+def test_metrics_are_normalised_once_on_their_way_from_a_run_to_the_store(tmp_path, monkeypatch):
+    """Every metric once: not again for the file of pending writes, and not again by the store."""
+    count = Counter()
+    normal_metric = values._normal_metric
+
+    def counted(name, value):
+        count[name] += 1
+        return normal_metric(name, value)
+
+    monkeypatch.setattr(values, "_normal_metric", counted)
+    result = run_in(tmp_path, small_config(epochs=1))
+    with results(tmp_path) as store:
+        assert dict.fromkeys(store.metrics(result.experiment_id), 1) == count
 
 
 def same(left, right):
@@ -293,7 +313,7 @@ def test_names_that_look_like_sql_are_only_text(db):
 
 WRITER = """
 import sys
-from research_eval.db_utils import HistoryRow, Store
+from research_eval.db_utils import (HistoryRow, Store)
 from test_db_utils import start
 database, process = sys.argv[1:]
 with Store(database) as store:
@@ -381,8 +401,7 @@ def test_the_migrations_add_up_to_the_tables(db):
 
 
 def test_schema_version_is_the_newest_migration():
-    folder = Path(db_utils.__file__).parent / "migrations"
-    assert alembic.script.ScriptDirectory(str(folder)).get_current_head() == db_utils.SCHEMA_VERSION
+    assert alembic.script.ScriptDirectory(str(MIGRATIONS)).get_current_head() == db_utils.SCHEMA_VERSION
 
 
 def test_sqlite_columns_and_types_are_the_documented_ones(tmp_path):
@@ -571,6 +590,20 @@ def test_where_the_store_is(tmp_path, monkeypatch):
         assert database_url(f"{spelling}://u:p%40@h:5/d") == "postgresql+psycopg://u:p%40@h:5/d"
 
 
+def test_an_assignment_to_db_file_counts_everywhere(tmp_path, monkeypatch, capsys):
+    """`research_eval.store` must not import db_utils, whose variable users assign to."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GOE_DB", raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(db_utils, "DB_FILE", "mine.db")
+        assert database_url() == connection.database_url() == f"sqlite:///{tmp_path}/mine.db"
+        assert init_db.main([]) == 0
+        assert "mine.db" in capsys.readouterr().out and names_in(tmp_path) == ["mine.db", "mine.db.lock"]
+        with pytest.raises(ConfigError, match=r"is a directory. Give a file in it, such as .*mine\.db"):
+            Store(str(tmp_path))
+    assert database_url().endswith("/experiment_results.db")
+
+
 @pytest.mark.parametrize("name", ["a b.db", "50%20off.db", "what?.db", "c#4.db", "ü:@.db"])
 def test_any_file_name_works(tmp_path, name):
     with Store(str(tmp_path / name)) as store:
@@ -711,7 +744,7 @@ def test_whatever_is_appended_is_read_back(rows):
         for row in rows:
             append_csv(path, row)
         found = read_csv(path)
-    expected = [{str(db_utils._cell(name)): str(db_utils._cell(value)) for name, value in row.items()} for row in rows]
+    expected = [{str(_cell(name)): str(_cell(value)) for name, value in row.items()} for row in rows]
     names = {name for row in expected for name in row}
     assert found == [{name: row.get(name, "") for name in names} for row in expected]
 

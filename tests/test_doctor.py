@@ -20,11 +20,12 @@ import torch
 from support import Ended, command, python, run_in, small_config, stop_at
 from test_db_utils import postgresql_server  # noqa: F401 - a fixture
 
-from research_eval import db_utils, doctor
 from research_eval.db_utils import DB_FILE, HistoryRow, Store, back_up, database_url
 from research_eval.errors import ConfigError
 from research_eval.main import cli
-from research_eval.spool import PENDING_FOLDER
+from research_eval.store import backup, machine_checks
+from research_eval.store.migrate import MIGRATIONS
+from research_eval.store.pending import PENDING_FOLDER
 from research_eval.training.checkpoint import save_tensors
 
 POINTS = [HistoryRow(step, step / 2, name, step / 3) for step in range(4) for name in ("loss", "é")]
@@ -139,7 +140,7 @@ def test_a_dead_run_is_filed_as_interrupted_and_one_at_work_is_left_alone(health
 def test_a_run_that_is_resumed_in_the_last_moment_is_left_alone(healthy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Store() as store:
         folder = start(store, "dead")
-    monkeypatch.setattr(Store, "gone", lambda _: ["dead", "run-1"])
+    monkeypatch.setattr(Store, "dead_runs", lambda _: ["dead", "run-1"])
     with filelock.FileLock(folder / ".lock"):
         goe_doctor("--repair")
     assert raw("SELECT experiment_id, status FROM experiments ORDER BY 1") == [
@@ -214,7 +215,7 @@ def make_old(db: str, version: str = "0002") -> None:
     """A database as an earlier program left it, with a finished run."""
     engine = sa.create_engine(database_url(db))
     config = alembic.config.Config()
-    config.set_main_option("script_location", str(Path(db_utils.__file__).parent / "migrations"))
+    config.set_main_option("script_location", str(MIGRATIONS))
     with engine.begin() as connection:
         config.attributes["connection"] = connection
         alembic.command.upgrade(config, version)
@@ -292,7 +293,7 @@ def test_a_backup_overwrites_nothing_and_is_of_one_moment(healthy: Path, monkeyp
             return datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
     before = contents()
-    monkeypatch.setattr(db_utils, "datetime", Clock)
+    monkeypatch.setattr(backup, "datetime", Clock)
     path = Path(DB_FILE).absolute()
     first = back_up(path)
     with Store() as store:
@@ -350,9 +351,9 @@ def test_files_of_other_programs_and_servers_that_are_not_there() -> None:
 
 
 def test_missing_and_old_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor.packages().level == "ok"
-    monkeypatch.setattr(doctor, "direct_requirements", lambda: ["numpy>=99", "no-such-thing>=1", "pytest"])
-    found = doctor.packages()
+    assert machine_checks.packages().level == "ok"
+    monkeypatch.setattr(machine_checks, "direct_requirements", lambda: ["numpy>=99", "no-such-thing>=1", "pytest"])
+    found = machine_checks.packages()
     assert (
         found.level == "problem" and "numpy>=99 is needed" in found.text and "no-such-thing>=1 is missing" in found.text
     )
@@ -362,33 +363,33 @@ def test_missing_and_old_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_disk_space(free: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
-    assert doctor.disk_space().level == expected
+    assert machine_checks.disk_space().level == expected
 
 
 def test_permissions(healthy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor.permissions().level == "ok"
+    assert machine_checks.permissions().level == "ok"
     monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "runs")
-    found = doctor.permissions()
+    found = machine_checks.permissions()
     assert found.level == "problem" and found.text.startswith("runs cannot be written")
 
 
 def test_threads_and_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert doctor.threads().level == "ok"
+    assert machine_checks.threads().level == "ok"
     monkeypatch.setenv("OMP_NUM_THREADS", "100000")
-    assert doctor.threads().level == "warning"
+    assert machine_checks.threads().level == "warning"
     devices = [tmp_path / "nvidia0"]
     monkeypatch.setattr(Path, "glob", lambda _, pattern: iter(devices if pattern == "nvidia[0-9]*" else []))
     version = "2.13.0+cpu"
-    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda _: version)
-    assert doctor.gpu().level == "warning" and "cannot use them" in doctor.gpu().text
+    monkeypatch.setattr(machine_checks.importlib.metadata, "version", lambda _: version)
+    assert machine_checks.gpu().level == "warning" and "cannot use them" in machine_checks.gpu().text
     version = "2.13.0"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert doctor.gpu().level == "ok"
+    assert machine_checks.gpu().level == "ok"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert "hidden by" in doctor.gpu().text
+    assert "hidden by" in machine_checks.gpu().text
     devices.clear()
-    assert doctor.gpu().level == "ok"
+    assert machine_checks.gpu().level == "ok"
 
 
 # --- Data -------------------------------------------------------------------------------------------------------------

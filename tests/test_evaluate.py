@@ -62,24 +62,26 @@ def test_scores_are_those_of_scikit_learn(data: st.DataObject) -> None:
     evaluation = scored(logits_NC, labels, batch_size=data.draw(st.integers(1, 12)))
     guesses, every = logits_NC.argmax(1), list(range(num_classes))
 
-    np.testing.assert_array_equal(
-        evaluation.confusion_CC, sklearn_metrics.confusion_matrix(labels, guesses, labels=every)
-    )
-    assert evaluation.accuracy == pytest.approx(sklearn_metrics.accuracy_score(labels, guesses))
-    expected_f1 = sklearn_metrics.f1_score(labels, guesses, average="macro", zero_division=0)
-    assert evaluation.macro_f1 == pytest.approx(expected_f1)
+    assert evaluation.rows_N.tolist() == list(range(num_samples))
+    assert evaluation.correct_N is not None
+    np.testing.assert_array_equal(evaluation.correct_N, guesses == labels)
+    expected_accuracy = pytest.approx(sklearn_metrics.accuracy_score(labels, guesses))
+    assert evaluation.accuracy == expected_accuracy
+    expected_f1 = pytest.approx(sklearn_metrics.f1_score(labels, guesses, average="macro", zero_division=0))
+    assert evaluation.scores == {"acc": expected_accuracy, "f1": expected_f1}
     table = sklearn_metrics.precision_recall_fscore_support(labels, guesses, labels=every, zero_division=0)
     for name, column in zip(("precision", "recall", "f1", "support"), table, strict=True):
-        assert [row[name] for row in evaluation.per_class()] == pytest.approx(column)
+        assert evaluation.details[f"{name}_per_class"] == pytest.approx(column)
     shares_NC = torch.from_numpy(logits_NC).double().softmax(-1).numpy()
     expected_loss = -np.log(shares_NC[np.arange(num_samples), labels]).mean()
     assert evaluation.loss == pytest.approx(expected_loss, rel=1e-5)
 
 
 def test_labels_that_never_occur_do_not_count_in_macro_f1() -> None:
-    evaluation = Evaluation(0.0, np.array([[3, 0, 0], [0, 2, 0], [0, 0, 0]]))
-    assert evaluation.macro_f1 == evaluation.accuracy == 1.0
-    assert [row["support"] for row in evaluation.per_class()] == [3, 2, 0]
+    labels = np.array([0, 0, 0, 1, 1])
+    evaluation = scored(np.eye(3, dtype=np.float32)[labels], labels, batch_size=2)
+    assert evaluation.scores["f1"] == evaluation.accuracy == 1.0
+    assert evaluation.details["support_per_class"] == [3, 2, 0]
 
 
 def test_an_evaluation_runs_in_evaluation_mode_and_records_itself_alone() -> None:

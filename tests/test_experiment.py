@@ -33,18 +33,19 @@ from support import (
     write_config,
 )
 
-from research_eval.datasets.token_data import Batches
 from research_eval.db_utils import DB_FILE
 from research_eval.errors import ConfigError
-from research_eval.experiment import CSV_FILE, GRAPH_FILE, Journal, Result, prepare, run_folder
+from research_eval.experiment import Journal, Result, prepare
+from research_eval.files import run_folder
 from research_eval.main import main
 from research_eval.models.base_model import EvaluableModel
 from research_eval.registry import MODELS_MAP
+from research_eval.runs.pictures import GRAPH_FILE
 from research_eval.schema import ExperimentConfig, config_from_dict
+from research_eval.store.csv_file import CSV_FILE
 from research_eval.training.checkpoint import load_tensors
 from research_eval.training.evaluate import Evaluation, evaluate
 from research_eval.training.fit import CHECKPOINT_FILE, MODEL_FILE
-from research_eval.training.runtime import Runtime
 
 METRICS = {
     "final_val_loss",
@@ -83,7 +84,7 @@ LOAD_METRICS |= {"router_change", "expert_similarity", "alarms", "num_alarms"}
 PATH_METRICS |= {"step_entropy", "path_length_by_class"} | INFORMATION
 MODEL_METRICS = {
     "dense": set(),
-    "moe": LOAD_METRICS,
+    "moe": LOAD_METRICS | INFORMATION | {"transition_matrix", "step_transitions", "common_paths"},
     "goe": LOAD_METRICS | PATH_METRICS,
     "goe_original": LOAD_METRICS | PATH_METRICS | {"logits_at_limit_share"},
 }
@@ -264,7 +265,7 @@ def test_a_run_has_a_folder_of_its_own(twice: Twice) -> None:
 
 def test_routed_models_get_a_picture_of_their_graph(twice: Twice) -> None:
     path = twice.folder / twice.first.folder / GRAPH_FILE
-    assert path.exists() is (twice.model_type in ("goe", "goe_original"))
+    assert path.exists() is (twice.model_type != "dense")
     if path.exists():
         pixels = image.imread(path)
         assert pixels.shape[0] > 100 and pixels.shape[1] > 100
@@ -272,7 +273,7 @@ def test_routed_models_get_a_picture_of_their_graph(twice: Twice) -> None:
 
 
 def test_training_flops_are_those_of_the_steps_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("research_eval.experiment.measure_flops", lambda *arguments: (10.0, 30.0))
+    monkeypatch.setattr("research_eval.runs.scores.measure_flops", lambda *_, **__: (10.0, 30.0))
     patience = {"early_stopping_patience": 1}
     end = run_in(tmp_path, small_config(epochs=9, optimizer_params={"lr": 1e-12}, training_params=patience))
     assert end.metrics["epochs_completed"] == 2
@@ -281,15 +282,15 @@ def test_training_flops_are_those_of_the_steps_taken(tmp_path: Path, monkeypatch
 
 
 def test_the_test_split_is_scored_once_with_the_best_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    coming = iter([np.array([[10, 0], [0, 10]]), np.array([[5, 5], [5, 5]])])  # the first epoch is the best
-    monkeypatch.setattr("research_eval.training.fit.evaluate", lambda *arguments: Evaluation(0.5, next(coming)))
+    coming = iter([1.0, 0.5])  # the first epoch is the best
+    monkeypatch.setattr("research_eval.training.fit.evaluate", lambda *_: Evaluation(0.5, {"f1": next(coming)}))
     used = []
 
-    def watching(model: EvaluableModel, batches: Batches, num_classes: int, runtime: Runtime) -> Evaluation:
+    def watching(model: EvaluableModel, *arguments: Any) -> Evaluation:
         used.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        return evaluate(model, batches, num_classes, runtime)
+        return evaluate(model, *arguments)
 
-    monkeypatch.setattr("research_eval.experiment.evaluate", watching)
+    monkeypatch.setattr("research_eval.runs.scores.evaluate", watching)
     end = run_in(tmp_path, small_config(training_params={"test": True}))
     best, values = load_tensors(tmp_path / end.folder / MODEL_FILE)
     assert values["step"] == 5

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
 import shutil
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support import ROOT, command, history, python, results, run_in, small_config, write_config
+from support import ROOT, Ended, command, history, python, results, run_in, small_config, write_config
 from torch import nn
 
 from research_eval.datasets import providers
 from research_eval.datasets.base_dataset import SequenceBaseDataset
 from research_eval.datasets.providers import SYNTHETIC_DATASETS, get_synthetic_data_loaders
+from research_eval.db_utils import Store
 from research_eval.errors import ConfigError
 from research_eval.experiment import prepare
 from research_eval.main import MODELS_MAP, _create_model_internal, get_trainable_parameter_count, main
 from research_eval.models.base_model import EvaluableModel, adapt
-from research_eval.predict import predict
+from research_eval.registry import Registry
+from research_eval.runs.predict import predict
 from research_eval.schema import load_config
 from research_eval.training.checkpoint import load_tensors
 from research_eval.training.fit import MODEL_FILE
@@ -323,6 +328,236 @@ def test_new_files_are_found_without_an_entry(tmp_path: Path) -> None:
     assert json.loads(row["full_config_json"])["dataset_params"] == {"num_samples": 50, "seq_len": 3, "vocab_size": 4}
 
 
+# ------------------------------------------------------------------------------------------- folders of extensions
+
+
+@pytest.fixture
+def extensions(tmp_path: Path) -> Path:
+    """A folder with one model and one synthetic task."""
+    folder = tmp_path / "extensions"
+    folder.mkdir()
+    (folder / "my_model.py").write_text(NEW_MODEL)
+    (folder / "my_task.py").write_text(NEW_DATASET)
+    return folder
+
+
+def run_with(folders: list[Path], work: Path, *flags: str) -> Ended:
+    """A run of the model and the task above in a new process."""
+    work.mkdir(exist_ok=True)
+    changes = {"model_type": "dropped_in", "dataset_name": "dropped_in_too", "dataset_params": {}}
+    path = write_config(work, **changes, model_params={"scale": 2}, epochs=1)
+    script, variable = ROOT / "research_eval" / "main.py", os.pathsep.join(map(str, folders))
+    return python(script, "--json_config_path", path, "--quiet", *flags, folder=work, GOE_EXTENSIONS=variable)
+
+
+def test_files_of_an_extension_folder_are_found(extensions: Path, tmp_path: Path) -> None:
+    (extensions / "notes.txt").write_text("not Python")
+    other = tmp_path / "empty"
+    other.mkdir()
+    ended = run_with([other, extensions], tmp_path / "work")
+    assert ended.code == 0, ended.err
+    with results(tmp_path / "work") as store:
+        assert [row["status"] for row in store.experiments()] == ["finished"]
+
+
+@pytest.mark.parametrize(
+    ("code", "complaint"),
+    [
+        ("x = 1\nraise RuntimeError('not today')", "broken.py:2: RuntimeError: not today"),
+        ("import no_such_library", "broken.py:1: ModuleNotFoundError: No module named 'no_such_library'"),
+        ("raise SystemExit(0)", "broken.py:1: SystemExit: 0"),
+        ("def f(:", "broken.py: SyntaxError: invalid syntax (broken.py, line 1)"),
+    ],
+)
+def test_a_file_that_fails_is_one_message(code: str, complaint: str, extensions: Path, tmp_path: Path) -> None:
+    (extensions / "broken.py").write_text(code)
+    ended = run_with([extensions], tmp_path / "work")
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.strip() == f"GOE_EXTENSIONS: {extensions}/{complaint}"
+
+
+def test_a_name_that_is_taken_is_refused(extensions: Path, tmp_path: Path) -> None:
+    """Without the base class the file is executed before our own files: the name is refused all the same."""
+    (extensions / "my_model.py").write_text(
+        "from research_eval.registry import MODELS_MAP\n@MODELS_MAP.register('dense')\nclass Mine: ...\n"
+    )
+    ended = run_with([extensions], tmp_path / "work")
+    assert ended.code == 2
+    assert re.search(r"model_type: 'dense' is already \S+\.(Mine|DenseTransformerClassifier)$", ended.err.strip())
+
+
+def test_a_folder_that_is_not_there_is_one_message(extensions: Path, tmp_path: Path) -> None:
+    ended = run_with([extensions, tmp_path / "nowhere"], tmp_path / "work")
+    assert (ended.code, ended.err.strip()) == (2, f"GOE_EXTENSIONS: there is no folder '{tmp_path / 'nowhere'}'")
+
+
+NEW_KIND = """
+from typing import Annotated
+
+import numpy as np
+from research_eval.annotations import Choice
+from research_eval.datasets.kinds import (DATASET_KINDS, DatasetKind)
+from research_eval.datasets.token_data import (DataSplits, TokenData)
+
+class Halves:
+    def __init__(self, *, size: int, length: Annotated[int, Choice(2, 3)] = 2) -> None:
+        if size < 4:
+            raise ValueError(f"size={size} is too small")
+        self.size, self.length = size, length
+
+    def draw(self, rng):
+        ids = rng.integers(1, 5, (self.size, self.length))
+        return TokenData.from_padded(ids, (ids[:, 0] > 2).astype(int))
+
+@DATASET_KINDS.register("drawn")
+class Drawn(DatasetKind):
+    provided = frozenset()
+    generated = True
+
+    def names(self):
+        return ["halves", "thirds"]
+
+    def constructor(self, dataset_name):
+        return Halves
+
+    def splits(self, dataset_name, dataset_params, seed):
+        rng = np.random.default_rng(seed)
+        train, validation = (Halves(**dataset_params).draw(rng) for _ in range(2))
+        return DataSplits(train, validation, None, 5, 2, ["low", "high"], 3)
+"""
+
+
+def test_a_kind_of_data_is_one_new_file(tmp_path: Path) -> None:
+    """The config check, the JSON Schema, a run, a study with workers, the results and the report know it."""
+    extensions = tmp_path / "extensions"
+    extensions.mkdir()
+    (extensions / "kind.py").write_text(NEW_KIND)
+    main_script = ROOT / "research_eval" / "main.py"
+
+    def call(*arguments: str | Path) -> Ended:
+        return python(*arguments, folder=tmp_path, GOE_EXTENSIONS="extensions", GOE_DB="results.db")
+
+    def write(**changes: Any) -> Path:
+        changes = {"dataset_type": "drawn", "dataset_name": "halves", "dataset_params": {"size": 40}} | changes
+        return write_config(tmp_path, **changes, epochs=1)
+
+    complaints = {
+        "dataset_type: expected one of 'synthetic', 'real_world', 'drawn', got \"drawm\". Did you mean 'drawn'?": {
+            "dataset_type": "drawm"
+        },
+        "dataset_name: unknown 'halfes'. Did you mean 'halves'?": {"dataset_name": "halfes"},
+        "dataset_params: unknown key 'lenght'. Did you mean 'length'?": {"dataset_params": {"size": 4, "lenght": 3}},
+        "dataset_params: missing key 'size'": {"dataset_params": {}},
+        "dataset_params: size=3 is too small": {"dataset_params": {"size": 3}},
+    }
+    for complaint, changes in complaints.items():
+        ended = call(main_script, "--json_config_path", write(**changes), "--dry_run")
+        assert ended.code == 2 and re.fullmatch(rf"\S+: {re.escape(complaint)}", ended.err.strip()), ended.err
+
+    schema = json.loads(call("-m", "research_eval.schema").out)
+    assert schema["properties"]["dataset_type"]["enum"] == ["synthetic", "real_world", "drawn"]
+    names = {"then": {"properties": {"dataset_name": {"enum": ["halves", "thirds"]}}}}
+    (rule,) = [rule for rule in schema["allOf"] if names.items() <= rule.items()]
+    assert rule["if"]["properties"] == {"dataset_type": {"const": "drawn"}}
+    conditions = {"dataset_type": {"const": "drawn"}, "dataset_name": {"const": "halves"}}
+    (rule,) = [rule for rule in schema["allOf"] if rule["if"]["properties"] == conditions]
+    assert rule["then"]["required"] == ["dataset_params"]
+
+    assert call(main_script, "--json_config_path", write(), "--dry_run").code == 0
+    assert call(main_script, "--json_config_path", write(), "--quiet").code == 0
+    study = ("--dataset_type", "drawn", "--dataset_name", "halves", "--model_types", "dense", "--n_trials", "2")
+    space = tmp_path / "space.json"
+    space.write_text(json.dumps({"dataset_params": {"size": 40}, "model_params": {"embed_dim": 8, "num_heads": 2}}))
+    ended = call(main_script, *study, "--n_jobs", "2", "--epochs", "1", "--search_space", space, "--quiet")
+    assert ended.code == 0, ended.err
+    with Store(str(tmp_path / "results.db")) as store:
+        rows = store.experiments()
+    assert [(row["dataset_type"], row["dataset_name"], row["status"]) for row in rows] == [
+        ("drawn", "halves", "finished")
+    ] * 3
+    assert {json.loads(row["full_config_json"])["dataset_params"]["length"] for row in rows} <= {2, 3}
+    ended = call(ROOT / "research_eval" / "analyze_results.py", "--dataset_name", "halves")
+    assert ended.code == 0, ended.err
+    unknown = call(main_script, "--dataset_type", "drawm", *study[2:])
+    assert (unknown.code, unknown.err.strip()) == (
+        2,
+        "--dataset_type: expected 'synthetic' or 'real_world' or 'drawn', got 'drawm'. Did you mean 'drawn'?",
+    )
+
+
+COUNTED = """
+from pathlib import Path
+from research_eval.registry import MODELS_MAP, SYNTHETIC_DATASETS
+
+with (Path(__file__).parent / "executed.txt").open("a") as file:
+    file.write(Path(__file__).stem)
+assert "parity" in SYNTHETIC_DATASETS  # a file may read a registry
+MODELS_MAP[Path(__file__).stem] = type(Path(__file__).stem, (), {})
+"""
+
+
+def test_each_file_is_executed_once_and_in_order(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.py").write_text(COUNTED)
+    program = """
+from research_eval.registry import (MODELS_MAP, SYNTHETIC_DATASETS, load_extensions)
+print([name for name in MODELS_MAP if name in "ab"], len(SYNTHETIC_DATASETS) > 10)
+load_extensions()
+"""
+    ended = python("-c", program, folder=tmp_path, GOE_EXTENSIONS=str(tmp_path))
+    assert (ended.code, ended.out.strip()) == (0, "['a', 'b'] True"), ended.err
+    assert (tmp_path / "executed.txt").read_text() == "ab"
+
+
+def test_a_mended_file_is_executed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a notebook, where the process lives on after the message."""
+    monkeypatch.setenv("GOE_EXTENSIONS", str(tmp_path))
+    file = tmp_path / "mended.py"
+    file.write_text("nonsense")
+    registry = Registry[Any]("model_type", "research_eval.models")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"mended\.py:1: NameError: name 'nonsense' is not defined"):
+            list(registry)
+    file.write_text("sense = 1  # another length than before, for the cache of bytecode")
+    list(registry)
+
+
+ENTRY = """
+from torch import nn
+
+class Entered(nn.Module):
+    def __init__(self, vocab_size: int, num_classes: int, width: int = 4) -> None:
+        super().__init__()
+        self.table, self.output = nn.Embedding(vocab_size, width), nn.Linear(width, num_classes)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.output(self.table(input_ids).mean(1))
+
+MODELS_MAP["entered"] = Entered
+"""
+
+
+def test_an_entry_below_the_comment_in_main_is_known_to_every_command(tmp_path: Path) -> None:
+    copy, work = tmp_path / "copy", tmp_path / "work"
+    work.mkdir()
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "research_eval", copy / "research_eval", ignore=ignored)
+    script = copy / "research_eval" / "main.py"
+    comment = 'entered here: MODELS_MAP["my_new_model"] = MyNewModelClass\n'
+    before, found, after = script.read_text().partition(comment)
+    assert found, "the comment is part of the documentation"
+    script.write_text(before + found + ENTRY + after)
+    path = write_config(work, model_type="entered", model_params={"width": 2}, epochs=1)
+    ended = python(script, "--json_config_path", path, "--quiet", folder=work, PYTHONPATH="")
+    assert ended.code == 0, ended.err
+    with results(work) as store:
+        (row,) = store.experiments()
+    goe = "import sys; from research_eval.main import cli; sys.exit(cli(sys.argv[1:]))"
+    words = ("predict", "--run", row["experiment_id"], "--text", "1 2 1 2 1 2")
+    ended = python("-c", goe, *words, folder=work, PYTHONPATH=str(copy))
+    assert ended.code == 0, ended.err
+
+
 # ------------------------------------------------------------------------------- the names that stay, and examples
 
 
@@ -333,8 +568,8 @@ def test_new_files_are_found_without_an_entry(tmp_path: Path) -> None:
         ("moe", {"num_experts_per_layer": 5, "num_layers": 1}, "num_experts", 5),
         ("moe", {"num_experts": 5, "num_layers": 1}, "num_experts", 5),
         ("goe", {"num_total_experts_pool": 3, "num_goe_layers": 2}, "router", 2),
-        ("goe_original", {"num_total_experts": 3, "max_visits_per_expert": 7}, "max_visits", 7),
-        ("goe_original", {"max_visits": 7}, "max_visits", 7),
+        ("goe_original", {"num_total_experts": 3, "max_visits_per_expert": 7}, "path.max_visits", 7),
+        ("goe_original", {"max_visits": 7}, "path.max_visits", 7),
     ],
 )
 def test_models_are_made_from_their_parameters(
@@ -342,7 +577,7 @@ def test_models_are_made_from_their_parameters(
 ) -> None:
     small = {"embed_dim": 8, "num_heads": 2}
     model = _create_model_internal(model_type, 11, 4, 0, {**small, **params}, "cpu")
-    found = getattr(model, attribute)
+    found = attrgetter(attribute)(model)
     assert (found if isinstance(found, int) else len(found)) == value
     assert isinstance(model, MODELS_MAP[model_type]) and model.get_model_name() == model_type
     assert model(torch.tensor([[1, 10, 0]])).shape == (1, 4)

@@ -25,10 +25,15 @@ from research_eval.datasets.token_data import Batches, DataSplits
 from research_eval.errors import ConfigError
 from research_eval.experiment import prepare
 from research_eval.models.base_model import EvaluableModel
+from research_eval.tasks.base import Evaluation
+from research_eval.tasks.classification import Classification
 from research_eval.training.checkpoint import load_tensors
-from research_eval.training.evaluate import Evaluation, evaluate
-from research_eval.training.fit import CHECKPOINT_FILE, MODEL_FILE, Diverged, Interrupted, Meter, TrainingState, fit
+from research_eval.training.checkpointer import CHECKPOINT_FILE, MODEL_FILE, Checkpointer
+from research_eval.training.evaluate import evaluate
+from research_eval.training.fit import fit
 from research_eval.training.runtime import Runtime, stop_requests
+from research_eval.training.state import Diverged, Interrupted, TrainingState
+from research_eval.training.step import Meter
 
 PLAIN_SGD = {"name": "sgd", "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "grad_clip_norm": None}
 ALL = 80  # training samples of the small config
@@ -62,7 +67,7 @@ class Observed:
             self.series[name][step] = value
 
     def epoch_end(self, step: int, evaluation: Evaluation, model_metrics: dict[str, Any]) -> None:
-        self.series["val_f1"][step] = evaluation.macro_f1
+        self.series["val_f1"][step] = evaluation.scores["f1"]
         self.series["val_loss"][step] = evaluation.loss
         self.at_epoch_end()
 
@@ -233,7 +238,9 @@ def scores(monkeypatch: pytest.MonkeyPatch, *correct: int) -> None:
 
     def prescribed(*arguments: Any) -> Evaluation:
         hits = next(coming)
-        return Evaluation(0.5, np.array([[hits, 10 - hits], [0, 10]]))
+        guesses = torch.tensor([0] * hits + [1] * (20 - hits))
+        truth, losses = torch.tensor([0] * 10 + [1] * 10), torch.full((20,), 0.5)
+        return Classification().evaluation(guesses, truth, losses, np.arange(20), 2)
 
     monkeypatch.setattr("research_eval.training.fit.evaluate", prescribed)
 
@@ -246,10 +253,10 @@ def test_the_best_weights_on_validation_are_kept(tmp_path: Path, monkeypatch: py
     course: list[Weights] = []
     seen = Observed(lambda: course.append(weights(model)))
     state, _, evaluation = fit(model, data, config, runtime, tmp_path, seen)
-    assert (state.best_f1, state.best_step) == (max(seen.series["val_f1"].values()), 15)
-    assert evaluation.macro_f1 == seen.series["val_f1"][25] < state.best_f1
+    assert (state.best_score, state.best_step) == (max(seen.series["val_f1"].values()), 15)
+    assert evaluation.scores["f1"] == seen.series["val_f1"][25] < max(seen.series["val_f1"].values())
     kept, values = load_tensors(tmp_path / MODEL_FILE)
-    assert values == {"step": 15, "val_f1": state.best_f1}
+    assert values == {"step": 15, "val_f1": state.best_score}
     assert_close(kept, course[2], rtol=0, atol=0)
 
 
@@ -268,7 +275,7 @@ def test_training_stops_after_so_many_epochs_without_gain(
 def test_checkpoints_come_when_they_are_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def steps(**options: Any) -> list[int]:
         saved: list[int] = []
-        monkeypatch.setattr("research_eval.training.fit._save", lambda path, state, *rest: saved.append(state.step))
+        monkeypatch.setattr(Checkpointer, "save", lambda self, state: saved.append(state.step))
         folder = tmp_path / str(options)
         folder.mkdir()
         train(folder, epochs=2, training_params=options)

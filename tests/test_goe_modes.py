@@ -47,6 +47,7 @@ from support import (
     Build,
     below,
     evaluated,
+    exactly,
     gradients,
     history,
     loss_of,
@@ -65,26 +66,22 @@ from research_eval import experiment
 from research_eval.datasets.hop import HopDataset
 from research_eval.datasets.token_data import Batch, Batches
 from research_eval.errors import ConfigError
-from research_eval.layers.kernels import Dispatch
+from research_eval.layers.dispatch import Dispatch
 from research_eval.layers.packing import Samples
-from research_eval.layers.router import fixed_route
+from research_eval.layers.path.halting import ConfidenceExit, Halt
+from research_eval.layers.path.policy import Route
+from research_eval.layers.path.router import LOGIT_LIMIT, fixed_route
+from research_eval.layers.path.walk import MASKED, Decision, RouterView, Walk
 from research_eval.layers.routing import entropy
 from research_eval.layers.text import sinusoids
-from research_eval.models.base_model import AuxiliaryLoss, EvaluableModel, logits_of
-from research_eval.models.goe_original import (
-    LOGIT_LIMIT,
-    MASKED,
-    GoEOriginalClassifier,
-    Halt,
-    Route,
-    RouterMode,
-    _Decision,
-    _View,
-)
+from research_eval.models.base_model import AuxiliaryLoss, EvaluableModel, Outcome, logits_of
+from research_eval.models.goe_original import GoEOriginalClassifier
+from research_eval.registry import CHOICES
+from research_eval.runs import scores
 from research_eval.schema import OptimizerParams
 from research_eval.training.optimizers import build_optimizer
 
-MODES, HALTS, ROUTES = get_args(RouterMode), get_args(Halt), get_args(Route)
+MODES, HALTS, ROUTES = tuple(CHOICES), get_args(Halt), get_args(Route)
 FIXED = [route for route in ROUTES if route != "learned"]
 EXPLICIT = ("gate", "st", "st_dense")  # modes in which the task loss reaches the router
 
@@ -113,6 +110,22 @@ def batch_of(ids_BL: torch.Tensor, labels_B: torch.Tensor, paths_BT: torch.Tenso
     return Batch(ids_BL, ids_BL != 0, labels_B, paths_BT)
 
 
+def threshold_of(model: EvaluableModel) -> torch.Tensor:
+    """That of the rule "confidence"."""
+    assert isinstance(model, GoEOriginalClassifier)
+    assert isinstance(model.halting, ConfidenceExit)
+    return model.halting.threshold
+
+
+def value_losses(
+    model: GoEOriginalClassifier, decisions: list[Decision], reward_B: torch.Tensor
+) -> dict[str, AuxiliaryLoss]:
+    """The terms of a pass of which only the decisions and the rewards are known."""
+    walk = Walk.begin(torch.zeros(len(reward_B), 1, 1), model.num_experts, 3, training=True, everyone_runs=False)
+    walk.decisions, walk.reward_B = decisions, reward_B
+    return model.terms_of(Outcome(torch.empty(0), walk))
+
+
 def executed_rows(model: GoEOriginalClassifier, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that grows by the number of samples each time the pool runs."""
     rows: list[int] = []
@@ -133,23 +146,23 @@ def slow_logits(
     model: GoEOriginalClassifier, ids_BL: torch.Tensor, training: bool
 ) -> tuple[torch.Tensor, list[list[int]], torch.Tensor]:
     """A loop over samples and experts, from the equations. The noise is drawn as the model draws it."""
-    router, values, features = model.router, model.action_values, model.features
+    router, values, features = model.policy.router, model.value.action_values, model.policy.features
     assert router is not None
-    summary_weight_THS = router.summary.weight.view(model.max_path_len, -1, 2 * model.embed_dim)
-    policy_weight_TAH = router.policy.weight.view(model.max_path_len, model.num_experts + 1, -1)
+    summary_weight_THS = router.summary.weight.view(model.path.max_path_len, -1, 2 * model.embed_dim)
+    policy_weight_TAH = router.policy.weight.view(model.path.max_path_len, model.num_experts + 1, -1)
     summary_bias_TH, policy_bias_TA = (
-        bias.view(model.max_path_len, -1) for bias in (router.summary.bias, router.policy.bias)
+        bias.view(model.path.max_path_len, -1) for bias in (router.summary.bias, router.policy.bias)
     )
     num_experts, rows, paths, policies = model.num_experts, [], [], []
-    noise_TBN = torch.zeros(model.max_path_len, len(ids_BL), num_experts)
-    if training and model.router_mode != "gate":
+    noise_TBN = torch.zeros(model.path.max_path_len, len(ids_BL), num_experts)
+    if training and model.choice.settings.router_mode != "gate":
         for noise_BN in noise_TBN:
             noise_BN.copy_(-torch.empty_like(noise_BN).exponential_().log())
     for row, sample_L in enumerate(ids_BL):
         kept_1L = sample_L[sample_L != 0].unsqueeze(0)
         everything = torch.ones_like(kept_1L, dtype=torch.bool)
         h_LD, visits_N, path = model.embedding(kept_1L, everything)[0], torch.zeros(num_experts), []
-        for step in range(model.max_path_len):
+        for step in range(model.path.max_path_len):
             read_LD = h_LD
             if features is not None and features.cursor:
                 token = kept_1L[0, step] if step < kept_1L.shape[1] else None
@@ -162,18 +175,18 @@ def slow_logits(
                 deviation = router.statistics.variance_TS[step].sqrt() + 1e-3
                 summary = (summary - router.statistics.mean_TS[step]) / deviation
             hidden = summary_weight_THS[step] @ summary + summary_bias_TH[step] + router.step_bias[step]
-            hidden = F.gelu(hidden + router.visits.weight @ (visits_N / model.max_visits))
+            hidden = F.gelu(hidden + router.visits.weight @ (visits_N / model.path.max_visits))
             logits_A = policy_weight_TAH[step] @ hidden + policy_bias_TA[step]
-            if model.router_mode == "published":
+            if model.choice.settings.router_mode == "published":
                 logits_A = logits_A + values.value_bias[:-1].detach()
                 logits_A = F.layer_norm(logits_A, logits_A.shape, router.norm.weight, router.norm.bias, 1e-2)
-            elif model.router_mode == "q":
+            elif model.choice.settings.router_mode == "q":
                 seen = F.gelu(values.summary.weight @ summary.detach() + values.summary.bias + values.step_bias[step])
                 logits_A = logits_A + 3 * (values.output.weight @ seen + values.output.bias)[:-1].detach()
             logits_N = logits_A.clamp(-10, 10)[:-1]
-            logits_N = torch.where(visits_N < model.max_visits, logits_N, torch.tensor(-1e9))
+            logits_N = torch.where(visits_N < model.path.max_visits, logits_N, torch.tensor(-1e9))
             policies.append(F.pad(logits_N.softmax(0), (0, 1)))
-            tau = 1.0 if model.router_mode in ("gate", "reinforce", "q") else 0.7
+            tau = 1.0 if model.choice.settings.router_mode in ("gate", "reinforce", "q") else 0.7
             y_N = ((logits_N + noise_TBN[step, row]) / tau).softmax(0)
             chosen = int(y_N.argmax())
             hard_N = F.one_hot(torch.tensor(chosen), num_experts).float()
@@ -181,7 +194,7 @@ def slow_logits(
                 "gate": 2 * y_N * hard_N,
                 "st": hard_N * (1 + y_N - y_N.detach()),
                 "st_dense": hard_N + y_N - y_N.detach() if training else hard_N * (1 + y_N - y_N.detach()),
-            }.get(model.router_mode, hard_N)
+            }.get(model.choice.settings.router_mode, hard_N)
             change_LD = torch.zeros_like(h_LD)
             for expert in range(num_experts):
                 dispatch = Dispatch([int(e == expert) for e in range(num_experts)])
@@ -206,7 +219,7 @@ def test_every_mode_is_its_equation(
     wake(model).train()(torch.randint(1, 13, (30, 6)))
     model.train(training)
     if mode == "published":
-        torch.nn.init.normal_(model.action_values.value_bias)
+        torch.nn.init.normal_(model.value.action_values.value_bias)
     ids_BL, labels_B = ids_BL[:4], labels_B[:4]
     torch.manual_seed(4)
     fast_BC = model(ids_BL)
@@ -216,7 +229,7 @@ def test_every_mode_is_its_equation(
     assert_close(fast_BC, slow_BC, rtol=1e-5, atol=1e-5)
     if not training:
         assert model.recorded_paths().tolist() == paths
-        assert_close(model.recorded_probabilities(), policy_BTA.detach().numpy(), rtol=1e-4, atol=1e-6)
+        assert_close(model.recorder().probabilities(), policy_BTA.detach().numpy(), rtol=1e-4, atol=1e-6)
     fast = gradients(F.cross_entropy(fast_BC, labels_B), model)
     slow = gradients(F.cross_entropy(slow_BC, labels_B), model)
     assert_close(fast, slow, rtol=1e-4, atol=1e-5)
@@ -232,10 +245,10 @@ def test_experts_that_are_not_chosen_have_no_weight_and_no_gradient(
     model = wake(build(build_model, mode, halt, num_total_experts=12))
     loss_of(model.train(), ids_BL[4:], labels_B[4:])
     torch.manual_seed(5)
-    model.counts.zero_()
+    model.balance.counts.zero_()
     logits_BC = model(ids_BL[4:])
     loss = model.task_loss(logits_BC, labels_B[4:]) + model.get_auxiliary_loss()
-    idle_N = model.counts.sum(0) == 0
+    idle_N = model.balance.counts.sum(0) == 0
     assert idle_N.any()
     for key, gradient in gradients(loss, model).items():
         if below(key, "experts"):
@@ -246,7 +259,7 @@ def test_experts_that_are_not_chosen_have_no_weight_and_no_gradient(
             if below(key, "experts"):
                 parameter[idle_N] = 3.0
     torch.manual_seed(5)
-    model.counts.zero_()
+    model.balance.counts.zero_()
     assert_close(model(ids_BL[4:]), logits_BC, rtol=1e-4, atol=1e-5)
 
 
@@ -266,7 +279,7 @@ def test_the_task_loss_teaches_the_router_in_three_modes(
     """
     model = wake(build(build_model, mode, halt, gate_scale=scale))
     found = gradients(train_forward(model, ids_BL, labels_B)[0], model)
-    for key in ("router.policy.weight", "router.summary.weight"):
+    for key in ("policy.router.policy.weight", "policy.router.summary.weight"):
         assert bool(found[key].any()) == (mode in EXPLICIT or halt == "ponder"), key
     assert not any(gradient.any() for key, gradient in found.items() if below(key, "action_values"))
     assert found["embedding.token.weight"].any()
@@ -290,7 +303,7 @@ def test_every_term_shapes_its_own_part(
 ) -> None:
     """Pitfalls 13 and 20: balance, entropies, policy and values leave experts and embedding exactly alone."""
     model = wake(build(build_model, mode, halt, path_heads_coef=0.1, router_entropy_coef=0.1, path_penalty_coef=0.1))
-    model.load.copy_(torch.tensor([0.4, 0.3, 0.2, 0.1]))
+    model.balance.load.copy_(torch.tensor([0.4, 0.3, 0.2, 0.1]))
     _, terms = train_forward(model, ids_BL, labels_B)
     expected = {"diversity_loss", "z_loss", "router_entropy_loss", "path_heads_loss"}
     expected |= {"q": {"q_loss"}, "published": {"q_loss"}, "reinforce": {"policy_loss", "value_loss"}}.get(mode, set())
@@ -314,8 +327,8 @@ def test_the_price_of_a_step_reaches_the_policy(
     model = wake(build(build_model, mode, halt, path_penalty_coef=0.1))
     _, terms = train_forward(model, ids_BL, labels_B)
     found = gradients(terms["path_penalty"].raw, model)
-    assert found["router.policy.weight"].any()
-    assert found["router.policy.bias"].view(model.router.num_copies, -1)[:, -1].sum() < 0
+    assert found["policy.router.policy.weight"].any()
+    assert found["policy.router.policy.bias"].view(model.policy.router.num_copies, -1)[:, -1].sum() < 0
     in_reward = halt == "action" and mode in ("reinforce", "q")
     assert terms["path_penalty"].weight == (0.0 if in_reward else 0.1)
 
@@ -327,7 +340,7 @@ def test_the_expected_length_of_sampled_paths_by_pencil(
     model = build(build_model, "gate", "action", max_visits=3, path_heads_coef=0.1)
     set_policy(model, [0.125] * 4 + [0.5])
     _, terms = train_forward(model, ids_BL, labels_B)
-    went_B = (model._trace.path_BT >= 0).sum(1)
+    went_B = (model.outcome.details.path_BT >= 0).sum(1)
     assert len(went_B.unique()) > 1
     expected = [sum(0.5**step for step in range(min(int(went) + 1, 3))) for went in went_B]
     assert_close(terms["path_penalty"].raw, torch.tensor(expected).mean())
@@ -349,9 +362,8 @@ def test_the_length_of_a_sampled_path_is_geometric(build_model: Build, ids_BL: t
     for mode in MODES:
         model = build(build_model, mode, "action", max_visits=3, path_heads_coef=0.1)
         set_policy(model, [0.15] * 4 + [0.4])
-        model._tau = lambda: 1.0  # type: ignore[method-assign]
         model.train()(ids_BL[:, :2].repeat(100, 1))
-        counts = (model._trace.path_BT >= 0).sum(1).bincount(minlength=4)
+        counts = (model.outcome.details.path_BT >= 0).sum(1).bincount(minlength=4)
         assert counts[0] == 0
         assert chisquare(counts[1:], 600 * np.array([0.4, 0.24, 0.36])).pvalue > 1e-4, mode
 
@@ -374,15 +386,27 @@ def test_visits_are_limited_and_then_the_path_ends(
         loss = loss_of(model, ids_BL, labels_B)
         assert loss.isfinite()
         assert all(gradient.isfinite().all() for gradient in gradients(loss, model).values())
-        paths = model._trace.path_BT.tolist()
+        paths = model.outcome.details.path_BT.tolist()
         for path in paths:
             assert path in ([0, 1, -1, -1], [1, 0, -1, -1], [0, -1, -1, -1], [1, -1, -1, -1])
             assert path[1] >= 0 or (halt == "action" and training and shortest == 1)
         if training:
             counted = [sum(path.count(expert) for path in paths) for expert in range(2)]
-            assert model.counts.sum(0).tolist() == counted
+            assert model.balance.counts.sum(0).tolist() == counted
         else:
             assert model.recorded_paths().tolist() == paths
+
+
+def router_view(
+    model: GoEOriginalClassifier, walk: Walk, visits_BN: torch.Tensor, h_BLD: torch.Tensor, ids_BL: torch.Tensor
+) -> RouterView:
+    """What the router says at the second step after these visits."""
+    keep_BL = ids_BL != 0
+    model.policy(h_BLD, keep_BL, ids_BL, walk, None, 0, model.value)
+    walk.visits_BN = visits_BN
+    view = model.policy(h_BLD, keep_BL, ids_BL, walk, None, 1, model.value).router
+    assert isinstance(view, RouterView)
+    return view
 
 
 @every_halt
@@ -390,13 +414,12 @@ def test_visits_are_limited_and_then_the_path_ends(
 def test_a_masked_action_changes_no_other(mode: str, halt: str, build_model: Build, ids_BL: torch.Tensor) -> None:
     """Pitfall 8: the mask comes after the layer norm and the limits, and the entropy has a finite gradient."""
     model = wake(build(build_model, mode, halt, min_path_len=0))
-    torch.nn.init.zeros_(model.router.visits.weight)
+    torch.nn.init.zeros_(model.policy.router.visits.weight)
     keep_BL = ids_BL != 0
     h_BLD = model.embedding(ids_BL, keep_BL)
     open_BN, spent_BN = torch.zeros(6, 4), torch.tensor([2.0, 0, 0, 0]).expand(6, 4)
-    features_BS = None if model.features is None else model.features(ids_BL, keep_BL, 0)
     before, after = (
-        model._look(h_BLD, keep_BL, features_BS, visits_BN, torch.ones(6, dtype=torch.bool), 1)
+        router_view(model, Walk.begin(h_BLD, 4, 3, model.training, everyone_runs=False), visits_BN, h_BLD, ids_BL)
         for visits_BN in (open_BN, spent_BN)
     )
     assert torch.equal(before.logits_BA[:, 1:], after.logits_BA[:, 1:])
@@ -436,7 +459,7 @@ def test_the_shortest_path_is_kept(
             assert torch.equal(logits_BC, model.head(model.embedding(ids_BL, ids_BL != 0), ids_BL != 0))
         loss = loss_of(model.train(), ids_BL, labels_B)
         assert all(gradient.isfinite().all() for gradient in gradients(loss, model).values())
-        lengths_B = (model._trace.path_BT >= 0).sum(1)
+        lengths_B = (model.outcome.details.path_BT >= 0).sum(1)
         assert set(lengths_B.tolist()) == {shortest if halt == "action" else 3}
 
 
@@ -474,7 +497,7 @@ def test_a_sure_router_goes_the_same_way_in_training(mode: str, build_model: Bui
     else:
         set_policy(model, [1e-4, 1.0, 1e-4, 1e-4, 1e-4])
         with torch.no_grad():
-            model.router.policy.bias.mul_(10 / math.log(1e4))  # a lead of 10 over the others
+            model.policy.router.policy.bias.mul_(10 / math.log(1e4))  # a lead of 10 over the others
     training_BC = model.train()(ids_BL)
     evaluated_BC, paths = evaluated(model.eval(), ids_BL)
     assert (len({tuple(path) for path in paths}) > 1) == (mode == "gate")
@@ -484,7 +507,7 @@ def test_a_sure_router_goes_the_same_way_in_training(mode: str, build_model: Bui
 # --------------------------------------------------------------------------------------------------- rewards and values
 
 
-def hand_built(halted: bool) -> tuple[list[_Decision], torch.Tensor, torch.Tensor, torch.Tensor]:
+def hand_built(halted: bool) -> tuple[list[Decision], torch.Tensor, torch.Tensor, torch.Tensor]:
     """Two experts, three steps. Sample 0 takes experts 0, 1, 0; sample 1 takes expert 1, stops, and is done.
 
     Returns the decisions and their leaves: values [T, B, A], state values [T, B], logits [T, B, A].
@@ -505,9 +528,9 @@ def hand_built(halted: bool) -> tuple[list[_Decision], torch.Tensor, torch.Tenso
     decided_TB = torch.tensor([[True, True], [True, True], [True, False]])
     action_TB = torch.tensor([[0, 1], [1, 2], [0, 0]])
     decisions = [
-        _Decision(decided_TB[t], action_TB[t], view)
+        Decision(decided_TB[t], action_TB[t], view)
         for t, view in enumerate(
-            _View(masked_TBA[t, :, :2], masked_TBA[t], logits_TBA[t], logits_TBA[t], values_TBA[t], states_TB[t])
+            RouterView(masked_TBA[t, :, :2], masked_TBA[t], logits_TBA[t], logits_TBA[t], values_TBA[t], states_TB[t])
             for t in range(3)
         )
     ]
@@ -525,7 +548,7 @@ def test_action_values_learn_returns_by_pencil(build_model: Build) -> None:
     """
     model = build(build_model, "q", "action", num_total_experts=2, **PRICED)
     decisions, values_TBA, _, logits_TBA = hand_built(halted=True)
-    loss = model._value_losses(decisions, torch.tensor([1.0, -2.0]))["q_loss"].raw
+    loss = value_losses(model, decisions, torch.tensor([1.0, -2.0]))["q_loss"].raw
     last = -0.1 + 1.0
     second = -0.1 + 0.5 * (0.2 * 0.6 + 0.8 * last)
     first = -0.1 + 0.5 * (0.2 * 0.4 + 0.8 * second)
@@ -550,7 +573,7 @@ def test_the_policy_gradient_by_pencil(halt: str, build_model: Build) -> None:
     if halt == "off":  # nobody stops: sample 1 ends by a second expert
         decisions[1] = decisions[1]._replace(action_B=torch.tensor([1, 0]))
         taken = [*TAKEN[:-1], (1, 1, 0)]
-    terms = model._value_losses(decisions, torch.tensor([1.0, -2.0]))
+    terms = value_losses(model, decisions, torch.tensor([1.0, -2.0]))
     end = -2.0 - 0.1 * (halt == "off")
     returns = [-0.1 + 0.5 * (-0.1 + 0.5 * 0.9), -0.1 + 0.5 * 0.9, 0.9, -0.1 + 0.5 * end, end]
     shares_TBA = logits_TBA.detach().softmax(-1)
@@ -585,7 +608,7 @@ def test_finished_samples_play_no_part(mode: str, build_model: Build) -> None:
         with torch.no_grad():
             for leaf in leaves:
                 leaf[2, 1] += noise
-        terms = model._value_losses(decisions, torch.tensor([1.0, -2.0]))
+        terms = value_losses(model, decisions, torch.tensor([1.0, -2.0]))
         losses.append({name: float(term.raw.detach()) for name, term in terms.items()})
     assert losses[0] == losses[1]
 
@@ -599,11 +622,11 @@ def test_only_decisions_count(
     model = build(build_model, mode, halt, max_visits=3, path_heads_coef=0.1)
     set_policy(model, [0.15] * 4 + [0.4])
     train_forward(model, ids_BL.repeat(5, 1), labels_B.repeat(5))
-    lengths_B = (model._trace.path_BT >= 0).sum(1)
+    lengths_B = (model.outcome.details.path_BT >= 0).sum(1)
     assert (len(lengths_B.unique()) > 1) == (halt == "action")
     decisions = int((lengths_B + (lengths_B < 3)).sum())
-    assert len(torch.cat(model._trace.logits_RA)) == decisions
-    assert sum(int(decision.decided_B.sum()) for decision in model._trace.decisions) in (0, decisions)
+    assert len(torch.cat(model.outcome.details.logits)) == decisions
+    assert sum(int(decision.decided_B.sum()) for decision in model.outcome.details.decisions) in (0, decisions)
 
 
 @every_mode
@@ -618,8 +641,8 @@ def test_an_evaluated_loss_moves_no_statistics(
     assert_close(dict(model.named_buffers()), before, rtol=0, atol=0)
     loss_of(model.train(), ids_BL, labels_B.flip(0))
     moved = {key for key, buffer in model.named_buffers() if not torch.equal(buffer, before[key])}
-    assert ("reward.mean" in moved) == (mode in ("reinforce", "q", "published"))
-    assert "load" in moved
+    assert ("value.reward.mean" in moved) == (mode in ("reinforce", "q", "published"))
+    assert "balance.load" in moved
 
 
 def test_the_discount_rises_over_the_training(build_model: Build) -> None:
@@ -631,7 +654,7 @@ def test_the_discount_rises_over_the_training(build_model: Build) -> None:
         with torch.no_grad():
             states_TB.zero_()
         first_alone = [decision._replace(decided_B=torch.tensor([True, False])) for decision in decisions]
-        loss = model._value_losses(first_alone, torch.tensor([1.0, 0.0]))["value_loss"].raw
+        loss = value_losses(model, first_alone, torch.tensor([1.0, 0.0]))["value_loss"].raw
         assert_close(loss.detach(), torch.tensor((1 + discount**2 + discount**4) / 3))
 
 
@@ -651,7 +674,7 @@ def test_an_idle_expert_only_decays(
         optimizer.zero_grad()
         loss_of(model.train(), ids_BL, labels_B).backward()
         optimizer.step()
-    assert model.counts.sum(0)[1:].tolist() == [0, 0]
+    assert model.balance.counts.sum(0)[1:].tolist() == [0, 0]
     decays = {id(each): group["weight_decay"] for group in optimizer.param_groups for each in group["params"]}
     for key, parameter in model.named_parameters():
         assert parameter.isfinite().all()
@@ -686,7 +709,7 @@ def test_the_share_of_limited_logits_is_counted(
     set_policy(model, [1.0] * 5)
     with torch.no_grad():
         bias_A = torch.tensor([1.2, -1.7, 0.3, 0.1, -0.2]) * LOGIT_LIMIT
-        model.router.policy.bias.copy_(bias_A.repeat(model.router.num_copies))
+        model.policy.router.policy.bias.copy_(bias_A.repeat(model.policy.router.num_copies))
     evaluated(model, ids_BL)
     assert model.get_model_specific_metrics()["logits_at_limit_share"] == pytest.approx(share)
     model.start_recording()
@@ -708,7 +731,8 @@ def test_the_next_step_after_a_checkpoint_is_the_same(
         model.after_step((step + 1) / 4)
     model.calibrate([batch_of(ids_BL, labels_B)])
     copy = build(build_model, mode, halt, **arguments)
-    assert (float(model.threshold) != float(copy.threshold)) == (halt == "confidence")
+    if halt == "confidence":
+        assert float(threshold_of(model)) != float(threshold_of(copy))
     copy.load_state_dict(model.state_dict())
     assert_close(evaluated(model.eval(), ids_BL), evaluated(copy.eval(), ids_BL), rtol=0, atol=0)
     losses = []
@@ -718,8 +742,8 @@ def test_the_next_step_after_a_checkpoint_is_the_same(
         each.after_step(0.75)
     assert torch.equal(losses[0], losses[1])
     assert_close(dict(copy.named_buffers()), dict(model.named_buffers()), rtol=0, atol=0)
-    for key in ("progress", "load", "reward.mean", "balance_bias", "threshold"):
-        assert key in model.state_dict()
+    kept = {"progress", "balance.load", "value.reward.mean", "balance.bias"}
+    assert kept | ({"halting.threshold"} if halt == "confidence" else set()) <= set(model.state_dict())
 
 
 # --------------------------------------------------------------------------------------------------------- fixed routes
@@ -807,9 +831,9 @@ def test_a_random_route_is_fresh_in_training_and_repeats_in_evaluation(
     assert first[1] == second[1]
     many_BL = ids_BL.repeat(50, 1)
     model.train()(many_BL)
-    one_BT = model._trace.path_BT
+    one_BT = model.outcome.details.path_BT
     model(many_BL)
-    two_BT = model._trace.path_BT
+    two_BT = model.outcome.details.path_BT
     for path_BT in (one_BT, two_BT):
         assert chisquare(path_BT.flatten().bincount(minlength=4)).pvalue > 1e-4
     assert 0.15 < float((one_BT == two_BT).float().mean()) < 0.35
@@ -823,11 +847,12 @@ def test_an_oracle_needs_paths_that_fit(build_model: Build, ids_BL: torch.Tensor
         (torch.full((6, 2), 4), "num_total_experts=4: the task's paths have an expert 4"),
     ):
         with pytest.raises(ConfigError, match=message):
-            model.prepare(batch_of(ids_BL, labels_B, paths_BT))
-    with pytest.raises(ConfigError, match="call prepare"):
+            model.route(batch_of(ids_BL, labels_B, paths_BT))
+    with pytest.raises(ConfigError, match="needs a task that knows the right path"):
         model(ids_BL)
-    model.prepare(batch_of(ids_BL, labels_B, torch.full((6, 1), 3)))  # shorter paths end there
-    assert evaluated(model, ids_BL)[1] == [[3, -1]] * 6
+    model.start_recording()
+    model.route(batch_of(ids_BL, labels_B, torch.full((6, 1), 3)))  # shorter paths end there
+    assert model.recorded_paths().tolist() == [[3, -1]] * 6
 
 
 @every_mode
@@ -867,14 +892,11 @@ def test_a_model_follows_given_paths_and_then_its_router_again(
 
 def all_exits(model: GoEOriginalClassifier, ids_BL: torch.Tensor) -> torch.Tensor:
     """Class scores behind min_path_len..T steps, each from a model that is just so deep, [X, B, C]."""
-    depth, exits = model.max_path_len, []
-    model.halt = "off"
-    model._count = lambda path_BT: None  # type: ignore[method-assign]  # it counts by step, of which there are fewer now
-    for steps in range(model.min_path_len, depth + 1):
-        model.max_path_len = steps
-        torch.manual_seed(3)
-        exits.append(model(ids_BL))
-    model.halt, model.max_path_len = "confidence", depth
+    exits = []
+    for steps in range(model.path.min_path_len, model.path.max_path_len + 1):
+        with exactly(model, steps):
+            torch.manual_seed(3)
+            exits.append(model(ids_BL))
     model.start_recording()
     return torch.stack(exits)
 
@@ -890,7 +912,7 @@ def test_confident_training_is_the_mean_over_all_exits(
     torch.manual_seed(3)
     loss = model.task_loss(model(ids_BL), labels_B)
     assert_close(loss, torch.stack([F.cross_entropy(exit_BC, labels_B) for exit_BC in exits_XBC]).mean())
-    smooth = model.task_loss(model._trace.exits_BC[-1], labels_B, label_smoothing=0.2)
+    smooth = model.task_loss(model.outcome.details.exits[-1], labels_B, label_smoothing=0.2)
     smooth_losses = [F.cross_entropy(exit_BC, labels_B, label_smoothing=0.2) for exit_BC in exits_XBC]
     assert_close(smooth, torch.stack(smooth_losses).mean())
 
@@ -906,7 +928,7 @@ def test_a_confident_sample_leaves_and_is_no_longer_computed(
     confidence_XB = exits_XBC.softmax(-1).amax(-1).detach()
     rows = executed_rows(model, monkeypatch)
     for threshold in (0.0, float(confidence_XB[:2].median()), float(confidence_XB.max()), 1.0):
-        model.threshold.fill_(threshold)
+        threshold_of(model).fill_(threshold)
         rows.clear()
         logits_BC, paths = evaluated(model, ids_BL)
         lengths = [sum(expert >= 0 for expert in path) for path in paths]
@@ -940,15 +962,15 @@ def test_the_threshold_is_calibrated_at_full_depth(
 
     good = [step / 100 for step in range(101) if accuracy(step / 100) >= full - 0.005]
     for before in (0.0, 1.0):
-        model.threshold.fill_(before)
+        threshold_of(model).fill_(before)
         model.calibrate(batches)
-        assert float(model.threshold) == pytest.approx(good[0])
+        assert float(threshold_of(model)) == pytest.approx(good[0])
     metrics = model.get_model_specific_metrics()
     assert metrics["full_depth_val_acc"] == pytest.approx(full)
     assert metrics["exit_threshold"] == pytest.approx(good[0])
     given = build_model("goe_original", halt="confidence", exit_threshold=0.77)
     given.calibrate(batches)
-    assert float(given.threshold) == pytest.approx(0.77)
+    assert float(threshold_of(given)) == pytest.approx(0.77)
 
 
 def test_batches_whose_paths_end_early_are_calibrated_too(
@@ -958,7 +980,7 @@ def test_batches_whose_paths_end_early_are_calibrated_too(
     model = build_model("goe_original", route="oracle", halt="confidence", max_path_len=4)
     short_BT, long_BT = torch.tensor([[1, -1, -1, -1]] * 6), torch.tensor([[1, 2, 0, 3]] * 6)
     model.calibrate([batch_of(ids_BL, labels_B, paths_BT) for paths_BT in (short_BT, long_BT)])
-    assert 0 <= float(model.threshold) <= 1
+    assert 0 <= float(threshold_of(model)) <= 1
 
 
 # ---------------------------------------------------------------------------------------------------- whole experiments
@@ -992,9 +1014,9 @@ def test_a_stopped_run_goes_on_exactly(
     whole.mkdir()
     cut.mkdir()
     # What the run itself does not need: its cost and its picture.
-    monkeypatch.setattr(experiment, "measure_flops", lambda *_, **__: (0.0, 0.0))
-    monkeypatch.setattr(experiment, "measure_latency", lambda *_, **__: {})
-    monkeypatch.setattr(experiment, "draw_expert_graph", lambda *_, **__: None)
+    monkeypatch.setattr(scores, "measure_flops", lambda *_, **__: (0.0, 0.0))
+    monkeypatch.setattr(scores, "measure_latency", lambda *_, **__: {})
+    monkeypatch.setattr(experiment, "draw_pictures", lambda *_, **__: None)
     finished = run_in(whole, config)
     with monkeypatch.context() as patch:
         stop_at(patch, 4)

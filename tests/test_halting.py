@@ -13,7 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from research_eval.layers.halting import calibrated_threshold, exit_probabilities, expected_length, geometric_prior_kl
+from research_eval.layers.path.exits import (
+    calibrated_threshold,
+    exit_probabilities,
+    expected_length,
+    geometric_prior_kl,
+)
 
 probabilities = st.floats(0, 1, width=32)
 

@@ -16,24 +16,28 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import executed_with
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from research_eval.annotations import Kernels
 from research_eval.datasets.token_data import Batches, TokenData
 from research_eval.errors import ConfigError
-from research_eval.layers.block import Attention, Block, feed_forward_width
+from research_eval.layers.block import Attention, Block
+from research_eval.layers.dispatch import Dispatch
 from research_eval.layers.experts import ExpertPool
-from research_eval.layers.kernels import Dispatch, Kernels, use_kernels
 from research_eval.layers.losses import cross_entropy
 from research_eval.layers.packing import Layout, Packing, attention_mask_for
+from research_eval.layers.settings import feed_forward_width
 from research_eval.layers.stacked import Dropout, StackedLayerNorm, StackedLinear, one_pass, weight_count
 from research_eval.layers.text import ClassificationHead, TokenEmbedding, masked_max, masked_mean
 from research_eval.models.moe import RoutedFeedForward
 from research_eval.registry import MODELS_MAP
 from research_eval.schema import context_arguments
+from research_eval.tasks.classification import Classification
 
 seeds = st.integers(0, 2**16)
 group_sizes = st.lists(st.integers(0, 4), min_size=1, max_size=5).filter(any)
@@ -127,10 +131,10 @@ def test_fast_and_plain_kernels_agree(
     scramble(model)
     results = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("research_eval.layers.kernels.MIN_CHAIN", 0 if chained else 20_000)
+        patch.setattr("research_eval.layers.kernels.plain.MIN_CHAIN", 0 if chained else 20_000)
         for chosen in ("plain", kernels):
             twin = copy.deepcopy(model)
-            with use_kernels(chosen):
+            with executed_with(twin, chosen):
                 logits_BC = twin(ids_BL, attention_mask=keep_BL)
                 (logits_BC.square().sum() + twin.get_auxiliary_loss()).backward()
             results.append([logits_BC, *(p.grad for p in twin.parameters() if p.grad is not None and p.grad.any())])
@@ -186,13 +190,11 @@ def test_a_training_step_reads_nothing_back(name: str, padded: bool) -> None:
     tokens = np.random.default_rng(0).integers(1, 11, sum(lengths)).astype(np.int32)
     offsets = np.array([0, *np.cumsum(lengths)])
     batch = Batches(TokenData(tokens, offsets, np.array([0, 1, 2, 0])), 4).take(np.arange(4))
-    with use_kernels("grouped"):
+    with executed_with(model, "grouped"):
         for number in range(2):  # the first pass may fill caches
             with NoWaiting() if number else contextlib.nullcontext():
-                model.prepare(batch)
-                logits_BC = model(batch.input_ids, attention_mask=batch.attention_mask)
-                loss = model.task_loss(logits_BC, batch.labels) + model.get_auxiliary_loss()
-                loss.backward()
+                task, terms = model.losses(model.run(batch), batch.labels, Classification())
+                sum((term.weight * term.raw for term in terms.values()), start=task).backward()
                 model.after_step(0.5)
 
 
@@ -339,8 +341,9 @@ def test_routed_feed_forward_is_a_loop_over_tokens(
             rows.append(torch.stack(images).sum(0))
         return torch.stack(rows)
 
-    assert_same_map(routed, routed, slow, torch.randn(tokens, 4))
-    assert_close(routed.load().sum(), torch.tensor(1.0))
+    x_SD = torch.randn(tokens, 4)
+    assert_same_map(routed, lambda x_SD: routed(x_SD)[0], slow, x_SD)
+    assert_close(routed(x_SD)[1].load().sum(), torch.tensor(1.0))
 
 
 def test_the_dispatch_counts_only_what_was_trained() -> None:

@@ -5,7 +5,6 @@ B batch  L length  D width  C classes  N experts  T steps of a path
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import Any
 
@@ -14,14 +13,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import Build, below, evaluated, gradients, loss_of, set_policy, stop_biases, wake
+from support import Build, below, evaluated, exactly, gradients, loss_of, set_policy, stop_biases, wake
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from research_eval.annotations import options_of
 from research_eval.datasets.token_data import Batches, TokenData
 from research_eval.errors import ConfigError
-from research_eval.layers.kernels import Dispatch
+from research_eval.layers.dispatch import Dispatch
+from research_eval.layers.path.choice import ChoiceSettings
 from research_eval.layers.routing import balance_loss, mean_entropy_loss
 from research_eval.models.base_model import AdaptedModel, AuxiliaryLoss, EvaluableModel, adapt, auxiliary_terms
 from research_eval.models.goe_original import GoEOriginalClassifier
@@ -81,7 +82,7 @@ every_routed_variant = pytest.mark.parametrize(("name", "arguments"), ROUTED)
 
 def taking(argument: str) -> list[str]:
     """The models whose constructor has this argument."""
-    return [name for name, cls in MODELS_MAP.items() if argument in inspect.signature(cls).parameters]
+    return [name for name, cls in MODELS_MAP.items() if argument in options_of(cls)]
 
 
 def tricks(name: str) -> dict[str, Any]:
@@ -403,11 +404,12 @@ def test_the_task_loss_alone_teaches_the_router(
 
 def used_experts(model: EvaluableModel) -> set[int]:
     """The experts of the last forward pass; of any layer for the mixture, whose layers have experts of their own."""
+    if isinstance(model, MoETransformerClassifier):
+        assert model.outcome is not None
+        return {int(expert) for layer in model.outcome.details for expert in layer.chosen_SK.flatten()}
     paths = model.recorded_paths()
-    if paths is not None:
-        return set(paths[paths >= 0].tolist())
-    assert isinstance(model, MoETransformerClassifier)
-    return {int(expert) for layer in model._routed() for expert in layer.chosen_SK.flatten()}
+    assert paths is not None
+    return set(paths[paths >= 0].tolist())
 
 
 @every_routed_variant
@@ -494,7 +496,7 @@ def test_one_expert_of_goe_original_is_a_closed_form(scale: float, build_model: 
         image_BLD = model.experts(h_BLD, keep_BL, Dispatch.single(6))
         h_BLD = image_BLD if scale == 1 else 2 * image_BLD - h_BLD
     assert_close(model(ids_BL), model.head(h_BLD, keep_BL), rtol=1e-5, atol=1e-5)
-    model.router_mode = "st"  # straight-through: the value of c is 1
+    model.choice = ChoiceSettings("st").mode()  # straight-through: the value of c is 1
     if scale == 1:
         assert_close(model(ids_BL), model.head(h_BLD, keep_BL), rtol=1e-5, atol=1e-5)
 
@@ -518,9 +520,9 @@ def test_state_survives_a_checkpoint(
     state = {"moe": {"balance_bias"}, "goe_original": {"load", "progress"}, "goe_scan": {"progress"}}
     expected = state.get(name, set())
     if name == "goe_original":
-        expected |= {"balance_bias"} if "router_mode" not in arguments else set()
-        expected |= {"mean", "variance", "batches"} if model.action_values is not None else set()
-        expected |= {"mean_TS", "variance_TS", "batches_T"} if model.features is not None else set()
+        expected |= {"bias"} if "router_mode" not in arguments else set()
+        expected |= {"mean", "variance", "batches"} if model.value.action_values is not None else set()
+        expected |= {"mean_TS", "variance_TS", "batches_T"} if model.policy.features is not None else set()
     assert moved == expected
     losses = []
     for each in (model, copy):
@@ -552,8 +554,8 @@ def test_paths_keep_their_limits(
         vocab_size=13, num_classes=3, embed_dim=4, num_heads=1, num_total_experts=num_experts, max_visits=max_visits,
         max_path_len=max_path_len, min_path_len=shortest, halt="ponder" if ponder else "off",
     ).eval()  # fmt: skip
-    nn.init.normal_(model.router.policy.weight, std=3.0)
-    nn.init.normal_(model.router.policy.bias, std=1.0)
+    nn.init.normal_(model.policy.router.policy.weight, std=3.0)
+    nn.init.normal_(model.policy.router.policy.bias, std=1.0)
     model(torch.randint(1, 13, (8, 5)))
     possible = min(max_path_len, num_experts * max_visits)
     for path in model.recorded_paths().tolist():
@@ -570,10 +572,11 @@ def test_a_stopped_sample_no_longer_counts(build_model: Build, ids_BL: torch.Ten
     lengths = torch.tensor([sum(expert >= 0 for expert in path) for path in paths])
     assert 1 in lengths
     assert 3 in lengths
-    assert_close(model.record._entropies[0] > 0, torch.arange(3) < lengths.unsqueeze(1))
+    entropies_BT = torch.from_numpy(model.recorder().entropies())
+    assert_close(entropies_BT > 0, torch.arange(3) < lengths.unsqueeze(1))
     first = lengths == 1
-    model.max_path_len = 1
-    assert_close(model(ids_BL)[first], logits_BC[first], rtol=1e-5, atol=1e-6)
+    with exactly(model, 1):
+        assert_close(model(ids_BL)[first], logits_BC[first], rtol=1e-5, atol=1e-6)
 
 
 def test_the_coefficient_is_the_scaled_probability(build_model: Build, ids_BL: torch.Tensor) -> None:
@@ -584,14 +587,14 @@ def test_the_coefficient_is_the_scaled_probability(build_model: Build, ids_BL: t
     h_BLD = model.embedding(ids_BL, keep_BL)
     delta_BLD = model.experts(h_BLD, keep_BL, Dispatch([6, 0, 0, 0])) - h_BLD
     assert_close(model(ids_BL), model.head(h_BLD + 0.8 * delta_BLD, keep_BL), rtol=1e-5, atol=1e-5)
-    model.router_mode = "st"
+    model.choice = ChoiceSettings("st").mode()
     assert_close(model(ids_BL), model.head(h_BLD + delta_BLD, keep_BL), rtol=1e-5, atol=1e-5)
 
 
 def test_the_balancing_bias_moves_the_choice_but_not_the_coefficient(build_model: Build, ids_BL: torch.Tensor) -> None:
     model = build_model("goe_original", max_path_len=1).eval()
     set_policy(model, [0.3, 0.25, 0.25, 0.2, 1e-4])
-    model.balance_bias.copy_(torch.tensor([0.0, 0.0, 0.0, 0.5]))
+    model.balance.bias.copy_(torch.tensor([0.0, 0.0, 0.0, 0.5]))
     keep_BL = ids_BL != 0
     h_BLD = model.embedding(ids_BL, keep_BL)
     delta_BLD = model.experts(h_BLD, keep_BL, Dispatch([0, 0, 0, 6])) - h_BLD
@@ -601,7 +604,7 @@ def test_the_balancing_bias_moves_the_choice_but_not_the_coefficient(build_model
 def test_the_balancing_bias_does_not_send_back_to_a_spent_expert(build_model: Build, ids_BL: torch.Tensor) -> None:
     model = build_model("goe_original", max_visits=1).eval()
     set_policy(model, [0.4, 0.3, 0.2, 0.1, 1e-4])
-    model.balance_bias.copy_(torch.tensor([0.0, 0.0, 0.0, 5.0]))
+    model.balance.bias.copy_(torch.tensor([0.0, 0.0, 0.0, 5.0]))
     assert evaluated(model, ids_BL)[1] == [[3, 0, 1]] * 6
 
 
@@ -611,13 +614,13 @@ def test_sampling_is_noisy_in_training_alone(build_model: Build, ids_BL: torch.T
     counts = []
     for training in (False, True):
         model.train(training)
-        model.counts.zero_()
+        model.balance.counts.zero_()
         model.start_recording()
         for _ in range(20):
             model(ids_BL)
         paths = model.recorded_paths()
         counts.append(
-            model.counts.sum(0) if training else torch.from_numpy(np.bincount(paths[paths >= 0], minlength=4))
+            model.balance.counts.sum(0) if training else torch.from_numpy(np.bincount(paths[paths >= 0], minlength=4))
         )
     assert counts[0].tolist() == [240, 120, 0, 0]  # the first of equals, two visits each
     assert counts[1].min() > 60  # 90 on average
@@ -650,7 +653,7 @@ def terms_of(model: EvaluableModel, ids_BL: torch.Tensor) -> dict[str, Auxiliary
 def test_known_values_of_the_router_terms(build_model: Build, ids_BL: torch.Tensor) -> None:
     model = build_model("goe_original", router_entropy_coef=0.5, max_path_len=1, router_init=0.0)
     with torch.no_grad():
-        model.router.policy.bias.zero_()
+        model.policy.router.policy.bias.zero_()
     terms = terms_of(model, ids_BL)  # uniform: the load is close to even, stopping is masked
     assert_close(terms["diversity_loss"].raw, torch.tensor(1 - math.log(4)))
     assert_close(terms["z_loss"].raw, torch.tensor(math.log(4) ** 2))
@@ -659,8 +662,8 @@ def test_known_values_of_the_router_terms(build_model: Build, ids_BL: torch.Tens
     model.after_step(1.0)
     assert terms_of(model, ids_BL)["router_entropy_loss"].weight == pytest.approx(0.05)
     with torch.no_grad():
-        model.router.policy.bias.copy_(torch.tensor([50.0, -50, -50, -50, 0]))  # clamped to +-10
-    model.load.copy_(torch.tensor([1.0, 0, 0, 0]))
+        model.policy.router.policy.bias.copy_(torch.tensor([50.0, -50, -50, -50, 0]))  # clamped to +-10
+    model.balance.load.copy_(torch.tensor([1.0, 0, 0, 0]))
     collapsed = terms_of(model, ids_BL)
     assert_close(collapsed["diversity_loss"].raw, torch.tensor(4.0), rtol=1e-5, atol=1e-5)
     assert_close(collapsed["z_loss"].raw, torch.tensor(100.0))
@@ -674,19 +677,19 @@ def test_the_load_is_a_running_share_of_executed_decisions(build_model: Build, i
     set_policy(model, [0.7, 0.2, 0.05, 0.05, 1e-4])
     model(ids_BL)  # twice expert 0, then expert 1
     taken_TN = F.one_hot(torch.tensor([0, 0, 1]), 4)
-    assert_close(model.load, 0.5 * torch.full((3, 4), 0.25) + 0.5 * taken_TN)
-    assert_close(model.counts, 6.0 * taken_TN)
+    assert_close(model.balance.load, 0.5 * torch.full((3, 4), 0.25) + 0.5 * taken_TN)
+    assert_close(model.balance.counts, 6.0 * taken_TN)
     model.after_step(0.1)
-    assert_close(model.balance_bias, 1e-3 - 2e-3 * taken_TN)
-    assert not model.counts.any()
+    assert_close(model.balance.bias, 1e-3 - 2e-3 * taken_TN)
+    assert not model.balance.counts.any()
     model = build_model("goe_original", router_per_step=False).train()  # then all steps share one
     set_policy(model, [0.7, 0.2, 0.05, 0.05, 1e-4])
     model(ids_BL)
-    assert_close(model.load, 0.5 * torch.full((1, 4), 0.25) + 0.5 * torch.tensor([[2 / 3, 1 / 3, 0, 0]]))
-    assert_close(model.counts, torch.tensor([[12.0, 6, 0, 0]]))
+    assert_close(model.balance.load, 0.5 * torch.full((1, 4), 0.25) + 0.5 * torch.tensor([[2 / 3, 1 / 3, 0, 0]]))
+    assert_close(model.balance.counts, torch.tensor([[12.0, 6, 0, 0]]))
     model.after_step(0.1)
-    assert_close(model.balance_bias, torch.tensor([[-1e-3, -1e-3, 1e-3, 1e-3]]))
-    assert not model.counts.any()
+    assert_close(model.balance.bias, torch.tensor([[-1e-3, -1e-3, 1e-3, 1e-3]]))
+    assert not model.balance.counts.any()
 
 
 @pytest.mark.parametrize(
@@ -703,19 +706,19 @@ def test_a_collapsed_router_recovers(term: str, learning_rate: float, build_mode
     """Each term alone at least halves the spread of the mean probabilities in 60 steps, and so does what is trained."""
     model = wake(build_model("goe_original", max_path_len=1, balance_bias_rate=0.0)).train()
     with torch.no_grad():
-        model.router.policy.weight.mul_(0.2)
-        model.router.policy.bias[0] += 3
-    model.load.copy_(torch.tensor([1.0, 0, 0, 0]))
-    optimizer = torch.optim.Adam(model.router.parameters(), lr=learning_rate)
+        model.policy.router.policy.weight.mul_(0.2)
+        model.policy.router.policy.bias[0] += 3
+    model.balance.load.copy_(torch.tensor([1.0, 0, 0, 0]))
+    optimizer = torch.optim.Adam(model.policy.router.parameters(), lr=learning_rate)
     ids_BL = torch.randint(1, 13, (64, 3))
     spreads = []
     for _ in range(61):
         model(ids_BL)
-        experts_RN = torch.cat(model._trace.logits_RA)[:, :-1].softmax(-1)
+        experts_RN = torch.cat(model.outcome.details.logits)[:, :-1].softmax(-1)
         mean_N = experts_RN.detach().mean(0)
         spreads.append(float(mean_N.std(correction=0) / mean_N.mean()))
         if term == "balance of the batch":
-            loss = balance_loss(model.counts[0] / model.counts.sum(), experts_RN)
+            loss = balance_loss(model.balance.counts[0] / model.balance.counts.sum(), experts_RN)
         elif term == "mean entropy":
             loss = mean_entropy_loss(experts_RN)
         else:
@@ -740,18 +743,16 @@ def test_the_pondered_loss_by_pencil(build_model: Build, ids_BL: torch.Tensor, l
     set_policy(model, [0.125] * 4 + [0.5])
     model.train()
     exits = []
-    model._count = lambda path_BT: None  # by step, of which there are now fewer
     for depth in (1, 2, 3):
-        model.max_path_len, model.halt = depth, "off"
-        exits.append(model(ids_BL))
-    model.max_path_len, model.halt = 3, "ponder"
+        with exactly(model, depth):
+            exits.append(model(ids_BL))
     losses = [F.cross_entropy(logits_BC, labels_B) for logits_BC in exits]
 
     warm = model.task_loss(model(ids_BL), labels_B)  # at first the whole path counts
     assert_close(warm, losses[2], rtol=1e-5, atol=1e-6)
     assert [model.auxiliary_losses()[name].weight for name in ("ponder_kl", "path_penalty")] == [0, 0]
     model.after_step(0.4)
-    model.balance_bias.zero_()
+    model.balance.bias.zero_()
     logits_BC = model(ids_BL)
     expected = 0.5 * losses[0] + 0.25 * losses[1] + 0.25 * losses[2]
     assert_close(model.task_loss(logits_BC, labels_B), expected, rtol=1e-5, atol=1e-6)
@@ -760,8 +761,8 @@ def test_the_pondered_loss_by_pencil(build_model: Build, ids_BL: torch.Tensor, l
     pi, prior = np.array([0.5, 0.25, 0.25]), np.array([0.4, 0.24, 0.144]) / 0.784
     assert_close(terms["ponder_kl"].raw, torch.tensor(float((pi * np.log(pi / prior)).sum())).float())
     assert [terms[name].weight for name in ("ponder_kl", "path_penalty")] == [0.01, 0.5]
-    model.eval()
-    assert_close(model.task_loss(logits_BC, labels_B), losses[2], rtol=1e-5, atol=1e-6)
+    evaluated_BC = model.eval()(ids_BL)
+    assert_close(model.task_loss(evaluated_BC, labels_B), losses[2], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("bias", [-10.0, 10.0])
@@ -771,7 +772,7 @@ def test_a_router_sure_of_stopping_has_finite_gradients(
     """Exit probabilities of exactly 0 and 1."""
     model = build_model("goe_original", **PONDER).train()
     with torch.no_grad():
-        model.router.policy.bias.fill_(-bias)
+        model.policy.router.policy.bias.fill_(-bias)
         stop_biases(model).fill_(bias)
     found = gradients(loss_of(model, ids_BL, labels_B), model)
     assert all(gradient.isfinite().all() for gradient in found.values())
@@ -784,7 +785,7 @@ def test_the_mixture_averages_its_terms_over_layers(build_model: Build, ids_BL: 
     model = wake(build_model("moe", num_layers=2, num_experts=3, top_k_experts=2))
     model(ids_BL)
     balances, squares = [], []
-    for layer in model._routed():
+    for layer in model.outcome.details:
         assert len(layer.logits_SN) == (ids_BL != 0).sum()  # no padding
         probabilities_SN = layer.logits_SN.softmax(-1)
         load_N = layer.chosen_SK.flatten().bincount(minlength=3) / layer.chosen_SK.numel()

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from research_eval.analysis.path_recovery import path_recovery, router_regret
+from research_eval.routing.recovery import path_recovery, router_regret
 
 Array = NDArray[np.int64]
 

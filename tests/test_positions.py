@@ -20,7 +20,7 @@ from torch.testing import assert_close
 from research_eval.datasets.token_data import Batches, TokenData
 from research_eval.errors import ConfigError
 from research_eval.layers.block import Attention, rotated, with_distances
-from research_eval.layers.kernels import Dispatch
+from research_eval.layers.dispatch import Dispatch
 from research_eval.layers.packing import Layout
 from research_eval.layers.text import (
     RANDOM_RANGE,

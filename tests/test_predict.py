@@ -20,9 +20,9 @@ from research_eval.errors import ConfigError
 from research_eval.experiment import Result, prepare
 from research_eval.main import cli
 from research_eval.models.base_model import EvaluableModel
-from research_eval.predict import Prediction, predict, read_texts
+from research_eval.runs.predict import Prediction, predict, read_texts
 from research_eval.schema import ExperimentConfig
-from research_eval.training.fit import MODEL_FILE
+from research_eval.training.fit import MODEL_FILE, fit
 
 WORDS = {"good": ["great", "fine", "lovely", "superb"], "bad": ["awful", "dull", "poor", "weak"]}
 
@@ -53,13 +53,12 @@ def trained(folder: Path, config: ExperimentConfig, texts: list[str] | None = No
     models = []
 
     def watching(*arguments: Any) -> Any:
-        ended = yield from fit_stepwise(*arguments)
+        ended = fit(*arguments)
         models.append(ended[1])
         return ended
 
-    fit_stepwise = experiment.fit_stepwise
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "fit_stepwise", watching)
+        patch.setattr(experiment, "fit", watching)
         result = run_in(folder, config)
     with contextlib.chdir(folder):
         _, data, _ = prepare(config)
@@ -120,7 +119,7 @@ def predicted(run: Trained, texts: list[str]) -> list[Prediction]:
 def test_probabilities_are_those_of_the_trained_model(
     name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("research_eval.predict.BATCH_SIZE", 7)
+    monkeypatch.setattr("research_eval.runs.predict.BATCH_SIZE", 7)
     run: Trained = request.getfixturevalue(name)
     predictions = predicted(run, run.texts)
     expected = own_probabilities(run)
@@ -145,7 +144,7 @@ def test_the_classes_have_their_names(text_run: Trained) -> None:
 
 def test_routed_models_show_the_path(routed_run: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same path alone and among others, and the one that the metrics counted; it ends when no expert is left."""
-    monkeypatch.setattr("research_eval.predict.BATCH_SIZE", 7)
+    monkeypatch.setattr("research_eval.runs.predict.BATCH_SIZE", 7)
     predictions = predicted(routed_run, routed_run.texts)
     for prediction in predictions[:5]:
         (alone,) = predicted(routed_run, [prediction.text])

@@ -15,20 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from research_eval.analysis.automaton import NONE, WalkerAutomaton, certify, minimise
-from research_eval.datasets import (
-    cycle_navigation,
-    even_pairs,
-    majority,
-    modular_arithmetic,
-    parity,
-    word_problem,
-)
+from research_eval.datasets import cycle_navigation, even_pairs, majority, modular_arithmetic, parity, word_problem
 from research_eval.datasets.regular import LONGER_TESTS, RegularDataset, task_automaton
 from research_eval.datasets.synthetic import synthetic_splits
 from research_eval.datasets.token_data import TokenData
 from research_eval.errors import ConfigError
 from research_eval.registry import SYNTHETIC_DATASETS
+from research_eval.routing.automaton import NONE, WalkerAutomaton, certify, minimise
 
 Solve = Callable[[Sequence[int]], int]
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from research_eval.layers.returns import RewardNormalizer, path_returns
+from research_eval.layers.path.returns import RewardNormalizer, path_returns
 
 values = st.floats(-2, 2, width=32)
 

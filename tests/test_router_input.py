@@ -11,7 +11,7 @@ from support import Build, evaluated
 from torch.testing import assert_close
 
 from research_eval.errors import ConfigError
-from research_eval.layers.router import RunningStatistics, TokenFeatures
+from research_eval.layers.path.router import RunningStatistics, TokenFeatures
 from research_eval.models.goe_original import GoEOriginalClassifier
 
 
@@ -31,10 +31,10 @@ def test_features_are_moved_by_no_training(build_model: Build, ids_BL: torch.Ten
     before = paths_of(model, ids_BL)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if not name.startswith("router"):
+            if not name.startswith("policy.router"):
                 parameter.add_(torch.randn_like(parameter))
     assert paths_of(model, ids_BL) == before
-    assert "features.table_VD" in model.state_dict()  # but a checkpoint keeps them
+    assert "policy.features.table_VD" in model.state_dict()  # but a checkpoint keeps them
 
 
 def test_a_router_of_states_moves_with_the_states(build_model: Build, ids_BL: torch.Tensor) -> None:
@@ -92,10 +92,10 @@ def test_the_statistics_are_those_of_all_running_samples_so_far() -> None:
 
 def test_steps_have_routers_of_their_own(build_model: Build, ids_BL: torch.Tensor) -> None:
     model = model_with(build_model, max_path_len=2, max_visits=2)
-    assert model.router is not None
+    assert model.policy.router is not None
     before = paths_of(model, ids_BL)
     with torch.no_grad():
-        model.router.policy.weight.chunk(2)[1].neg_()
+        model.policy.router.policy.weight.chunk(2)[1].neg_()
     after = paths_of(model, ids_BL)
     assert [path[0] for path in after] == [path[0] for path in before]
     assert [path[1] for path in after] != [path[1] for path in before]
@@ -104,10 +104,10 @@ def test_steps_have_routers_of_their_own(build_model: Build, ids_BL: torch.Tenso
 def test_the_spread_of_the_first_logits_is_set(build_model: Build, ids_BL: torch.Tensor) -> None:
     undecided = model_with(build_model, router_init=0.0, max_path_len=1)
     undecided(ids_BL)
-    assert all((logits[:, :-1] == 0).all() for logits in undecided._trace.logits_RA)
+    assert all((logits[:, :-1] == 0).all() for logits in undecided.outcome.details.logits)
     spread = model_with(build_model, router_init=4.0, max_path_len=1)
     spread(ids_BL)
-    assert torch.cat(spread._trace.logits_RA)[:, :-1].std() > 0.3
+    assert torch.cat(spread.outcome.details.logits)[:, :-1].std() > 0.3
 
 
 @pytest.mark.parametrize(("progress", "share"), [(0.0, 1.0), (0.25, 0.5), (0.5, 0.0), (0.9, 0.0)])
@@ -116,10 +116,10 @@ def test_exploration_fades(progress: float, share: float, build_model: Build) ->
     ids_BL = torch.randint(1, 9, (3000, 4), generator=torch.Generator().manual_seed(0))
     best = [path[0] for path in paths_of(model, ids_BL)]
     model.train()
-    model.router.statistics.eval()  # type: ignore[union-attr]  # the same features as in evaluation
+    model.policy.router.statistics.eval()  # type: ignore[union-attr]  # the same features as in evaluation
     model.after_step(progress)
     model(ids_BL)
-    taken = torch.cat([step.experts_R for step in model._trace.steps]).bincount(minlength=4)
+    taken = torch.cat([step.experts_R for step in model.outcome.details.steps]).bincount(minlength=4)
     if share == 0:
         assert taken.tolist() == torch.tensor(best).bincount(minlength=4).tolist()
     expected = (1 - share) * torch.tensor(best).bincount(minlength=4) + share * 3000 / 4
@@ -130,7 +130,7 @@ def test_exploration_keeps_the_limit_of_visits(build_model: Build, ids_BL: torch
     model = model_with(build_model, exploration=0.9, max_path_len=3, max_visits=1, num_total_experts=3)
     model.train()
     model(ids_BL)
-    experts = torch.cat([step.experts_R for step in model._trace.steps]).bincount(minlength=3)
+    experts = torch.cat([step.experts_R for step in model.outcome.details.steps]).bincount(minlength=3)
     assert experts.tolist() == [len(ids_BL)] * 3  # each expert once per sample
 
 
@@ -140,11 +140,11 @@ def test_balancing_fades(build_model: Build, ids_BL: torch.Tensor) -> None:
     moved, weights = [], []
     for progress in (0.0, 0.25, 0.5, 0.75):
         model.after_step(progress)  # counts are empty: only the progress moves
-        before = model.balance_bias.clone()
+        before = model.balance.bias.clone()
         model(ids_BL)
         weights.append(model.auxiliary_losses()["diversity_loss"].weight)
         model.after_step(progress)
-        moved.append(float((model.balance_bias - before).abs().max()))
+        moved.append(float((model.balance.bias - before).abs().max()))
     assert moved == pytest.approx([0.1, 0.05, 0, 0])
     assert weights == pytest.approx([0.2, 0.1, 0, 0])
 
@@ -152,13 +152,13 @@ def test_balancing_fades(build_model: Build, ids_BL: torch.Tensor) -> None:
 def test_every_step_is_balanced_on_its_own(build_model: Build, ids_BL: torch.Tensor) -> None:
     """Two experts that swap places from step to step are balanced over the path, but not within a step."""
     model = model_with(build_model, num_total_experts=2, max_path_len=2, max_visits=1, balance_bias_rate=0.1)
-    model.counts.copy_(torch.tensor([[10.0, 0.0], [0.0, 10.0]]))
+    model.balance.counts.copy_(torch.tensor([[10.0, 0.0], [0.0, 10.0]]))
     model.after_step(0.1)
-    assert_close(model.balance_bias, torch.tensor([[-0.1, 0.1], [0.1, -0.1]]))
+    assert_close(model.balance.bias, torch.tensor([[-0.1, 0.1], [0.1, -0.1]]))
     shared = model_with(build_model, num_total_experts=2, max_path_len=2, router_per_step=False, balance_bias_rate=0.1)
-    shared.counts.copy_(torch.tensor([[10.0, 10.0]]))
+    shared.balance.counts.copy_(torch.tensor([[10.0, 10.0]]))
     shared.after_step(0.1)
-    assert_close(shared.balance_bias, torch.zeros(1, 2))
+    assert_close(shared.balance.bias, torch.zeros(1, 2))
 
 
 def test_experts_of_two_kinds_cannot_be_tied(build_model: Build) -> None:

@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from research_eval.layers.routing import (
-    STOPPED,
-    PathRecord,
     balance_loss,
     balanced_bias,
     contrastive_loss,
     entropy,
-    load_metrics,
     mean_entropy_loss,
     z_loss,
 )
+from research_eval.models.base_model import joined_on_host
+from research_eval.routing.record import STOPPED, EvaluationRecorder, RoutingRecord
+from research_eval.routing.report import load_metrics
 
 UNIFORM = torch.full((6, 4), 0.25)
 COLLAPSED = torch.eye(4)[torch.zeros(6, dtype=torch.long)]
@@ -141,17 +141,27 @@ def path_tables(draw: st.DrawFn) -> tuple[int, list[list[int]]]:
     return num_experts, [[*path, *[STOPPED] * (num_steps - len(path))] for path in paths]
 
 
+def push(record: EvaluationRecorder, path_ST: torch.Tensor, entropy_ST: torch.Tensor) -> None:
+    """One batch as a model reports it, step by step, until no path continues."""
+    record.begin_batch(len(path_ST))
+    for step in range(path_ST.shape[1]):
+        if (path_ST[:, step] == STOPPED).all():
+            break
+        experts_S1 = path_ST[:, step : step + 1]
+        record.push(RoutingRecord(step, experts_S1, torch.ones(experts_S1.shape), entropy_D=entropy_ST[:, step]))
+
+
 @settings(deadline=None, max_examples=40)
 @given(table=path_tables(), cut=st.integers(0, 12))
 def test_path_metrics_are_a_slow_count(table: tuple[int, list[list[int]]], cut: int) -> None:
     num_experts, padded = table
     num_steps = len(padded[0])
-    record = PathRecord(num_experts, num_steps)
-    record.add(torch.tensor([[9] * num_steps]) % num_experts, torch.ones(1, num_steps))
+    record = EvaluationRecorder(num_experts, num_steps, joined_on_host)
+    push(record, torch.tensor([[9] * num_steps]) % num_experts, torch.ones(1, num_steps))
     record.clear()
     for part in (padded[:cut], padded[cut:]):  # two batches, one of them perhaps without a sample
         path_ST = torch.tensor(part, dtype=torch.long).view(-1, num_steps)
-        record.add(path_ST, torch.full(path_ST.shape, 0.5) * (path_ST >= 0))
+        push(record, path_ST, torch.full(path_ST.shape, 0.5) * (path_ST >= 0))
     assert record.paths().tolist() == padded
     paths = [[e for e in path if e >= 0] for path in padded]
     lengths = [len(path) for path in paths]
@@ -182,7 +192,7 @@ def test_path_metrics_are_a_slow_count(table: tuple[int, list[list[int]]], cut: 
 
 
 def test_an_empty_record_has_no_metrics() -> None:
-    record = PathRecord(3, 2)
+    record = EvaluationRecorder(3, 2)
     assert record.paths().shape == (0, 2)
     assert record.metrics() == {}
 

@@ -11,15 +11,9 @@ from matplotlib import image, pyplot
 
 from research_eval.analysis import routing_plots
 from research_eval.analysis.expert_graph import draw_expert_graph
-from research_eval.analysis.routing_plots import (
-    ENTROPY_FILE,
-    LENGTH_FILE,
-    LOAD_FILE,
-    draw_load,
-    draw_routing,
-    shortened,
-)
-from research_eval.analysis.routing_report import path_metrics, routing_report
+from research_eval.analysis.figures import label
+from research_eval.analysis.routing_plots import ENTROPY_FILE, LENGTH_FILE, LOAD_FILE, draw_load, draw_routing
+from research_eval.routing.report import path_metrics, routing_report
 
 NAMES = [f"class ${number}_x$ \\frac with a name that is rather long" for number in range(20)]
 
@@ -87,7 +81,8 @@ def test_load_panels_stack_to_the_whole(tmp_path: Path, monkeypatch: pytest.Monk
     assert [shares.tolist() for shares in drawn] == [[[0.6, 0.6], [0.4, 0.4]]]
 
 
-def test_names_are_shortened_to_fit() -> None:
-    assert shortened("short") == "short"
-    assert shortened("x" * 24) == "x" * 24
-    assert shortened("x" * 25) == "x" * 23 + "…"
+def test_labels_are_one_line_and_shortened_to_fit() -> None:
+    assert label("short", 24) == "short"
+    assert label("x" * 24, 24) == "x" * 24
+    assert label("x" * 25, 24) == "x" * 23 + "…"
+    assert label("two\nlines", 24) == "two\N{REPLACEMENT CHARACTER}lines"

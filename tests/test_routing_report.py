@@ -11,12 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import normalized_mutual_info_score
 
-from research_eval.analysis.routing_report import (
-    normalized_mutual_information,
-    path_metrics,
-    routing_report,
-    specialisation,
-)
+from research_eval.routing.report import normalized_mutual_information, path_metrics, routing_report, specialisation
 
 labellings = st.integers(1, 30).flatmap(
     lambda size: st.tuples(*[st.lists(st.integers(-1, 4), min_size=size, max_size=size)] * 2)

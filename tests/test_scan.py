@@ -20,26 +20,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from research_eval.analysis.automaton import certification_metrics, certify
 from research_eval.datasets.regular import LONGER_TESTS, task_automaton
 from research_eval.datasets.synthetic import synthetic_splits
 from research_eval.datasets.token_data import Batches
 from research_eval.errors import ConfigError
-from research_eval.experiment import Result, create_model
+from research_eval.experiment import Result
+from research_eval.layers.dispatch import Dispatch
 from research_eval.layers.experts import ExpertPool
-from research_eval.layers.kernels import Dispatch
 from research_eval.layers.packing import Layout
-from research_eval.layers.scan import (
-    EdgePicker,
-    ScanExpert,
-    ScanSettings,
-    WalkerGraph,
-    straight_through,
-)
+from research_eval.layers.scan import EdgePicker, ScanExpert, ScanSettings, WalkerGraph, straight_through
 from research_eval.layers.text import masked_mean
 from research_eval.models.base_model import EvaluableModel, auxiliary_terms
 from research_eval.models.goe_scan import GoEScanClassifier
 from research_eval.models.lstm import LSTMClassifier
+from research_eval.routing.automaton import certification_metrics, certify
+from research_eval.runs.prepare import create_model
 from research_eval.schema import OptimizerParams, SchedulerParams, config_from_dict
 from research_eval.training.checkpoint import load_tensors
 from research_eval.training.fit import MODEL_FILE

@@ -20,6 +20,7 @@ from torch import nn
 
 import research_eval
 from research_eval import schema
+from research_eval.config.jsonc import JsonSource
 from research_eval.errors import ConfigError
 from research_eval.models.base_model import EvaluableModel
 from research_eval.registry import MODELS_MAP, SYNTHETIC_DATASETS
@@ -510,7 +511,7 @@ class Writer:
 def test_values_and_lines_are_those_that_were_written(data: dict[str, Any], choose: random.Random) -> None:
     writer = Writer(choose)
     writer.value((), data)
-    source = schema._Source(writer.text, "a.json")
+    source = JsonSource(writer.text, "a.json")
     assert source.values() == data
     assert source.lines() == (writer.lines, [])
 

@@ -17,20 +17,13 @@ from hypothesis import strategies as st
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from torch import nn
 
+from research_eval.annotations import Choice, Divides, Positive, Range, When
 from research_eval.errors import ConfigError
 from research_eval.registry import MODELS_MAP
-from research_eval.schema import Choice, Divides, Positive, Range, When, config_from_dict
-from research_eval.search_space import (
-    Infeasible,
-    SearchSpace,
-    build_space,
-    contains,
-    grid_values,
-    known_values,
-    random_pick,
-    read_search_space,
-)
-from research_eval.suggestion import rehearse
+from research_eval.schema import config_from_dict
+from research_eval.studies.distributions import Infeasible, contains, grid_values, known_values, random_pick
+from research_eval.studies.novelty import rehearse
+from research_eval.studies.space import SearchSpace, build_space, read_search_space
 
 BASE = {
     "dataset_type": "synthetic",

@@ -65,6 +65,16 @@ with contextlib.suppress(FirstStep):
     assert {"research_eval.training.fit", "sqlalchemy"} <= modules and not modules & NOT_FOR_TRAINING
 
 
+def test_looking_a_data_set_up_reads_no_files(tmp_path: Path) -> None:
+    program = """
+from research_eval.datasets.kinds import DATASET_KINDS
+for kind in DATASET_KINDS.values():
+    print(kind().constructor("parity"), *kind().names())
+"""
+    modules = imported_by(program, tmp_path)
+    assert "research_eval.datasets.text.dataset" in modules and not modules & (NOT_FOR_TRAINING | {"pyarrow"})
+
+
 def test_checking_a_config_does_not_import_the_compiler(tmp_path: Path) -> None:
     program = f"""
 import torch

@@ -27,7 +27,7 @@ from test_db_utils import postgresql_server  # noqa: F401 - a fixture
 
 from research_eval.db_utils import COMPARISONS, STATUSES, HistoryRow, RunFilter, Store, database_url, metadata
 from research_eval.errors import ConfigError
-from research_eval.store_tools import merge
+from research_eval.store.merge import merge
 
 NAMES = ["f1", "loss", "é'\"%"]
 IDS = [f"run-{number}" for number in range(6)]

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from support import ROOT
 
 from research_eval.db_utils import RunFilter, Store
-from research_eval.store_tools import find_runs
+from research_eval.store.find import find_runs
 
 
 def test_the_benchmark_fills_a_store_and_measures_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,22 +24,17 @@ from hypothesis import strategies as st
 from support import Ended, command, environment, run_in, small_config
 from test_db_utils import db, postgresql_server  # noqa: F401 - fixtures
 
-from research_eval import store_tools
 from research_eval.db_utils import STATUSES, HistoryRow, RunFilter, RunRecord, Store, canonical_json
 from research_eval.errors import ConfigError
 from research_eval.experiment import Result
 from research_eval.main import cli
-from research_eval.store_commands import printable
-from research_eval.store_tools import (
-    Replay,
-    difference,
-    export,
-    find_runs,
-    merge,
-    metric_differences,
-    parse_condition,
-    parse_since,
-)
+from research_eval.store import merge as merging
+from research_eval.store.changes import difference, metric_differences
+from research_eval.store.export import export
+from research_eval.store.find import find_runs, parse_condition, parse_since
+from research_eval.store.merge import merge
+from research_eval.studies.replay import Replay
+from research_eval.wording import printable
 
 START = datetime(2026, 3, 1, tzinfo=UTC)
 EXAMPLES = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -352,7 +347,7 @@ def test_a_terminal_gets_whole_ids_at_any_width(width, monkeypatch):
     ended = goe("runs", "--sort", "id")
     assert [line.split()[0] for line in ended.out.splitlines()[1:]] == ids
     assert ("started" in ended.out) == (width == 200)
-    assert ("left out for want of width: type" in ended.err) == (width < 200)
+    assert ("columns hidden (terminal too narrow): type" in ended.err) == (width < 200)
 
 
 def test_a_reader_that_has_gone_is_no_error():
@@ -707,7 +702,7 @@ def verdict(ours: Version | None, theirs: Version | None) -> str:
 @pytest.mark.parametrize("batch", [7, 200])
 def test_merging_follows_the_rules_and_changes_nothing_the_second_time(batch, monkeypatch):
     """For every pair of states of a run, missing ones too."""
-    monkeypatch.setattr(store_tools, "RUNS_PER_BATCH", batch)
+    monkeypatch.setattr(merging, "RUNS_PER_BATCH", batch)
     said = {key: verdict(*pair) for key, pair in PAIRS.items()}
     taken = {key: pair[said[key] in ("copied", "updated")] for key, pair in PAIRS.items()}
     conflicts = [key for key, word in said.items() if word == "conflict"]
@@ -735,7 +730,7 @@ def test_merging_follows_the_rules_and_changes_nothing_the_second_time(batch, mo
 def test_a_merge_that_is_cut_off_is_repeated(monkeypatch):
     fill("theirs.db", *(record(f"run-{number}", {"f1": float(number)}) for number in range(5)))
     fill("ours.db")
-    monkeypatch.setattr(store_tools, "RUNS_PER_BATCH", 2)
+    monkeypatch.setattr(merging, "RUNS_PER_BATCH", 2)
     enter = Store.merge_records
     calls = iter(range(10))
 

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,16 +22,22 @@ import pytest
 from optuna.trial import TrialState
 from support import ROOT, Ended, command, environment, repeatable
 
-from research_eval import experiment, hpo, trials
-from research_eval.analysis.study_trials import trial_records
+from research_eval import experiment
+from research_eval.cli.tune import add_study_arguments, study_options
 from research_eval.db_utils import DB_FILE, RunFilter, Store
 from research_eval.errors import ConfigError
 from research_eval.experiment import Journal, run
 from research_eval.main import cli, main, objective
 from research_eval.registry import MODELS_MAP
 from research_eval.schema import config_from_dict
-from research_eval.study_command import study_options
-from research_eval.trials import Outcome, dominated, make_pruner, standing
+from research_eval.studies import adapter, pruning, workers
+from research_eval.studies.adapter import StoredTrial, trial_records
+from research_eval.studies.distributions import grid_values
+from research_eval.studies.options import StudyOptions
+from research_eval.studies.pruning import PruningCallback, dominated, make_pruner, standing
+from research_eval.studies.queue import TrialQueue
+from research_eval.studies.trials import Outcome
+from research_eval.training.state import Diverged
 
 TINY = {"model_params": {"embed_dim": [8, 16]}, "training_params": {"num_threads": 1}}
 FLAGS = ("--dataset_type", "synthetic", "--dataset_name", "parity", "--syn_num_samples", "80", "--syn_seq_len", "5")
@@ -43,7 +50,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("GOE_DB", raising=False)
     Path("space.json").write_text(json.dumps(TINY))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hpo, "POLL_SECONDS", 0.05)
+        patch.setattr(workers, "POLL_SECONDS", 0.05)
         yield
 
 
@@ -163,14 +170,14 @@ def test_a_grid_that_is_smaller_than_the_budget_is_tried_whole_and_once() -> Non
 
 
 def test_the_pruner_gives_up_bad_trials_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "STARTUP_TRIALS", 1)
+    monkeypatch.setattr(pruning, "STARTUP_TRIALS", 1)
     scores = iter([0.9, 0.9, 0.9, 0.1])
-    report = trials.Watcher.epoch_end
+    report = PruningCallback.epoch_end
 
-    def worse(self: trials.Watcher, epoch: int, values: dict[str, float]) -> None:
+    def worse(self: PruningCallback, epoch: int, values: dict[str, float]) -> None:
         report(self, epoch, {**values, "val_f1": next(scores)})
 
-    monkeypatch.setattr(trials.Watcher, "epoch_end", worse)
+    monkeypatch.setattr(PruningCallback, "epoch_end", worse)
     study_of("--model_types", "lstm", n_trials=2, epochs=3)
     pruned = load().trials[1]
     assert pruned.state == TrialState.PRUNED
@@ -221,16 +228,16 @@ def test_a_trial_is_dominated_by_three_that_are_better_in_everything() -> None:
 
 
 def test_several_objectives_are_pruned_by_domination(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "STARTUP_TRIALS", 3)
+    monkeypatch.setattr(pruning, "STARTUP_TRIALS", 3)
     fixed = {"model_params": {"embed_dim": 8, "num_layers": 1}}
     Path("space.json").write_text(json.dumps(fixed))
     scores = iter([0.9] * 6 + [0.1])
-    report = trials.Watcher.epoch_end
+    report = PruningCallback.epoch_end
 
-    def worse(self: trials.Watcher, epoch: int, values: dict[str, float]) -> None:
+    def worse(self: PruningCallback, epoch: int, values: dict[str, float]) -> None:
         report(self, epoch, {**values, "val_f1": next(scores)})
 
-    monkeypatch.setattr(trials.Watcher, "epoch_end", worse)
+    monkeypatch.setattr(PruningCallback, "epoch_end", worse)
     study_of("--objectives", "final_val_f1", "param_count", "--model_types", "lstm", n_trials=4)
     assert [trial.state.name for trial in load().trials] == ["COMPLETE"] * 3 + ["PRUNED"]
     assert "better in every objective" in load().trials[3].user_attrs["reason"]
@@ -283,7 +290,7 @@ def test_time_that_is_up_stops_a_run_and_the_same_command_goes_on() -> None:
     started = time.monotonic()
     ended = study_of("--timeout", "3", "--model_types", "lstm", "--pruner", "none", n_trials=3, epochs=500)
     assert time.monotonic() - started < 60
-    assert "the same command goes on" in ended.out
+    assert "the same command continues" in ended.out
     assert sum(row["status"] == "interrupted" for row in rows()) == 1
     begun = load().trials
     assert begun[-1].state == TrialState.RUNNING
@@ -292,7 +299,8 @@ def test_time_that_is_up_stops_a_run_and_the_same_command_goes_on() -> None:
         run_id = begun[-1].user_attrs["experiment_ids"][0]
         assert store.history(run_id)
     options = study_options_of("--model_types", "lstm", "--pruner", "none", n_trials=3, epochs=500)
-    assert hpo.Desk(options).claim("next") == begun[-1]._trial_id
+    claimed = TrialQueue(options).claim("next")
+    assert claimed is not None and claimed.trial_id == begun[-1]._trial_id
 
 
 # ------------------------------------------------------------------------------------------------- trials that go wrong
@@ -303,17 +311,17 @@ class Unlucky:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, problem: str) -> None:
         self.calls = 0
-        original = experiment.fit_stepwise
+        original = experiment.fit
 
         def fit(*args: Any, **keywords: Any) -> Any:
             self.calls += 1
             if self.calls % 2:
                 if problem == "diverged":
-                    raise experiment.Diverged("the loss is nan at step 3")
+                    raise Diverged("the loss is nan at step 3")
                 raise MemoryError("out of memory")
             return original(*args, **keywords)
 
-        monkeypatch.setattr(experiment, "fit_stepwise", fit)
+        monkeypatch.setattr(experiment, "fit", fit)
 
 
 @pytest.mark.parametrize("problem", ["diverged", "failed"])
@@ -332,7 +340,7 @@ def test_a_trial_that_goes_wrong_is_recorded_and_the_study_goes_on(
 
 
 def test_a_study_without_a_finished_trial_ends_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiment, "fit_stepwise", lambda *_, **__: (_ for _ in ()).throw(MemoryError("no")))
+    monkeypatch.setattr(experiment, "fit", lambda *_, **__: (_ for _ in ()).throw(MemoryError("no")))
     ended = study_of("--model_types", "lstm", n_trials=2, epochs=1)
     assert ended.code == 1
     assert not Path(f"{FILES}_best_config.json").exists()
@@ -344,7 +352,7 @@ def test_an_objective_that_no_run_has_is_the_reason_of_the_failure() -> None:
 
 
 def test_a_key_error_of_a_run_is_not_taken_for_a_missing_metric(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiment, "fit_stepwise", lambda *_, **__: {}["weights"])
+    monkeypatch.setattr(experiment, "fit", lambda *_, **__: {}["weights"])
     study_of("--model_types", "lstm", n_trials=1, epochs=1)
     assert load().trials[0].user_attrs["reason"] == "KeyError: 'weights'"
 
@@ -352,11 +360,10 @@ def test_a_key_error_of_a_run_is_not_taken_for_a_missing_metric(monkeypatch: pyt
 # ------------------------------------------------------------------------------------------------- workers
 
 
-def study_options_of(*more: str, **keywords: Any) -> trials.StudyOptions:
+def study_options_of(*more: str, **keywords: Any) -> StudyOptions:
     import argparse
 
-    from research_eval.main import add_common_arguments
-    from research_eval.study_command import add_study_arguments
+    from research_eval.cli.run import add_common_arguments
 
     parser = argparse.ArgumentParser()
     add_common_arguments(parser)
@@ -366,19 +373,19 @@ def study_options_of(*more: str, **keywords: Any) -> trials.StudyOptions:
 
 def test_the_budget_is_exact_however_many_claim() -> None:
     options = study_options_of(n_trials=10)
-    desks = [hpo.Desk(options) for _ in range(4)]
-    claimed: list[int | None] = []
+    queues = [TrialQueue(options) for _ in range(4)]
+    claimed: list[StoredTrial | None] = []
 
-    def claim(desk: hpo.Desk, name: str) -> None:
+    def claim(queue: TrialQueue, name: str) -> None:
         for _ in range(5):
-            claimed.append(desk.claim(name))
+            claimed.append(queue.claim(name))
 
-    threads = [threading.Thread(target=claim, args=(desk, str(index))) for index, desk in enumerate(desks)]
+    threads = [threading.Thread(target=claim, args=(queue, str(index))) for index, queue in enumerate(queues)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    given = [trial_id for trial_id in claimed if trial_id is not None]
+    given = [trial for trial in claimed if trial is not None]
     assert len(given) == len(set(given)) == 10
     assert len(load().trials) == 10
 
@@ -387,41 +394,41 @@ def test_a_trial_whose_worker_died_is_given_to_the_next_until_it_has_killed_thre
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options = study_options_of(n_trials=1)
-    desk = hpo.Desk(options)
-    first = desk.claim("first")
+    queue = TrialQueue(options)
+    first = queue.claim("first")
     assert first is not None
-    assert desk.claim("second") is None
-    desk.release("first", died=True)
-    assert desk.claim("second") == first
+    assert queue.claim("second") is None
+    queue.release("first", died=True)
+    assert queue.claim("second") == first
     with monkeypatch.context() as patch:  # its heart has not beaten for long
-        patch.setattr(desk.storage, "_get_stale_trial_ids", lambda _: [first])
-        assert desk.claim("third") == first
-    desk.release("third", died=True)
-    assert desk.claim("fourth") is None
+        patch.setattr(queue.stored, "stale_ids", lambda: {first.trial_id})
+        assert queue.claim("third") == first
+    queue.release("third", died=True)
+    assert queue.claim("fourth") is None
     (trial,) = load().trials
     assert trial.state == TrialState.FAIL
     assert trial.user_attrs["reason"] == "its worker died 3 times"
 
 
 def test_a_heartbeat_keeps_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hpo, "HEARTBEAT_SECONDS", 1)
-    monkeypatch.setattr(hpo, "GRACE_SECONDS", 3)
-    desk = hpo.Desk(study_options_of(n_trials=1))
-    trial_id = desk.claim("slow")
+    monkeypatch.setattr(adapter, "HEARTBEAT_SECONDS", 1)
+    monkeypatch.setattr(adapter, "GRACE_SECONDS", 3)
+    queue = TrialQueue(study_options_of(n_trials=1))
+    trial_id = queue.claim("slow")
     assert trial_id is not None
-    with desk.heartbeat(trial_id):
+    with queue.heartbeat(trial_id):
         time.sleep(4.5)
-        assert desk.claim("eager") is None
+        assert queue.claim("eager") is None
     time.sleep(4.5)
-    assert desk.claim("eager") == trial_id
+    assert queue.claim("eager") == trial_id
 
 
 def test_who_was_taken_for_dead_does_not_have_the_last_word() -> None:
-    desk = hpo.Desk(study_options_of(n_trials=1))
-    trial_id = desk.claim("a")
+    queue = TrialQueue(study_options_of(n_trials=1))
+    trial_id = queue.claim("a")
     assert trial_id is not None
-    desk.finish(trial_id, Outcome("finished", (0.5,)))
-    desk.finish(trial_id, Outcome("failed", reason="late"))
+    queue.finish(trial_id, Outcome("finished", (0.5,)))
+    queue.finish(trial_id, Outcome("failed", reason="late"))
     assert load().trials[0].value == 0.5
     assert "reason" not in load().trials[0].user_attrs
 
@@ -627,3 +634,30 @@ def test_a_study_on_a_server(tmp_path: Path) -> None:
             assert not Path(DB_FILE).exists()
         finally:
             server.cleanup()
+
+
+# ------------------------------------------------------------------------------------------------- the border to Optuna
+
+
+def test_only_the_adapter_uses_the_storage_and_private_parts_of_optuna() -> None:
+    private = re.compile(
+        r"\b(_trial_id|_get_stale_trial_ids|_storage|RDBStorage|BaseStorage|system_attrs|create_new_trial"
+        r"|set_trial_\w+|get_trial|record_heartbeat)\b"
+    )
+    package = ROOT / "research_eval"
+    users = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if private.search(path.read_text())}
+    assert users == {"studies/adapter.py"}
+
+
+def test_the_name_of_a_narrowed_parameter_is_that_of_the_studies_in_peoples_databases() -> None:
+    Path("space.json").write_text(json.dumps({"model_params": {"embed_dim": 12, "num_layers": 1, "dropout": 0.0}}))
+    space = study_options_of("--model_types", "dense").space
+    entries: dict[str, tuple[Any, ...]] = {}
+
+    def first(name: str, distribution: Any) -> Any:
+        entries[name] = getattr(distribution, "choices", ())
+        return grid_values(distribution)[0]
+
+    space.sample(first)
+    assert entries["dense.num_heads of 1, 2, 4"] == (1, 2, 4)  # 8 does not divide 12
+    assert entries["dense.dim_feedforward_factor"] == (1.0, 2.0, 4.0)  # nothing narrows it

@@ -28,29 +28,19 @@ from optuna.distributions import (
 from optuna.trial import TrialState, create_trial
 from support import small_config
 
-from research_eval.analysis import study_points
+from research_eval.analysis import study_charts
+from research_eval.analysis.study_axes import ABSENT, parameter_axis, round_numbers, scale_of, tick_texts
+from research_eval.analysis.study_charts import StudyCharts, best_so_far, front_line, parallel_coordinates_of
+from research_eval.analysis.study_importance import FEWEST, explained_by_type, importances, searched
 from research_eval.analysis.study_pages import SCRIPT
-from research_eval.analysis.study_points import (
-    ABSENT,
-    FEWEST,
-    Story,
-    best_so_far,
-    explained_by_type,
-    front_line,
-    importances,
-    lines_of,
-    parameter_axis,
-    round_numbers,
-    scale_of,
-    searched,
-    tick_texts,
-)
-from research_eval.analysis.study_trials import best_of, pareto_front, trial_records
+from research_eval.analysis.study_trials import best_of, pareto_front
 from research_eval.db_utils import Store
-from research_eval.metrics import direction
 from research_eval.schema import load_config
-from research_eval.search_space import build_space, random_pick
-from research_eval.study_results import StudyFiles, write_csv_of, write_results
+from research_eval.store.metrics import direction
+from research_eval.studies.adapter import trial_records
+from research_eval.studies.distributions import random_pick
+from research_eval.studies.results import StudyFiles, write_csv_of, write_results
+from research_eval.studies.space import build_space
 
 F1, COST = "final_val_f1", "param_count"
 STATES = {
@@ -125,8 +115,8 @@ def sampled(
     return study
 
 
-def story_of(study: optuna.Study, *objectives: str) -> Story:
-    return Story(study.study_name, "parity", objectives, tuple(trial_records(study)))
+def charts_of(study: optuna.Study, *objectives: str) -> StudyCharts:
+    return StudyCharts(study.study_name, "parity", objectives, tuple(trial_records(study)))
 
 
 # -------------------------------------------------------------------------------------------------------- names
@@ -233,7 +223,7 @@ def test_the_csv_begins_with_the_columns_and_cells_of_optuna(tmp_path: Path) -> 
 def test_a_duration_is_written_so_that_pandas_reads_it(passed: timedelta) -> None:
     import pandas
 
-    from research_eval.study_results import _duration
+    from research_eval.studies.results import _duration
 
     trial = create_trial(value=0.5)
     trial.datetime_start = datetime(2026, 1, 1)
@@ -338,7 +328,7 @@ def stored(folder: Path, *ids: str) -> str:
 
 @pytest.fixture(name="no_pictures")
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("research_eval.analysis.study_plots.draw_study", lambda story, folder: [])
+    monkeypatch.setattr("research_eval.analysis.study_plots.draw_study", lambda charts, folder: [])
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -407,8 +397,8 @@ def test_without_a_finished_trial_there_is_a_csv_and_no_error(tmp_path: Path) ->
 
 
 def test_the_parameter_that_the_score_depends_on_is_the_important_one() -> None:
-    story = story_of(sampled(140, [F1], ["dense"]), F1)
-    (found,) = story.importances["dense"]
+    charts = charts_of(sampled(140, [F1], ["dense"]), F1)
+    (found,) = charts.importances["dense"]
     assert isinstance(found, dict)
     assert next(iter(found)) == "optimizer_params.lr"
     assert next(name for name, one in found.items() if one.is_clear) == "optimizer_params.lr"
@@ -420,14 +410,14 @@ def test_the_parameter_that_the_score_depends_on_is_the_important_one() -> None:
 def test_the_importance_of_a_loss_is_about_its_low_values() -> None:
     """What is best about a score is best about its logarithm, negated."""
     study = sampled(60, [F1, "final_val_loss"], ["dense"])
-    for_score, for_loss = story_of(study, F1, "final_val_loss").importances["dense"]
+    for_score, for_loss = charts_of(study, F1, "final_val_loss").importances["dense"]
     assert for_score == for_loss
 
 
 def test_where_nothing_matters_little_is_clear() -> None:
     """One of twenty by chance; all of them would be clear without the shuffles."""
-    story = story_of(sampled(140, [F1], ["dense"], effect=False), F1)
-    (found,) = story.importances["dense"]
+    charts = charts_of(sampled(140, [F1], ["dense"], effect=False), F1)
+    (found,) = charts.importances["dense"]
     assert isinstance(found, dict)
     assert sum(one.is_clear for one in found.values()) <= 2
 
@@ -568,15 +558,15 @@ def test_lines_are_coloured_by_how_good_they_are() -> None:
     study = study_of("final_val_loss")
     for value in (0.9, 0.1, 0.5):
         add(study, value, params={"moe.size": (1, IntDistribution(1, 3))}, model_type="moe")
-    lines = lines_of(story_of(study, "final_val_loss"), "moe")
+    lines = parallel_coordinates_of(charts_of(study, "final_val_loss"), "moe")
     assert lines.goodness == pytest.approx([0, 1, 0.5])
     assert [axis.label for axis in lines.axes] == ["size", "final_val_loss"]
     assert lines.legend[0][0] > lines.legend[-1][0]  # the smallest loss is the best
 
 
 def test_of_many_parameters_the_important_ones_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study_points, "MAX_AXES", 2)
-    lines = lines_of(story_of(sampled(60, [F1], ["dense"]), F1), "dense")
+    monkeypatch.setattr(study_charts, "MAX_AXES", 2)
+    lines = parallel_coordinates_of(charts_of(sampled(60, [F1], ["dense"]), F1), "dense")
     assert len(lines.axes) == 3
     assert "lr" in [axis.label for axis in lines.axes]
     assert "the 2 most important of 9 parameters" in lines.title
@@ -594,7 +584,7 @@ def test_the_line_of_the_front_ends_where_the_picture_ends(second: str, expected
     for cost, score in ((10.0, 0.5), (20.0, 0.8), (30.0, 0.7), (40.0, 0.9)):
         add(study, [score, cost])
     scale = scale_of([10.0, 40.0], second)
-    line = front_line(story_of(study, F1, second), scale)
+    line = front_line(charts_of(study, F1, second), scale)
     cheap = direction(second) == "minimize"
     assert line == ([*expected, (scale.high, 0.9)] if cheap else [(scale.low, 0.9), *expected])
 
@@ -704,7 +694,7 @@ def test_a_value_that_is_not_finite_is_no_point_of_a_picture(tmp_path: Path) -> 
     study = study_of("final_val_loss")
     for value in (math.inf, 0.5, 0.4):
         add(study, value, model_type="dense")
-    story = story_of(study, "final_val_loss")
-    assert [record.number for record in story.finished] == [1, 2]
+    charts = charts_of(study, "final_val_loss")
+    assert [record.number for record in charts.finished] == [1, 2]
     files = StudyFiles.of("s", "synthetic", "parity", tmp_path)
     assert len(write_results(study, ["final_val_loss"], files, str(tmp_path / "none.db"))) == 7

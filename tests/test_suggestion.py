@@ -21,11 +21,13 @@ from torch import nn
 from research_eval import experiment, suggest_configs
 from research_eval.db_utils import DB_FILE, Store, canonical_json
 from research_eval.errors import ConfigError
-from research_eval.perturbation import perturbed, space_around
 from research_eval.registry import MODELS_MAP
 from research_eval.schema import ExperimentConfig, config_from_dict, load_config
-from research_eval.search_space import random_pick
-from research_eval.suggestion import Request, Suggestion, identity, rehearse, suggest
+from research_eval.studies.distributions import random_pick
+from research_eval.studies.novelty import rehearse
+from research_eval.studies.past_runs import identity
+from research_eval.studies.perturbation import perturbed, space_around
+from research_eval.studies.suggestion import Request, Suggestion, suggest
 
 SHIPPED = sorted(MODELS_MAP)
 # A space of three configs.
@@ -140,8 +142,8 @@ def test_the_same_seed_gives_the_same_files_and_another_one_others(store: Store)
 
 @pytest.mark.parametrize("model", MODELS)
 def test_suggestions_of_every_model_run(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiment, "draw_expert_graph", lambda *_: None)  # the larger part of such short runs
-    monkeypatch.setattr(experiment, "measure_flops", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr(experiment, "draw_pictures", lambda *_: None)  # the larger part of such short runs
+    monkeypatch.setattr("research_eval.runs.scores.measure_flops", lambda *_, **__: (0.0, 0.0))
     settings = {"model_type": model, "epochs": 1, "dataset_params": {"num_samples": 40, "seq_len": 4}}
     with Store(str(tmp_path / DB_FILE)) as store:
         enter(store, small_config(**settings), 0.5)

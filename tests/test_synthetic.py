@@ -664,3 +664,64 @@ def test_further_tests_paths_and_groups_reach_the_splits(monkeypatch: pytest.Mon
         np.testing.assert_array_equal(part.paths, tokens_N2 % 2)
         np.testing.assert_array_equal(part.groups, tokens_N2[:, 0])
     assert set(splits.fingerprint["sha256"]) == {"train", "validation", "test", "long", "rare"}
+
+
+# ------------------------------------------------------------------------------------------- labels that are no classes
+
+
+class Mean(SequenceBaseDataset):
+    """The mean of three tokens. As a list of dicts, or as whole arrays."""
+
+    task = "regression"
+
+    def __init__(self, *, num_samples: int = 50, vocab_size: int = 300, whole: bool = False) -> None:
+        super().__init__(num_samples, 3, vocab_size)
+        self.whole = whole
+
+    def _generate_data(self) -> None:
+        ids_N3 = self.rng.integers(1, self.vocab_size, (self.num_samples, 3), endpoint=True)
+        means_N = ids_N3.mean(1)
+        rows = ({"input_ids": ids, "label": mean} for ids, mean in zip(ids_N3, means_N, strict=True))
+        self.samples = ArraySamples(ids_N3, means_N) if self.whole else list(rows)
+
+
+class FewMeans(Mean):
+    """With so few inputs the splits share them out."""
+
+    def input_space(self) -> int:
+        return int(self.vocab_size**3)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(("cls", "vocab_size"), [(Mean, 300), (FewMeans, 3)])
+def test_numbers_to_be_predicted_stay_as_they_are(
+    cls: type[Mean], vocab_size: int, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SYNTHETIC_DATASETS, "mean", cls)
+    splits = synthetic_splits("mean", {"vocab_size": vocab_size, "whole": whole}, seed=0)
+    assert (splits.task, splits.num_classes, splits.label_names) == ("regression", 1, [])
+    assert (splits.fingerprint["sampling"] == "independent draws") == (cls is Mean)
+    for part in (splits.train, splits.validation, splits.test):
+        assert part is not None and part.labels.dtype == np.float32
+        np.testing.assert_array_equal(part.labels, part.tokens.reshape(-1, 3).mean(1).astype(np.float32))
+    batch = next(iter(Batches(splits.train, 4)))
+    torch.testing.assert_close(batch.labels, batch.input_ids.float().mean(1), rtol=0, atol=1e-6)
+    dataset = cls(vocab_size=vocab_size, whole=whole)
+    assert dataset[0]["label"] == dataset[0]["input_ids"].double().mean().item()
+    assert dataset.class_values() == []
+
+
+@pytest.mark.parametrize("label", [float("nan"), float("inf"), True, "1.5", None])
+def test_numbers_to_be_predicted_are_finite(label: Any) -> None:
+    class Wrong(Mean):
+        def _generate_data(self) -> None:
+            self.samples = [{"input_ids": [1], "label": value} for value in (0.5, label)]
+
+    with pytest.raises(ConfigError, match=r"Wrong: sample 1: label .* is no finite number, which task 'regression'"):
+        Wrong().to_token_data()
+
+
+def test_all_tasks_of_our_own_are_classification() -> None:
+    assert {cls.task for cls in SYNTHETIC_DATASETS.values()} == {"classification"}
+    splits = synthetic_splits("parity", {"num_samples": 10}, seed=0)
+    assert splits.task == "classification" and splits.train.labels.dtype == np.int64

@@ -17,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import csv, parquet
 
-from research_eval.datasets import providers, text
+from research_eval.datasets import providers
 from research_eval.datasets.providers import get_real_world_data_loaders, load_splits
-from research_eval.datasets.text import TextDataset, TextSource, cached_arrays, encode_texts, train_tokenizer
+from research_eval.datasets.text import TextDataset, TextSource, cached_arrays, encode_texts, hub, train_tokenizer
+from research_eval.datasets.text.cache import digest_texts
 from research_eval.errors import ConfigError
 
 WORDS = ["red", "green", "blue", "cat", "dog", "bird", "runs", "sits", "sleeps", "today"]
@@ -85,7 +86,7 @@ def test_every_format_gives_the_same_splits(folder, suffix, validation_name):
 
 
 def test_line_breaks_in_a_large_csv_stay_in_their_row(folder, monkeypatch):
-    monkeypatch.setattr(text, "BLOCK_BYTES", 100)
+    monkeypatch.setattr("research_eval.datasets.text.files.BLOCK_BYTES", 100)
     write(folder / "train.csv", {"text": ["one\n\ntwo\nthree\nfour"] * 20, "label": [0, 1] * 10})
     assert texts_of(load(folder), "train") == ["one two three four"] * 18
 
@@ -281,7 +282,7 @@ def test_truncation_keeps_the_head_or_a_quarter_and_the_tail(folder, truncation,
 def test_encoding_in_chunks_is_encoding_one_by_one(monkeypatch):
     lines = [" ".join(WORDS[: row % 7]) for row in range(50)]
     whole = encode_texts(tokenizer_of("bpe"), lines, 6, "head_tail")
-    monkeypatch.setattr(text, "ENCODE_ROWS", 3)
+    monkeypatch.setattr("research_eval.datasets.text.tokenizer.ENCODE_ROWS", 3)
     parts = encode_texts(tokenizer_of("bpe"), lines, 6, "head_tail")
     for one, other in zip(whole, parts, strict=True):
         np.testing.assert_array_equal(one, other)
@@ -293,8 +294,8 @@ def test_encoding_in_chunks_is_encoding_one_by_one(monkeypatch):
 def test_a_second_load_trains_and_encodes_nothing(folder, monkeypatch):
     write(folder / "train.csv", made_up(50))
     first = load(folder)
-    monkeypatch.setattr(text, "train_tokenizer", None)
-    monkeypatch.setattr(text, "encode_texts", None)
+    monkeypatch.setattr("research_eval.datasets.text.dataset.train_tokenizer", None)
+    monkeypatch.setattr("research_eval.datasets.text.dataset.encode_texts", None)
     second = load(folder)
     for name in ("train", "validation"):
         for field in ("tokens", "offsets", "labels"):
@@ -348,7 +349,7 @@ def test_changed_labels_are_not_taken_from_the_cache(folder):
 
 
 def test_texts_that_join_to_the_same_string_have_different_hashes():
-    assert text._digest_texts(["ab", "c"]) != text._digest_texts(["a", "bc"])
+    assert digest_texts(["ab", "c"]) != digest_texts(["a", "bc"])
 
 
 def flip_a_byte(content: bytes) -> bytes:
@@ -393,7 +394,7 @@ def test_a_write_that_stops_half_way_leaves_nothing(tmp_path, monkeypatch):
         path.write_bytes(b"PK")
         raise OSError("disk full")
 
-    monkeypatch.setattr(text.np, "savez", half)
+    monkeypatch.setattr(np, "savez", half)
     with pytest.raises(ConfigError, match="disk full"):
         cached_arrays(tmp_path / "entry.npz", lambda: {"tokens": np.arange(3)})
     assert not list(tmp_path.iterdir())
@@ -522,7 +523,7 @@ def refuse(*_):
 
 @pytest.mark.usefixtures("no_datasets_library")
 def test_without_network_both_ways_out_are_named(monkeypatch):
-    monkeypatch.setattr(text.socket, "create_connection", refuse)
+    monkeypatch.setattr(hub.socket, "create_connection", refuse)
     with pytest.raises(ConfigError, match=r"stanfordnlp/imdb.* cannot be reached.*data_dir.*network access"):
         load_splits("real_world", "imdb", {}, seed=0)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -533,8 +534,8 @@ def test_without_network_both_ways_out_are_named(monkeypatch):
 @pytest.mark.usefixtures("no_datasets_library")
 def test_a_name_server_that_never_answers_is_not_waited_for(monkeypatch):
     answered = threading.Event()
-    monkeypatch.setattr(text, "CONNECT_SECONDS", 0.05)
-    monkeypatch.setattr(text.socket, "create_connection", lambda *_: answered.wait(60) and refuse())
+    monkeypatch.setattr(hub, "CONNECT_SECONDS", 0.05)
+    monkeypatch.setattr(hub.socket, "create_connection", lambda *_: answered.wait(60) and refuse())
     with pytest.raises(ConfigError, match="cannot be reached"):
         load_splits("real_world", "imdb", {}, seed=0)
     answered.set()
@@ -551,12 +552,12 @@ def test_a_name_server_that_never_answers_is_not_waited_for(monkeypatch):
 )
 def test_the_endpoint_or_its_proxy_is_asked(monkeypatch, endpoint, proxies, address):
     asked = []
-    monkeypatch.setattr(text, "getproxies", lambda: proxies)
-    monkeypatch.setattr(text, "proxy_bypass", lambda host: False)
-    monkeypatch.setattr(text.socket, "create_connection", lambda *given: asked.append(given[0]) or refuse())
+    monkeypatch.setattr(hub, "getproxies", lambda: proxies)
+    monkeypatch.setattr(hub, "proxy_bypass", lambda host: False)
+    monkeypatch.setattr(hub.socket, "create_connection", lambda *given: asked.append(given[0]) or refuse())
     if endpoint:
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    assert not text.hub_answers() and asked == [address]
+    assert not hub.hub_answers() and asked == [address]
 
 
 @pytest.fixture
@@ -568,7 +569,7 @@ def hub_set(tmp_path, monkeypatch):
     source = TextSource(str(repository), text_fields=("sentence",), label_fields=("mark",))
     monkeypatch.setitem(providers.TEXT_FIELDS, "hub_set", source)
     monkeypatch.setattr(providers, "REAL_WORLD_DATASETS", [*providers.REAL_WORLD_DATASETS, "hub_set"])
-    monkeypatch.setattr(text, "hub_answers", lambda: True)
+    monkeypatch.setattr(hub, "hub_answers", lambda: True)
     return repository
 
 
@@ -577,7 +578,7 @@ def test_a_hub_set_is_downloaded_once_and_then_read_from_the_cache(hub_set, cach
     assert (len(first.train), len(first.validation), first.test) == (18, 2, None)
     (copy,) = (cache / "hub").iterdir()
     assert {path.name for path in copy.iterdir()} == {"train.parquet", "test.parquet"}
-    monkeypatch.setattr(text, "hub_answers", lambda: False)
+    monkeypatch.setattr(hub, "hub_answers", lambda: False)
     monkeypatch.setitem(sys.modules, "datasets", None)
     second = load_splits("real_world", "hub_set", {"min_frequency": 1}, seed=0)
     assert first.fingerprint == second.fingerprint

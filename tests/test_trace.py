@@ -23,22 +23,21 @@ from research_eval.analysis.routing_plots import ENTROPY_FILE, LENGTH_FILE, LOAD
 from research_eval.datasets.token_data import Batches, TokenData
 from research_eval.errors import ConfigError
 from research_eval.experiment import Result, prepare
-from research_eval.layers.routing import PathRecord
 from research_eval.layers.stacked import Dropout, StackedLinear
-from research_eval.models.base_model import EvaluableModel, logits_of
+from research_eval.models.base_model import EvaluableModel, joined_on_host, logits_of
+from research_eval.routing import trace_files
+from research_eval.routing.record import EvaluationRecorder, RoutingRecord
+from research_eval.routing.trace_files import ROUTING_FOLDER, read_trace
 from research_eval.schema import ExperimentConfig
+from research_eval.tasks.classification import Classification
 from research_eval.training.checkpoint import load_tensors
 from research_eval.training.evaluate import evaluate
-from research_eval.training.fit import CHECKPOINT_FILE, Diverged
+from research_eval.training.fit import CHECKPOINT_FILE
+from research_eval.training.routing_watch import expert_similarity, relative_change, training_mode_metrics
 from research_eval.training.runtime import Runtime
-from research_eval.training.trace import (
-    ROUTING_FOLDER,
-    expert_similarity,
-    read_trace,
-    relative_change,
-    training_mode_metrics,
-)
+from research_eval.training.state import Diverged
 
+TASK = Classification()
 PLANTED = {
     "dataset_name": "planted_paths",
     "dataset_params": {"num_samples": 120, "num_functions": 2, "depth": 2, "num_values": 3, "num_operands": 1},
@@ -110,7 +109,7 @@ def test_each_row_is_what_the_model_does_with_that_sample(traced: Traced) -> Non
     with torch.no_grad():
         logits_SC = logits_of(model, Batches(data.validation, 1).take(rows_S))
     table = list(read_trace(traced.run))[-1].samples.to_pydict()
-    recorded = model.recorded_probabilities()
+    recorded = model.recorder().probabilities()
     assert recorded is not None
     assert recorded.std(axis=0).max() > 1e-4, "the samples differ"
     np.testing.assert_allclose(np.array(table["probabilities"]), recorded, atol=1e-5)
@@ -159,16 +158,14 @@ def test_tracing_changes_nothing_else(traced: Traced, tmp_path: Path) -> None:
 
 def test_a_resumed_run_writes_the_same_files(traced: Traced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed in the second epoch, between checkpoints, after its first file."""
-    from research_eval.training import trace
-
-    original = trace.write_atomically
+    original = trace_files.write_atomically
 
     def killed(path: Path, content: bytes) -> None:
         if path.name == "epoch_0002.parquet":
             raise Diverged("killed")
         original(path, content)
 
-    monkeypatch.setattr(trace, "write_atomically", killed)
+    monkeypatch.setattr(trace_files, "write_atomically", killed)
     first = run_in(tmp_path, config_of())
     assert first.status == "diverged"
     assert {path.name for path in (tmp_path / first.folder / ROUTING_FOLDER).iterdir()} == {
@@ -238,7 +235,7 @@ def test_the_gap_is_that_of_the_noise_and_not_of_dropout(flips: float) -> None:
     undisturbed = generator_draws()
     torch.manual_seed(3)
     np.random.seed(0)
-    metrics = training_mode_metrics(model, batches, evaluation, runtime)
+    metrics = training_mode_metrics(model, batches, evaluation, runtime, TASK)
     torch.manual_seed(3)
     assert generator_draws()[0] == undisturbed[0]
     assert metrics["training_mode_accuracy"] == pytest.approx(1 - flips, abs=0.05)
@@ -253,7 +250,7 @@ def test_the_pass_leaves_generators_alone_and_takes_at_most_1000_samples() -> No
     counted = []
     model.register_forward_hook(lambda _, inputs, __: counted.append(len(inputs[0])))
     state = torch.get_rng_state()
-    training_mode_metrics(model, batches, evaluation, runtime)
+    training_mode_metrics(model, batches, evaluation, runtime, TASK)
     assert torch.equal(torch.get_rng_state(), state)
     assert sum(counted) == 1000
 
@@ -267,7 +264,7 @@ def test_deterministic_routing_has_no_gap(
     before = {key: value.clone() for key, value in model.named_buffers()}
     evaluation = evaluate(model, batches, 3, runtime)
     metrics = model.get_model_specific_metrics()
-    assert training_mode_metrics(model, batches, evaluation, runtime)["training_mode_gap"] == 0
+    assert training_mode_metrics(model, batches, evaluation, runtime, TASK)["training_mode_gap"] == 0
     assert model.get_model_specific_metrics() == metrics, "the record is still that of the evaluation"
     assert all(torch.equal(value, before[key]) for key, value in model.named_buffers())
 
@@ -309,24 +306,31 @@ def test_change_is_relative_to_the_start() -> None:
 
 
 def test_the_record_keeps_probabilities_and_values_with_their_paths() -> None:
-    record = PathRecord(2, 3)
-    assert record.probabilities() is None
-    assert record.values() is None
-    parts = [torch.rand(size, 3, 3) for size in (4, 1)]
+    recorder = EvaluationRecorder(2, 3, joined_on_host)
+    assert recorder.probabilities() is None
+    assert recorder.values() is None
+
+    def record(part_BTA: torch.Tensor) -> None:
+        recorder.begin_batch(len(part_BTA))
+        experts_B1 = torch.zeros(len(part_BTA), 1, dtype=torch.long)
+        for step, part_BA in enumerate(part_BTA.unbind(1)):
+            weights_B1 = torch.ones(len(part_BA), 1)
+            recorder.push(RoutingRecord(step, experts_B1, weights_B1, probabilities_DA=part_BA, values_DA=-part_BA))
+
+    parts = [torch.rand(size, 3, 3).requires_grad_() for size in (4, 1)]
     for part in parts:
-        path_BT = torch.zeros(len(part), 3, dtype=torch.long)
-        record.add(path_BT, torch.zeros(len(part), 3), part.requires_grad_(), -part)
-    probabilities_STA, values_STA = record.probabilities(), record.values()
+        record(part)
+    probabilities_STA, values_STA = recorder.probabilities(), recorder.values()
     assert probabilities_STA is not None
     assert values_STA is not None
     np.testing.assert_array_equal(probabilities_STA, torch.cat(parts).detach().numpy())
     np.testing.assert_array_equal(values_STA, -probabilities_STA)
-    record.clear()
-    assert record.probabilities() is None
-    record.keep_probabilities = False
-    record.add(path_BT, torch.zeros(1, 3), parts[1])
-    assert record.probabilities() is None
-    assert len(record.paths()) == 1
+    recorder.clear()
+    assert recorder.probabilities() is None
+    recorder.keep_probabilities = False
+    record(parts[1])
+    assert recorder.probabilities() is None
+    assert len(recorder.paths()) == 1
 
 
 def test_values_are_traced_where_a_model_has_them(tmp_path: Path) -> None:
@@ -347,5 +351,5 @@ def test_logits_of_a_batch_are_not_changed_by_a_pass_in_training_mode(
     evaluation = evaluate(model, batches, 3, runtime)
     (batch,) = batches
     before = logits_of(model, batch)
-    training_mode_metrics(model, batches, evaluation, runtime)
+    training_mode_metrics(model, batches, evaluation, runtime, TASK)
     assert torch.equal(logits_of(model, batch), before)

@@ -1,1 +1,1 @@
-"""Reads the store and draws; never imports a model or torch."""
+"""Tables, statistics and pictures of stored results. It reads `store` and `routing` only: no model, no torch."""

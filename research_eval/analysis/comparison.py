@@ -1,4 +1,7 @@
-"""Two model types against each other: the best config of each, over the seeds that both have."""
+"""Paired comparison of two model types: the best config of each, over the seeds that both have.
+
+Equal seeds see the same data in the same order, so that the differences of pairs vary less than the scores.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,14 @@ from research_eval.analysis.statistics import PairedDifference, holm, paired_dif
 from research_eval.analysis.summary import Options
 from research_eval.analysis.tables import Table, interval_text, metric_text
 from research_eval.errors import ConfigError
-from research_eval.metrics import direction
+from research_eval.store.metrics import direction
 
 Pair = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """First minus second, by the metric that chose both configs and by the test score."""
+    """The differences "first minus second", in the metric that chose both configs and in the test score."""
 
     task: str  # its label
     first: Group
@@ -27,15 +30,16 @@ class Comparison:
     seeds: list[int | str]
     difference: PairedDifference
     test: PairedDifference | None  # None unless every common seed has the score on both sides
-    adjusted_p: float | None
+    adjusted_p: float | None  # with Holm's correction over all comparisons of a table
 
 
 def all_pairs(model_types: Sequence[str]) -> list[Pair]:
+    """Every two model types, each pair once."""
     return list(combinations(model_types, 2))
 
 
 def parse_pair(text: str) -> Pair:
-    """`A,B` of the command line."""
+    """Read the pair `A,B` of the command line. Raises ConfigError."""
     names = [name.strip() for name in text.split(",")]
     if len(names) != 2 or not all(names) or names[0] == names[1]:
         raise ConfigError(f"--compare: expected two model types such as goe,dense, got {text!r}")
@@ -43,7 +47,10 @@ def parse_pair(text: str) -> Pair:
 
 
 def compare(results: Results, best: Sequence[Group], pairs: Sequence[Pair], options: Options) -> list[Comparison]:
-    """Every pair on every task where both are among the best groups; Holm's correction is over all of them."""
+    """Compare every pair on every task on which both are among the best groups.
+
+    Holm's correction covers all tests together.
+    """
     chosen = {(group.task, group.model_type): group for group in best}
     found: list[Comparison] = []
     for task, label in results.tasks.items():
@@ -59,8 +66,10 @@ def compare(results: Results, best: Sequence[Group], pairs: Sequence[Pair], opti
 
 
 def _compared(label: str, first: Group, second: Group, options: Options) -> Comparison:
+    """The comparison before the correction of its p-value, over the seeds that both groups have scores for."""
     scores = first.scores(options.metric), second.scores(options.metric)
     seeds = [seed for seed in scores[0] if seed in scores[1]]
+    # A mean over some of the seeds would be compared with a mean over all of them: all or none.
     tests = first.scores(options.test_metric), second.scores(options.test_metric)
     tested = bool(seeds) and all(seed in one for one in tests for seed in seeds)
     return Comparison(
@@ -77,6 +86,7 @@ def _compared(label: str, first: Group, second: Group, options: Options) -> Comp
 def _paired(
     scores: Sequence[dict[int | str, float]], seeds: Sequence[int | str], confidence: float
 ) -> PairedDifference:
+    """The statistics of the pairs: one pair for each of these seeds."""
     first, second = ([one[seed] for seed in seeds] for one in scores)
     return paired_difference(first, second, confidence)
 
@@ -85,7 +95,7 @@ def _paired(
 
 
 def comparison_table(results: Results, found: Sequence[Comparison], options: Options) -> Table:
-    """For people."""
+    """The comparisons for people; `comparison_csv` is for programs."""
     percent = f"{100 * options.confidence:g} %"
     tasks, tests = len(results.tasks) > 1, any(one.test for one in found)
     columns = ["difference", *["task"] * tasks, "common seeds", options.metric, f"{percent} t-interval"]
@@ -102,23 +112,26 @@ def comparison_table(results: Results, found: Sequence[Comparison], options: Opt
 
 
 def _signed(difference: PairedDifference | None, metric: str) -> str:
+    """The mean difference with its sign; empty if there is none."""
     if difference is None or difference.mean is None:
         return ""
     return ("+" if difference.mean >= 0 else "") + metric_text(difference.mean, metric)
 
 
 def _optional(value: float | None, form: str) -> str:
+    """The value in this format; empty for None."""
     return "" if value is None else format(value, form)
 
 
 def p_text(value: float | None) -> str:
-    """Three decimals, and no p of 0."""
+    """Three decimals, and never 0: a p-value is not zero. Empty for None."""
     if value is None:
         return ""
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _notes(found: Sequence[Comparison], options: Options) -> list[str]:
+    """What a reader has to know about the columns."""
     tests = sum(one.adjusted_p is not None for one in found)
     better = "positive" if direction(options.metric) == "maximize" else "negative"
     notes = [
@@ -133,7 +146,7 @@ def _notes(found: Sequence[Comparison], options: Options) -> list[str]:
 
 
 def comparison_csv(found: Sequence[Comparison], options: Options) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows with every figure in full."""
+    """The columns and rows of a CSV file, with every number in full."""
     columns = ["first", "second", "task", "num_common_seeds", "common_seeds", "metric", "difference", "low", "high"]
     columns += ["effect_size", "p_value", "p_value_holm", "test_metric", "test_difference", "test_low", "test_high"]
     columns += ["remark", "first_experiment_ids", "second_experiment_ids"]

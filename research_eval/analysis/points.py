@@ -1,6 +1,6 @@
-"""What the pictures of results show, whoever draws them: points with their Pareto front, learning curves, colours.
+"""What the pictures of results show: points with their Pareto front, learning curves, colours.
 
-The files of `result_plots` and the HTML page draw the same of these.
+The files of `result_plots` and the HTML page of `report` both draw from these.
 """
 
 from __future__ import annotations
@@ -13,22 +13,21 @@ from typing import TYPE_CHECKING
 
 from research_eval.analysis.runs import Group, Results
 from research_eval.analysis.statistics import Interval, mean_interval, pareto_front
-from research_eval.metrics import DEFAULT_METRIC
+from research_eval.store.metrics import DEFAULT_METRIC, gain_sign, score_of_epoch
 
 if TYPE_CHECKING:
-    from research_eval.db_utils import Store
+    from research_eval.store.store import Store
 
-SCORE = DEFAULT_METRIC
-SCORE_LABEL = "macro-F1 on validation"
 COST_LABELS = {
     "param_count": "trainable parameters",
     "inference_latency_ms_batch": "inference latency in ms per batch",
     "inference_flops_per_sample": "inference FLOPs per sample",
 }
-CURVES = {"val_f1": SCORE_LABEL, "val_loss": "loss on validation"}
-MAX_PANELS = 6  # tasks that fit a picture; those with the most runs are shown
+LOSS_CURVE = {"val_loss": "loss on validation"}
+MAX_PANELS = 6  # tasks in a picture; those with the most runs are shown
 
-# Okabe and Ito's colours for all kinds of colour vision, without the yellow that white paper swallows.
+# The colours of Okabe and Ito, which people with any kind of colour vision can tell apart. Their yellow is left out,
+# because it is hard to see on white.
 _PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#555555")
 _KNOWN = ("dense", "moe", "goe", "goe_original", "goe_scan", "looped", "lstm")
 _MARKERS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x")
@@ -36,10 +35,46 @@ _MARKERS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cros
 
 @dataclass(frozen=True)
 class Style:
-    """How a model type looks in every picture."""
+    """Colour and marker of a model type, the same in every picture."""
 
     colour: str
-    marker: str  # a name of plotly's
+    marker: str  # the name of a marker in plotly
+
+
+@dataclass(frozen=True)
+class Score:
+    """The metric that the pictures show as quality, with its names for readers.
+
+    `curves` are the series over the epochs beside it: the name of each in the store, and its label.
+    """
+
+    metric: str
+    name: str  # in the middle of a text, such as `F1` or `rmse`
+    label: str
+    curves: dict[str, str]
+
+    @classmethod
+    def of(cls, results: Results, chosen: str) -> Score:
+        """F1 if any run has it, whatever metric is `chosen`: so all pictures of a classification compare. Else that."""
+        metric = DEFAULT_METRIC if any(group.values(DEFAULT_METRIC) for group in results.groups) else chosen
+        series = score_of_epoch(metric)
+        if series is None:
+            return cls(metric, metric, metric, LOSS_CURVE)
+        score = series.removeprefix("val_")
+        name = "F1" if score == "f1" else score
+        curve = f"{'macro-F1' if score == 'f1' else score} on validation"
+        label = curve if metric.startswith("final_") else f"best {curve}"
+        return cls(metric, name, label, {series: curve, **LOSS_CURVE})
+
+    @property
+    def sign(self) -> int:
+        """The product of sign and value is larger for better values."""
+        return gain_sign(self.metric)
+
+    @property
+    def axis(self) -> str:
+        """The label of an axis: `macro-F1 on validation (final_val_f1)`."""
+        return self.label if self.label == self.metric else f"{self.label} ({self.metric})"
 
 
 @dataclass(frozen=True)
@@ -55,7 +90,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """A series of a config over the epochs: the mean of its seeds where all have a point, and each seed."""
+    """A series of a config over the epochs: the mean over its seeds, and each seed.
+
+    `epochs`, `mean` and `intervals` have the epochs at which all seeds have a value. `seeds` has the epochs and values
+    of each seed.
+    """
 
     group: Group
     epochs: list[float]
@@ -65,7 +104,10 @@ class Curve:
 
 
 def styles(model_types: Iterable[str]) -> dict[str, Style]:
-    """The models of the project always look the same; others share what is left, with other markers."""
+    """A style for each model type. The models of the project always look the same.
+
+    Other types share the remaining combinations of colour and marker, counted from the end of both lists.
+    """
     others = sorted(set(model_types) - set(_KNOWN))
     found = {name: Style(*pair) for name, pair in zip(_KNOWN, zip(_PALETTE, _MARKERS, strict=True), strict=True)}
     for number, name in enumerate(others):
@@ -75,7 +117,7 @@ def styles(model_types: Iterable[str]) -> dict[str, Style]:
 
 
 def panels(results: Results) -> list[str]:
-    """The tasks to draw, in their order: all, or those with the most runs."""
+    """The tasks to draw, in their order: all of them, or the `MAX_PANELS` with the most runs."""
     runs = {
         task: sum(count.total() for (one, _), count in results.spent.items() if one == task) for task in results.tasks
     }
@@ -83,14 +125,14 @@ def panels(results: Results) -> list[str]:
     return [task for task in results.tasks if task in largest]
 
 
-def points_of(results: Results, task: str, cost: str, confidence: float) -> list[Point]:
-    """All configs of a task that have both figures, and which of them are on the Pareto front."""
+def points_of(results: Results, task: str, cost: str, score: Score, confidence: float) -> list[Point]:
+    """All configs of a task that have both a score and this cost; each knows whether it is on the Pareto front."""
     found = []
     for group in results.of_task(task):
-        score, price = group.mean(SCORE), group.mean(cost)
-        if score is not None and price is not None:
-            found.append((group, price, score, mean_interval(group.values(SCORE), confidence)))
-    front = set(pareto_front([price for _, price, _, _ in found], [score for _, _, score, _ in found]))
+        value, price = group.mean(score.metric), group.mean(cost)
+        if value is not None and price is not None:
+            found.append((group, price, value, mean_interval(group.values(score.metric), confidence)))
+    front = set(pareto_front([price for _, price, _, _ in found], [score.sign * value for _, _, value, _ in found]))
     return [Point(*one, number in front) for number, one in enumerate(found)]
 
 
@@ -100,7 +142,7 @@ def is_wide(values: Sequence[float]) -> bool:
 
 
 def curve_of(store: Store, group: Group, series: str, confidence: float) -> Curve | None:
-    """None where the store has no such points."""
+    """The curve of a group; None if the store has no points of this series."""
     seeds: list[dict[float, float]] = []
     for run in group.runs:
         rows = store.history(run.experiment_id, series)
@@ -109,6 +151,7 @@ def curve_of(store: Store, group: Group, series: str, confidence: float) -> Curv
             seeds.append(points)
     if not seeds:
         return None
+    # Early stopping ends the curves at different epochs; a mean over fewer seeds would jump there.
     epochs = sorted(set.intersection(*map(set, seeds)))
     values = [[points[epoch] for points in seeds] for epoch in epochs]
     return Curve(

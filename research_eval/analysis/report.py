@@ -1,4 +1,9 @@
-"""One HTML page about the results on a dataset: it holds all that it shows and needs no network."""
+"""One HTML page about the results on a dataset. It contains everything that it shows and needs no network.
+
+Python prepares the numbers and texts, the template `report.html.j2` arranges them, and plotly draws in the browser.
+The page consists of cards with the best score of each model type, the summary table, score against cost, learning
+curves, the paired comparison, pictures of routing, the best configs, and the commands to run them again.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +19,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from research_eval.analysis.comparison import Comparison, comparison_table
-from research_eval.analysis.points import COST_LABELS, CURVES, SCORE, Curve, Point, is_wide, panels, points_of, styles
+from research_eval.analysis.figures import label
+from research_eval.analysis.points import COST_LABELS, Curve, Point, Score, is_wide, panels, points_of, styles
 from research_eval.analysis.runs import OPERATIONAL, Group, Results, described, differences, flat
 from research_eval.analysis.statistics import mean_interval
 from research_eval.analysis.summary import COSTS, SHOWN_COSTS, Options, Row, rate_texts, spread_text
 from research_eval.analysis.summary import summary_table as summary_table_of
-from research_eval.analysis.tables import interval_text, metric_text, printable, short_number
-from research_eval.files import file_stem
-from research_eval.metrics import direction
+from research_eval.analysis.tables import interval_text, metric_text, one_line, short_number
+from research_eval.files import RUNS_FOLDER, file_stem
+from research_eval.store.metrics import gain_sign
 from research_eval.system.untrusted import stored_object
 
 if TYPE_CHECKING:
-    from research_eval.db_utils import Store
+    from research_eval.store.store import Store
 
-RUNS_FOLDER = Path("runs")  # where a run leaves its files, in the working directory
 PICTURES = {
     "expert_graph.png": "The way of the validation samples through the experts.",
     "expert_load.png": "The share of each expert over the epochs.",
@@ -35,10 +40,11 @@ PICTURES = {
     "path_lengths.png": "How long the paths of each class or group are.",
     "automaton.png": "The automaton that the scan experts have learned.",
 }
-ROUTED = ("router_entropy", "mean_path_length")  # metrics that only a model with routes has
-MAX_POINTS = 3000  # of a task; a browser draws more of them slowly
-MAX_LISTED = 50
-MAX_NAMED = 12  # hyperparameters of a point
+ROUTED = ("router_entropy", "mean_path_length")  # only models with routes have these metrics
+MAX_POINTS = 3000  # per task; a browser draws more of them slowly
+MAX_LISTED = 50  # configs in the table
+MAX_NAMED = 12  # hyperparameters in the text of a point
+LINE_LENGTH = 160  # characters of a line in that text
 
 
 def report_html(
@@ -47,9 +53,13 @@ def report_html(
     rows: Sequence[Row],
     comparisons: Sequence[Comparison],
     curves: Mapping[str, Mapping[str, Sequence[Curve]]],
+    score: Score,
     options: Options,
 ) -> str:
-    """The page. `curves`: task -> series -> one for each of the best configs."""
+    """The text of the page. `curves`: task -> series -> a curve for each of the best configs.
+
+    The pictures show `score`; tables and cards show the metric of the options, by which the configs were chosen.
+    """
     import jinja2
     from plotly.offline import get_plotlyjs
 
@@ -60,8 +70,8 @@ def report_html(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.policies["json.dumps_kwargs"] = {}  # keys in their order
-    environment.filters["printable"] = printable
+    environment.policies["json.dumps_kwargs"] = {}  # keep the order of keys; jinja2 sorts them by default
+    environment.filters["one_line"] = one_line
     looks = styles(results.model_types)
     listed = _listed(results, options)
     return environment.get_template("report.html.j2").render(
@@ -77,29 +87,31 @@ def report_html(
         recipes=[_recipe(store, results, row) for row in rows],
         command=_command(results, options),
         plotly=get_plotlyjs(),
-        data=_figures(results, curves, options),
+        data=_figures(results, curves, score, options),
     )
 
 
 # ------------------------------------------------------------------------------------------------------- the figures
 
 
-def _figures(results: Results, curves: Mapping[str, Mapping[str, Sequence[Curve]]], options: Options) -> dict[str, Any]:
-    """All that the page's script draws, for each task; text in it is escaped, because plotly reads tags in text."""
+def _figures(
+    results: Results, curves: Mapping[str, Mapping[str, Sequence[Curve]]], score: Score, options: Options
+) -> dict[str, Any]:
+    """What the script of the page draws, for each task. plotly interprets HTML tags, so that all text is escaped."""
     return {
         "tasks": [
             {
                 "label": html.escape(results.tasks[task]),
-                "scatter": _scatter(results, task, options),
+                "scatter": _scatter(results, task, score, options),
                 "curves": {
-                    series: [_curve(curve) for curve in curves.get(task, {}).get(series, ())] for series in CURVES
+                    series: [_curve(curve) for curve in curves.get(task, {}).get(series, ())] for series in score.curves
                 },
             }
             for task in panels(results)
         ],
         "costs": COST_LABELS,
-        "series": CURVES,
-        "score": SCORE,
+        "series": {series: html.escape(label) for series, label in score.curves.items()},
+        "score": html.escape(score.axis),
         "confidence": f"{100 * options.confidence:g} %",
         "looks": {
             html.escape(name): {"colour": look.colour, "marker": look.marker}
@@ -108,16 +120,20 @@ def _figures(results: Results, curves: Mapping[str, Mapping[str, Sequence[Curve]
     }
 
 
-def _scatter(results: Results, task: str, options: Options) -> dict[str, Any]:
-    """Cost -> points; `hover` is shared by all costs."""
+def _scatter(results: Results, task: str, score: Score, options: Options) -> dict[str, Any]:
+    """The points of a task for every cost. The texts under the mouse (`hover`) are the same for all costs.
+
+    Of very many configs only the best are kept, and those on the Pareto front of some cost.
+    """
     groups = results.of_task(task)
     numbers = {id(group): number for number, group in enumerate(groups)}
-    by_cost = {cost: points_of(results, task, cost, options.confidence) for cost in COST_LABELS}
-    best = sorted(groups, key=lambda group: -(group.mean(SCORE) or -math.inf))[:MAX_POINTS]
+    by_cost = {cost: points_of(results, task, cost, score, options.confidence) for cost in COST_LABELS}
+    best = sorted(groups, key=lambda group: -_goodness(group, score))[:MAX_POINTS]
+    # Groups are compared by identity: equal groups do not exist, and comparing their runs would be slow.
     kept = {id(group) for group in best}
     kept |= {id(point.group) for points in by_cost.values() for point in points if point.on_front}
     shown = [group for group in groups if id(group) in kept]
-    hover = dict(zip((numbers[id(group)] for group in shown), _hovers(shown, options), strict=True))
+    hover = dict(zip((numbers[id(group)] for group in shown), _hovers(shown, score, options), strict=True))
     return {
         "hidden": len(groups) - len(shown),
         "hover": hover,
@@ -131,7 +147,14 @@ def _scatter(results: Results, task: str, options: Options) -> dict[str, Any]:
     }
 
 
+def _goodness(group: Group, score: Score) -> float:
+    """Larger for better groups; a group without a score is worse than all others."""
+    mean = group.mean(score.metric)
+    return -math.inf if mean is None else score.sign * mean
+
+
 def _point(point: Point, number: int) -> dict[str, Any]:
+    """A point for the script; `number` finds its text in `hover`."""
     low, high = point.interval or (None, None)
     return {
         "n": number,
@@ -144,29 +167,33 @@ def _point(point: Point, number: int) -> dict[str, Any]:
     }
 
 
-def _hovers(groups: Sequence[Group], options: Options) -> list[str]:
-    """What a point says of itself."""
+def _hovers(groups: Sequence[Group], score: Score, options: Options) -> list[str]:
+    """The text of each point under the mouse: scores, costs, hyperparameters and the run."""
     texts = []
     for group, values in zip(groups, hyperparameters(groups), strict=True):
-        score = metric_text(group.mean(SCORE), SCORE)
-        spread = interval_text(mean_interval(group.values(SCORE), options.confidence), SCORE)
+        scores = group.values(score.metric)
+        mean = metric_text(group.mean(score.metric), score.metric)
+        spread = interval_text(mean_interval(scores, options.confidence), score.metric)
         costs = (
             f"{COSTS[cost]} {short_number(group.mean(cost))}" for cost in COST_LABELS if group.mean(cost) is not None
         )
         named = [described({name: value}) for name, value in list(values.items())[:MAX_NAMED]]
         lines = [
             f"{group.model_type}: {group.name}",
-            f"F1 {score} {spread}".rstrip() + f", {len(group.values(SCORE))} seeds",
+            f"{score.name} {mean} {spread}".rstrip() + f", {len(scores)} seeds",
             ", ".join(costs),
             *(", ".join(named[start : start + 3]) for start in range(0, len(named), 3)),
             f"run {group.runs[0].experiment_id}",
         ]
-        texts.append("<br>".join(html.escape(printable(line)[:160]) for line in lines if line))
+        texts.append("<br>".join(html.escape(label(line, LINE_LENGTH)) for line in lines if line))
     return texts
 
 
 def hyperparameters(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Of each group what not all groups of its model type and task have in common, without what only names a run."""
+    """For each group the settings in which the groups of its model type and task differ.
+
+    The seed, the name and settings that do not change what is computed are left out.
+    """
     together: dict[tuple[str, str], list[int]] = {}
     for number, group in enumerate(groups):
         together.setdefault((group.task, group.model_type), []).append(number)
@@ -186,10 +213,12 @@ def _last(name: str) -> str:
 
 
 def _rounded(value: Any) -> Any:
+    """A float with four digits; any other value as it is."""
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _curve(curve: Curve) -> dict[str, Any]:
+    """A curve for the script. At epochs without an interval the band has no width."""
     return {
         "model": html.escape(curve.group.model_type),
         "x": curve.epochs,
@@ -206,13 +235,14 @@ def _curve(curve: Curve) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Cell:
-    """`value` is what a column is sorted by."""
+    """A cell of the sortable table: the text that it shows, and the value that sorts it."""
 
     text: str
     value: float | str
 
 
 def _card(results: Results, row: Row, options: Options) -> dict[str, Any]:
+    """The score of a model type in large letters, with a few facts; facts without a value are left out."""
     solved, rate = rate_texts(row.score)
     facts = {
         f"{100 * options.confidence:g} % interval": spread_text(row.score, options.metric),
@@ -231,8 +261,8 @@ def _card(results: Results, row: Row, options: Options) -> dict[str, Any]:
 
 
 def _listed(results: Results, options: Options) -> dict[str, Any]:
-    """The best configs of all, as a table that can be sorted."""
-    sign = 1 if direction(options.metric) == "maximize" else -1
+    """The best configs of all model types, as a table that the reader can sort."""
+    sign = gain_sign(options.metric)
     scored = [(mean, group) for group in results.groups if (mean := group.mean(options.metric)) is not None]
     scored.sort(key=lambda one: -sign * one[0])
     tasks = len(results.tasks) > 1
@@ -253,19 +283,25 @@ def _listed(results: Results, options: Options) -> dict[str, Any]:
 
 
 def _sortable(value: float | None) -> float:
+    """A missing value sorts below all others."""
     return -math.inf if value is None else value
 
 
 def _routing(results: Results, rows: Sequence[Row], options: Options) -> dict[str, Any] | None:
-    """The pictures of the best run with routes, of those whose files are here; None where no best config has routes."""
-    sign = 1 if direction(options.metric) == "maximize" else -1
+    """The pictures of the best run with routes whose files are in this folder.
+
+    If no run with routes has its files here, the best one without pictures; None if no best config has routes.
+    """
+    sign = gain_sign(options.metric)
     routed = [row for row in rows if any(row.group.values(metric) for metric in ROUTED)]
     routed.sort(key=lambda row: -sign * (row.score.mean or 0.0))
     found: dict[str, Any] | None = None
     for row in routed:
         scored = [run for run in row.group.runs if options.metric in run.metrics]
         run = max(scored, key=lambda run: sign * run.metrics[options.metric])
-        folder = RUNS_FOLDER / file_stem(run.experiment_id)  # an id of a foreign database may be anything
+        folder = RUNS_FOLDER / file_stem(
+            run.experiment_id
+        )  # the id may come from a foreign database and contain any characters
         pictures = [
             {"source": f"data:image/png;base64,{base64.b64encode((folder / name).read_bytes()).decode()}", "text": text}
             for name, text in PICTURES.items()
@@ -280,7 +316,7 @@ def _routing(results: Results, rows: Sequence[Row], options: Options) -> dict[st
 
 
 def _recipe(store: Store, results: Results, row: Row) -> dict[str, Any]:
-    """The config of a best row, how to run it again, and what it ran on."""
+    """For the section "Run it again": the config of a row, the command, and the environment of its first run."""
     stored = store.experiment(row.group.runs[0].experiment_id)
     seeds = ",".join(str(run.seed) for run in row.group.runs if run.seed is not None)
     file = f"best_{file_stem(row.group.model_type)}.json"
@@ -299,6 +335,7 @@ def _recipe(store: Store, results: Results, row: Row) -> dict[str, Any]:
 
 
 def _command(results: Results, options: Options) -> str:
+    """The command that makes this page again."""
     words = ["python", "research_eval/analyze_results.py", "--dataset_name", results.dataset_name]
     words += ["--model_types", ",".join(results.model_types), "--metric_to_optimize", options.metric]
     words += ["--confidence", f"{options.confidence:g}", "--solved_at", f"{options.solved_at:g}", "--run_report"]

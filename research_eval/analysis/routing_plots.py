@@ -1,32 +1,38 @@
-"""Pictures of how routing went over a run: load, entropy, path lengths.
+"""Pictures of the routing of one run: load of the experts, entropy of the router, lengths of the paths.
+
+Training draws them after a run, from the reports of its epochs and its metrics.
 
 T steps of a path (or layers)  N experts  E epochs  C classes or groups
 """
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from research_eval.files import write_atomically
+from research_eval.analysis.figures import expert_colours, figure_for
+from research_eval.wording import shortened
 
 LOAD_FILE = "expert_load.png"
 ENTROPY_FILE = "router_entropy.png"
 LENGTH_FILE = "path_lengths.png"
-PANELS = 4  # with more steps than that the load is summed over them
-LEGEND = 16  # with more experts than that a colour bar takes the place of the legend
+PANELS = 4  # with more steps than this, one panel shows the mean load of all steps
+LEGEND = 16  # with more experts than this, a colour bar replaces the legend
+ROWS_WITH_NAMES = 60  # about as many rows of path lengths have their names beside them
+NAME_LENGTH = 24  # characters of a class or group
 
 
 def draw_routing(
     metrics: dict[str, Any], reports: Sequence[dict[str, Any]], label_names: Sequence[str], folder: Path, title: str
 ) -> None:
-    """All pictures that the metrics of a run and the reports of its epochs allow, as PNG files in `folder`."""
+    """Write PNG files into `folder`: each picture whose numbers the metrics or the reports contain.
+
+    `reports` has the routing report of every epoch. A picture over epochs needs at least two of them.
+    """
     loads = [report["expert_load"] for report in reports if "expert_load" in report]
     if len(loads) > 1:
         draw_load(loads, folder / LOAD_FILE, title)
@@ -40,40 +46,8 @@ def draw_routing(
         draw_lengths(metrics["path_length_by_class"], label_names, folder / LENGTH_FILE, title)
 
 
-@contextmanager
-def figure_for(
-    path: Path, width: float, height: float, beside: Sequence[str] = (), **options: Any
-) -> Iterator[tuple[Any, Any]]:
-    """A figure and its axes, saved to `path` at the end, and `beside` it with these suffixes. No display is needed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(width, height), constrained_layout=True, **options)
-    try:
-        yield figure, axes
-        for file in (path, *(path.with_suffix(suffix) for suffix in beside)):
-            picture = io.BytesIO()
-            dated = {"Date": None} if file.suffix == ".svg" else None
-            with matplotlib.rc_context({"svg.hashsalt": path.stem}):  # equal data, equal file
-                figure.savefig(picture, format=file.suffix[1:], dpi=130, metadata=dated)
-            write_atomically(file, picture.getvalue())
-    finally:
-        plt.close(figure)
-
-
-def expert_colours(num_experts: int) -> list[Any]:
-    """One colour per expert: clearly different ones for up to ten, a scale for more."""
-    from matplotlib import colormaps
-
-    if num_experts <= 10:
-        return [colormaps["tab10"](expert) for expert in range(num_experts)]
-    return [colormaps["turbo"](0.06 + 0.88 * expert / (num_experts - 1)) for expert in range(num_experts)]
-
-
 def draw_load(loads_ETN: Sequence[Sequence[Sequence[float]]], path: Path, title: str) -> None:
-    """The share of decisions that each expert got, stacked, over the epochs; one panel per step."""
+    """The share of decisions that each expert got, stacked, over the epochs. Each step of the path has a panel."""
     shares_ETN = np.array(loads_ETN, float)
     num_steps, num_experts = shares_ETN.shape[1:]
     names = [f"step {step + 1}" for step in range(num_steps)]
@@ -93,6 +67,7 @@ def draw_load(loads_ETN: Sequence[Sequence[Sequence[float]]], path: Path, title:
 
 
 def _expert_key(figure: Any, panel: Any, colours: list[Any]) -> None:
+    """Show beside the panel which colour belongs to which expert."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
     from matplotlib.patches import Patch
@@ -106,7 +81,7 @@ def _expert_key(figure: Any, panel: Any, colours: list[Any]) -> None:
 
 
 def draw_entropy(entropies_E: Sequence[float], path: Path, title: str) -> None:
-    """The router's normalised entropy over the epochs, between certain and undecided."""
+    """The router's entropy over the epochs, divided by log N: 0 certain, 1 all experts equally likely."""
     with figure_for(path, 5.2, 3.4) as (_, axes):
         axes.plot(range(1, len(entropies_E) + 1), entropies_E, marker="o", markersize=3)
         for level, name in ((0.0, "0: certain"), (1.0, "1: undecided (log N)")):
@@ -127,7 +102,7 @@ def draw_entropy(entropies_E: Sequence[float], path: Path, title: str) -> None:
 
 
 def draw_lengths(counts_CT: Sequence[Sequence[int]], names: Sequence[str], path: Path, title: str) -> None:
-    """How long the paths of each class (or group) are: the share of its samples with each length."""
+    """How long the paths of each class (or group) are. A cell shows the share of a row's samples with one length."""
     counts = np.array(counts_CT, float)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     height = 1.5 + 0.3 * len(shares)
@@ -138,13 +113,8 @@ def draw_lengths(counts_CT: Sequence[Sequence[int]], names: Sequence[str], path:
             colour = "white" if share > 0.6 else "black"
             axes.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=7, color=colour)
         axes.set_xticks(range(shares.shape[1]))
-        ticks = range(0, len(shares), math.ceil(len(shares) / 60))
-        axes.set_yticks(ticks, [shortened(names[row]) for row in ticks], parse_math=False, fontsize=8)
+        ticks = range(0, len(shares), math.ceil(len(shares) / ROWS_WITH_NAMES))
+        axes.set_yticks(ticks, [shortened(names[row], NAME_LENGTH) for row in ticks], parse_math=False, fontsize=8)
         axes.set_xlabel("path length")
         axes.set_title(title, parse_math=False)
         figure.colorbar(image, ax=axes, label="share of the row's samples")
-
-
-def shortened(name: str, length: int = 24) -> str:
-    """A label that leaves room for the picture."""
-    return name if len(name) <= length else name[: length - 1] + "…"

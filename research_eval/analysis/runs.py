@@ -1,4 +1,7 @@
-"""The runs on one dataset in groups: a config and its seeds are a group, equal dataset parameters a task."""
+"""The runs on one dataset, grouped: runs of one config with different seeds are a group.
+
+Runs with equal dataset parameters are runs on the same task. Scores compare within a task only.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,17 @@ from functools import lru_cache
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from research_eval.metrics import direction
+from research_eval.store.metrics import gain_sign
 from research_eval.system.untrusted import stored_object
 
 if TYPE_CHECKING:
-    from research_eval.db_utils import RunRow, Store
+    from research_eval.store.records import RunRow
+    from research_eval.store.store import Store
 
-# What a config may differ in and still be the same experiment: these training parameters say how a run is watched and
-# where it is computed, not what is computed.
+# Two configs that differ only in these training parameters are the same experiment: the parameters say how a run is
+# watched and where it is computed, not what is computed.
 OPERATIONAL = ("device", "num_threads", "log_every", "checkpoint_every", "trace_routing", "test")
-LOST = ("failed", "diverged", "interrupted")
+LOST = ("failed", "diverged", "interrupted")  # statuses of runs that ended without a result
 
 
 @dataclass(frozen=True)
@@ -33,56 +37,65 @@ class Group:
     lost: int  # seeds of this config that ended without a result
 
     def scores(self, metric: str) -> dict[int | str, float]:
-        """Seed -> value, of the runs that have a finite one; a run without a known seed stands for itself."""
+        """Seed -> value, for the runs with a finite value. A run without a known seed has its id as the key."""
         found = {_seed(run): run.metrics.get(metric, math.nan) for run in self.runs}
         return {seed: value for seed, value in found.items() if math.isfinite(value)}
 
     def values(self, metric: str) -> list[float]:
+        """The finite values over the seeds."""
         return list(self.scores(metric).values())
 
     def mean(self, metric: str) -> float | None:
+        """The mean over the seeds; None if no run has a finite value."""
         values = self.values(metric)
         return fmean(values) if values else None
 
     @property
     def name(self) -> str:
+        """The name of the experiment, as its first run has it."""
         return self.runs[0].experiment_name
 
     @property
     def config(self) -> dict[str, Any]:
-        """That of its first run; empty where an earlier program stored something else."""
+        """The config of the first run; empty if an earlier version of the program stored something else."""
         return _parsed(self.runs[0].config_json)
 
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that was run on a dataset."""
+    """All runs on a dataset, grouped."""
 
     dataset_name: str
     groups: list[Group]  # in the order of their first runs
-    tasks: dict[str, str]  # key -> what tells it from the others; "" where it is the only one
-    spent: dict[tuple[str, str], Counter[str]]  # task, model type -> how many runs have each status
+    tasks: dict[str, str]  # key -> text that tells the task from the others; "" for the only one
+    spent: dict[tuple[str, str], Counter[str]]  # (task, model type) -> number of runs by status
 
     @property
     def model_types(self) -> list[str]:
+        """The model types that were run, also those without a result."""
         return sorted({model_type for _, model_type in self.spent})
 
     @property
     def num_runs(self) -> int:
+        """All runs, however they ended."""
         return sum(count.total() for count in self.spent.values())
 
     def only(self, model_types: Sequence[str]) -> Results:
-        """The same without other model types, and without tasks that only those have run."""
+        """The results of these model types, and of the tasks that they have run."""
         spent = {place: count for place, count in self.spent.items() if place[1] in model_types}
         groups = [group for group in self.groups if group.model_type in model_types]
         return Results(self.dataset_name, groups, _labels({task for task, _ in spent}), spent)
 
     def of_task(self, task: str) -> list[Group]:
+        """The groups of one task."""
         return [group for group in self.groups if group.task == task]
 
     def best(self, metric: str) -> list[Group]:
-        """The group with the best mean for each task and model type; of equal ones that with more seeds, the first."""
-        sign = 1 if direction(metric) == "maximize" else -1
+        """The group with the best mean, for each task and model type.
+
+        Of equally good groups the one with more seeds wins, then the older one.
+        """
+        sign = gain_sign(metric)
         leaders: dict[tuple[str, str], tuple[tuple[float, int], Group]] = {}
         for group in self.groups:
             values = group.values(metric)
@@ -95,7 +108,7 @@ class Results:
 
 
 def load_results(store: Store, dataset_name: str, metrics: Sequence[str] = ()) -> Results:
-    """The runs on a dataset with the metrics asked for."""
+    """Read the runs on a dataset from the store, with these metrics."""
     seeds: dict[tuple[str, str, str], dict[int | str, RunRow]] = {}
     ended: dict[tuple[str, str, str], set[int | str]] = {}
     spent: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)
@@ -104,7 +117,9 @@ def load_results(store: Store, dataset_name: str, metrics: Sequence[str] = ()) -
         place = (row.model_type, task, config)
         spent[task, row.model_type][row.status] += 1
         if row.status == "finished":
-            seeds.setdefault(place, {})[_seed(row)] = row  # rows come oldest first: the newest of a seed stays
+            seeds.setdefault(place, {})[_seed(row)] = (
+                row  # rows come oldest first, so that the newest run of a seed stays
+            )
         elif row.status in LOST:
             ended.setdefault(place, set()).add(_seed(row))
     groups = [
@@ -120,7 +135,7 @@ def load_results(store: Store, dataset_name: str, metrics: Sequence[str] = ()) -
 
 
 def with_all_metrics(store: Store, group: Group) -> Group:
-    """The group with every metric of its runs that is a number."""
+    """The group with every numeric metric of its runs; `load_results` reads a few metrics only, to be quick."""
     runs = []
     for run in group.runs:
         stored = store.metrics(run.experiment_id)
@@ -129,6 +144,7 @@ def with_all_metrics(store: Store, group: Group) -> Group:
 
 
 def _seed(run: RunRow) -> int | str:
+    """The key of a run within its group."""
     return run.experiment_id if run.seed is None else run.seed
 
 
@@ -136,10 +152,10 @@ def _seed(run: RunRow) -> int | str:
 
 
 def keys(row: RunRow) -> tuple[str, str]:
-    """Two texts: equal ones for runs on the same task, and for runs of the same experiment but for the seed.
+    """Two keys of a run: equal task keys mean the same task, equal experiment keys the same config but for the seed.
 
-    The stored text is canonical, so that what does not matter can be cut out of it,
-    ten times faster than by parsing. Other texts are parsed and brought into that form.
+    The stored text of a config is canonical, so that this function can cut out the parts that do not matter. That is
+    ten times faster than parsing. Any other text is parsed and brought into the canonical form first.
     """
     found = _cut(row.config_json, row.experiment_name, row.seed)
     if found is not None:
@@ -154,7 +170,10 @@ def keys(row: RunRow) -> tuple[str, str]:
 
 
 def _cut(text: str, name: Any, seed: Any) -> tuple[str, str] | None:
-    """Both keys of a canonical config; None for any other text."""
+    """Both keys of a canonical config; None for any other text.
+
+    The parts are searched from the end and around unique neighbours, because user texts may contain any of them.
+    """
     head, found_seed, training = text.rpartition(f'"seed": {seed}, "training_params": ')
     before, found_name, after = head.partition(f'"experiment_name": {json.dumps(name)}, ')
     start, found_data, rest = before.partition('"dataset_params": ')
@@ -167,16 +186,18 @@ def _cut(text: str, name: Any, seed: Any) -> tuple[str, str] | None:
 
 @lru_cache(maxsize=4096)
 def _task_key(text: str) -> str | None:
+    """The dataset parameters without the place of the data. Cached: many runs have the same ones."""
     return _without(text, ("data_dir",))
 
 
 @lru_cache(maxsize=4096)
 def _training_key(text: str) -> str | None:
+    """The training parameters that change what is computed."""
     return _without(text, OPERATIONAL)
 
 
 def _without(text: str, names: Sequence[str]) -> str | None:
-    """The JSON object of `text` without these keys; None where it is no object."""
+    """The JSON object of `text` without these keys; None if the text is no object."""
     section = _parsed(text)
     if not section and text.strip() != "{}":
         return None
@@ -184,6 +205,7 @@ def _without(text: str, names: Sequence[str]) -> str | None:
 
 
 def _parsed(text: str) -> dict[str, Any]:
+    """The stored JSON object; empty for anything else."""
     return stored_object(text)
 
 
@@ -191,7 +213,7 @@ def _parsed(text: str) -> dict[str, Any]:
 
 
 def flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, its keys joined with dots."""
+    """One dictionary for nested ones: the keys on the way are joined with dots."""
     found: dict[str, Any] = {}
     for key, value in section.items():
         if isinstance(value, dict) and value:
@@ -202,7 +224,7 @@ def flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(sections: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each of several flat dictionaries what not all of them have in common."""
+    """For each of these flat dictionaries the entries in which they differ."""
     texts = [{key: json.dumps(value, sort_keys=True) for key, value in section.items()} for section in sections]
     names = dict.fromkeys(name for section in sections for name in section)
     varied = [name for name in names if len({text.get(name) for text in texts}) > 1]
@@ -217,7 +239,7 @@ def described(values: dict[str, Any]) -> str:
 
 
 def _labels(tasks: set[str]) -> dict[str, str]:
-    """The tasks in an order that people expect, and what tells each from the others."""
+    """Task -> the parameters that tell it from the other tasks. Numbers are in numeric order."""
     if len(tasks) == 1:
         return dict.fromkeys(tasks, "")
     ordered = sorted(tasks)
@@ -227,5 +249,6 @@ def _labels(tasks: set[str]) -> dict[str, str]:
 
 
 def _sortable(value: Any) -> tuple[int, float, str]:
+    """A key that puts numbers in numeric order, before all other values."""
     number = isinstance(value, int | float)
     return (0 if number else 1, value if number else 0.0, "" if number else json.dumps(value, sort_keys=True))

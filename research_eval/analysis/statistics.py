@@ -1,6 +1,6 @@
-"""Intervals, rates and tests for the few runs that a result is made of. Sequences of numbers in, numbers out.
+"""Intervals, rates and tests for small numbers of runs. The functions take sequences of numbers and return numbers.
 
-Where a figure does not exist (too few runs, no spread) the answer is None, never a zero width or a p-value of 0.
+If a number does not exist (too few runs, no spread), the result is None, never a zero width or a p-value of 0.
 """
 
 from __future__ import annotations
@@ -13,17 +13,22 @@ from statistics import NormalDist, fmean, stdev
 from typing import NamedTuple
 
 CONFIDENCE = 0.95
-FEWEST = 3  # with two values a t-interval is valid, and so wide that it says nothing
+FEWEST = 3  # a t-interval of two values is valid, but too wide to be of use
 _ROUNDING = 1e-12  # relative: differences of equal scores may differ in their last digits
 
 
 class Interval(NamedTuple):
+    """Both ends of an interval."""
+
     low: float
     high: float
 
 
 def no_spread(values: Sequence[float], scale: float | None = None) -> bool:
-    """Whether all values are the same up to rounding; `scale` is the size of the numbers that they came from."""
+    """Whether all values are the same up to rounding.
+
+    `scale` is the size of the numbers that the values were computed from (default: of the values themselves).
+    """
     size = max(map(abs, values)) if scale is None else scale
     return max(values) - min(values) <= _ROUNDING * size
 
@@ -36,7 +41,7 @@ def half_width(values: Sequence[float], confidence: float = CONFIDENCE) -> float
 
 
 def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval | None:
-    """Student's t-interval of the mean; None for fewer than `FEWEST` values, or values without spread."""
+    """Student's t-interval of the mean; None for fewer than `FEWEST` values, or for values without spread."""
     if len(values) < FEWEST or no_spread(values):
         return None
     mean, half = fmean(values), half_width(values, confidence)
@@ -53,13 +58,13 @@ def wilson_interval(successes: int, trials: int, confidence: float = CONFIDENCE)
     rate, weight = successes / trials, z * z / trials
     centre = (rate + weight / 2) / (1 + weight)
     half = z * math.sqrt(rate * (1 - rate) / trials + weight / trials / 4) / (1 + weight)
-    low = 0.0 if successes == 0 else centre - half  # exactly, where rounding would leave a trace
+    low = 0.0 if successes == 0 else centre - half  # exactly 0, because rounding would leave a tiny number
     return Interval(low, 1.0 if successes == trials else centre + half)
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """First minus second over the pairs; what does not exist is None, and `note` says why."""
+    """First minus second over the pairs. A number that does not exist is None, and `note` says why."""
 
     num_pairs: int
     mean: float | None
@@ -72,7 +77,7 @@ class PairedDifference:
 def paired_difference(
     first: Sequence[float], second: Sequence[float], confidence: float = CONFIDENCE
 ) -> PairedDifference:
-    """The difference of two sequences whose values belong together one by one, such as those of equal seeds."""
+    """Compare two sequences whose values form pairs, such as the scores of two configs with equal seeds."""
     differences = [a - b for a, b in zip(first, second, strict=True)]
     pairs = len(differences)
     if not pairs:
@@ -94,7 +99,7 @@ def paired_difference(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for their number (Holm, 1979); the chance of any false alarm stays below the level.
+    """p-values adjusted for their number (Holm, 1979): the chance of any false positive stays below the level.
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
@@ -107,7 +112,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def pareto_front(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
-    """Indices of the points than which no other is at least as cheap and as good, and better in one; cheapest first.
+    """Indices of the points that no other point dominates, cheapest first.
+
+    A point dominates another one if it is at least as cheap and as good, and better in at least one of the two.
 
     >>> pareto_front([3, 1, 2, 2], [0.9, 0.5, 0.4, 0.8])
     [1, 3, 0]
@@ -122,18 +129,20 @@ def pareto_front(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
 
 
 def _hedges(freedom: int) -> float:
-    """The exact factor J (Hedges, 1981)."""
+    """The exact factor J that removes the bias of Cohen's d in small samples (Hedges, 1981)."""
     return math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom - 1) / 2)) * math.sqrt(2 / freedom)
 
 
 @lru_cache(maxsize=1024)
 def _t_quantile(confidence: float, freedom: int) -> float:
+    """The factor of the standard error for a two-sided interval."""
     from scipy.special import stdtrit  # not scipy.stats, which takes a second to import
 
     return float(stdtrit(freedom, (1 + confidence) / 2))
 
 
 def _t_tail(t: float, freedom: int) -> float:
+    """The probability that Student's t is larger than `t`, which is positive."""
     from scipy.special import stdtr
 
     return float(stdtr(freedom, -t))

@@ -1,4 +1,8 @@
-"""The summary table: for each model type its best config, chosen on validation, with what its seeds say."""
+"""The summary table: for each model type its best config, chosen on validation, with statistics over its seeds.
+
+The table also shows how many trials were spent on each model type, because the best of many trials looks better than
+the best of few, and the test score, by which nothing is chosen.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,9 @@ from typing import Any
 from research_eval.analysis.runs import Group, Results
 from research_eval.analysis.statistics import FEWEST, Interval, mean_interval, no_spread, wilson_interval
 from research_eval.analysis.tables import Table, interval_text, is_score, metric_text, short_number
-from research_eval.metrics import direction
+from research_eval.store.metrics import DEFAULT_METRIC, direction, score_of_epoch
 
+# Metric of a cost -> its title in tables. The tables for people show a few of them, the CSV file shows all.
 COSTS = {
     "param_count": "parameters",
     "active_param_count": "active",
@@ -22,21 +27,25 @@ COSTS = {
 }
 SHOWN_COSTS = ("param_count", "inference_latency_ms_batch", "inference_flops_per_sample")
 STATUSES = ("finished", "pruned", "failed", "diverged", "interrupted", "running")
-TEST_SCORES = {"final_val_loss": "test_loss", "final_val_acc": "test_acc"}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the tables are made by."""
+    """The choices of the user: the metric that selects configs, the level of intervals, and when a task is solved.
+
+    `default` is the metric that selects configs if the user names none.
+    """
 
     metric: str
     confidence: float
     solved_at: float
+    default: str = DEFAULT_METRIC
 
     @property
     def test_metric(self) -> str:
-        """The test score that stands beside the metric."""
-        return TEST_SCORES.get(self.metric, "test_f1")
+        """The test score that the tables show beside the metric: of the same kind, else of the kind of the default."""
+        series = score_of_epoch(self.metric) or score_of_epoch(self.default) or "val_loss"
+        return f"test_{series.removeprefix('val_')}"
 
 
 @dataclass(frozen=True)
@@ -45,18 +54,21 @@ class Estimate:
 
     values: list[float]
     mean: float | None
-    interval: Interval | None  # None for fewer than `FEWEST` seeds, or where all have the same value
-    solved: int | None  # None where the metric is no score, or the rate would say nothing
+    interval: Interval | None  # None for fewer than `FEWEST` seeds, or if all have the same value
+    solved: int | None  # how many seeds solved the task; None if the metric is no score
     solve_rate: Interval | None
 
     @property
     def saturated(self) -> bool:
-        """Several seeds, one value."""
+        """Whether several seeds have one and the same value, so that there is no spread to estimate."""
         return len(self.values) > 1 and no_spread(self.values)
 
 
 def estimate(group: Group, metric: str, confidence: float, solved_at: float) -> Estimate:
-    """The solve rate is shown where a seed has solved the task, or all seeds are stuck at one value."""
+    """Estimate a metric over the seeds of a group.
+
+    The solve rate is included if a seed has solved the task, or if all seeds are stuck at one value.
+    """
     values = group.values(metric)
     if not values:
         return Estimate([], None, None, None, None)
@@ -73,7 +85,7 @@ def estimate(group: Group, metric: str, confidence: float, solved_at: float) -> 
 
 @dataclass(frozen=True)
 class Row:
-    """The best config of a model type."""
+    """The best config of a model type on a task."""
 
     group: Group
     score: Estimate
@@ -83,11 +95,12 @@ class Row:
 
     @property
     def trials(self) -> int:
+        """The runs of this model type on this task, however they ended."""
         return sum(self.spent.values())
 
 
 def summary_rows(results: Results, best: Sequence[Group], options: Options) -> list[Row]:
-    """One for each of the best groups, which have all their metrics."""
+    """A row for each of the best groups. The groups have to contain all metrics (`with_all_metrics`)."""
     return [
         Row(
             group,
@@ -104,7 +117,7 @@ def summary_rows(results: Results, best: Sequence[Group], options: Options) -> l
 
 
 def summary_table(results: Results, rows: Sequence[Row], options: Options) -> Table:
-    """For people; `summary_csv` is for programs."""
+    """The table for people; `summary_csv` is for programs."""
     percent = f"{100 * options.confidence:g} %"
     tests = any(row.test.values for row in rows)
     rates = any(row.score.solved is not None for row in rows)
@@ -116,6 +129,7 @@ def summary_table(results: Results, rows: Sequence[Row], options: Options) -> Ta
     for row in rows:
         line = [row.group.model_type, *[results.tasks[row.group.task]] * tasks, str(len(row.score.values))]
         line += [metric_text(row.score.mean, options.metric), spread_text(row.score, options.metric)]
+        # Columns without any value are left out of the table, see above.
         line += rate_texts(row.score) if rates else []
         line += [_test_text(row, options.test_metric)] * tests
         line += [short_number(row.costs[name]) for name in SHOWN_COSTS] + [spent_text(row.spent)]
@@ -130,7 +144,7 @@ def summary_table(results: Results, rows: Sequence[Row], options: Options) -> Ta
 
 
 def spread_text(score: Estimate, metric: str) -> str:
-    """The interval, or in words why there is none."""
+    """The interval, or the reason in words why there is none."""
     if score.interval is not None:
         return interval_text(score.interval, metric)
     if score.saturated:
@@ -139,7 +153,7 @@ def spread_text(score: Estimate, metric: str) -> str:
 
 
 def rate_texts(score: Estimate) -> list[str]:
-    """Solved of all, and its interval."""
+    """The solved seeds of all seeds, and the interval of that rate; empty texts without a rate."""
     if score.solved is None or score.solve_rate is None:
         return ["", ""]
     low, high = score.solve_rate
@@ -154,7 +168,7 @@ def spent_text(spent: dict[str, int]) -> str:
 
 
 def _test_text(row: Row, metric: str) -> str:
-    """The mean, with the number of seeds where not all have the score."""
+    """The mean test score, with the number of seeds if not all of them have one."""
     if not row.test.values:
         return ""
     missing = len(row.test.values) != len(row.score.values)
@@ -162,7 +176,7 @@ def _test_text(row: Row, metric: str) -> str:
 
 
 def _notes(rows: Sequence[Row], options: Options) -> list[str]:
-    """What has to be known to read the table rightly."""
+    """What a reader has to know to interpret the table correctly."""
     way = "highest" if direction(options.metric) == "maximize" else "lowest"
     notes = [
         f"Chosen by the {way} mean of {options.metric} over the seeds of a config. The best of many tries looks better "
@@ -185,7 +199,8 @@ def _notes(rows: Sequence[Row], options: Options) -> list[str]:
 
 
 def summary_csv(results: Results, rows: Sequence[Row], options: Options) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows with every figure in full."""
+    """The columns and rows of a CSV file, with every number in full."""
+    # A record is a dictionary, so that names and values cannot get out of step; the columns are its keys.
     records = []
     for row in rows:
         rate = row.score.solve_rate or (None, None)
@@ -208,5 +223,6 @@ def summary_csv(results: Results, rows: Sequence[Row], options: Options) -> tupl
 
 
 def _figures(metric: str, score: Estimate) -> dict[str, Any]:
+    """The mean and both ends of the interval, as columns."""
     low, high = score.interval or (None, None)
     return {metric: score.mean, f"{metric}_low": low, f"{metric}_high": high}

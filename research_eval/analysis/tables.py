@@ -1,4 +1,7 @@
-"""Tables of text, written for a terminal, as Markdown and as LaTeX; and numbers as a reader wants them."""
+"""Tables of text for a terminal, as Markdown and as LaTeX; and numbers as a reader wants them.
+
+Text in a table may come from a foreign database, so that every output escapes it in its own way.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from research_eval.analysis.statistics import Interval
+from research_eval.wording import printable
 
+UNPRINTABLE = "\N{REPLACEMENT CHARACTER}"
 _SCORE = re.compile(r"(^|_)(f1|acc|accuracy)(_|$)")
 _LATEX = {character: f"\\{character}" for character in "&%$#_{}"}
 _LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 _LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}"}
-_LATEX |= {"[": "{[}", "]": "{]}"}  # behind a line break a bracket would be an option
-_LATEX |= {"≥": r"$\geq$", "\N{REPLACEMENT CHARACTER}": "?"}
+_LATEX |= {"[": "{[}", "]": "{]}"}  # after a line break LaTeX reads a bracket as an option
+_LATEX |= {"≥": r"$\geq$", UNPRINTABLE: "?"}
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of plain text; whoever writes them down escapes them. `columns` in `left` are text, the others numbers."""
+    """Cells of plain text. Columns whose names are in `left` are aligned to the left, as text; the others hold numbers.
+
+    `notes` are sentences below the table. The methods escape all text for their format.
+    """
 
     title: str
     columns: Sequence[str]
@@ -28,8 +36,8 @@ class Table:
     notes: Sequence[str] = field(default=())
 
     def text(self) -> str:
-        """Columns in line, for a terminal."""
-        lines = [[printable(cell) for cell in line] for line in (self.columns, *self.rows)]
+        """Aligned columns, for a terminal."""
+        lines = [[one_line(cell) for cell in line] for line in (self.columns, *self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         aligned = [
             "  ".join(
@@ -39,11 +47,11 @@ class Table:
             for line in lines
         ]
         rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-        head, foot = [printable(self.title), rule, aligned[0], rule], [rule, *map(printable, self.notes)]
+        head, foot = [one_line(self.title), rule, aligned[0], rule], [rule, *map(one_line, self.notes)]
         return "\n".join(head + aligned[1:] + foot)
 
     def markdown(self) -> str:
-        """A heading, a table, its notes."""
+        """A heading, a table and its notes."""
         lines = [f"## {_markdown(self.title)}", "", f"| {' | '.join(map(_markdown, self.columns))} |"]
         lines.append("|" + "".join(" :--- |" if name in self.left else " ---: |" for name in self.columns))
         lines += [f"| {' | '.join(map(_markdown, row))} |" for row in self.rows]
@@ -51,7 +59,7 @@ class Table:
         return "\n".join(lines).rstrip() + "\n"
 
     def latex(self) -> str:
-        """A table environment; needs the package booktabs."""
+        """A table environment. The document has to load the package booktabs."""
         notes = [rf"  \par\smallskip\footnotesize {_latex(note)}" for note in self.notes]
         lines = [
             r"% needs \usepackage{booktabs}",
@@ -71,30 +79,40 @@ class Table:
         return "\n".join(lines) + "\n"
 
 
-def printable(text: str) -> str:
-    """One line without control characters."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+def one_line(text: str) -> str:
+    """The text on one line; each control character becomes one replacement character.
+
+    Messages show escapes instead (`wording.printable`). A cell or a label keeps its width this way, and Markdown and
+    LaTeX do not have to escape the backslashes of an escape.
+    """
+    return printable(text, UNPRINTABLE)
 
 
 def _markdown(text: str) -> str:
-    text = re.sub(r"([\\`*\[\]<>|~$#])", r"\\\1", printable(text))
-    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)  # inside a word an underscore is only that
+    """The text with backslashes before all characters that Markdown interprets."""
+    text = re.sub(r"([\\`*\[\]<>|~$#])", r"\\\1", one_line(text))
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)  # an underscore inside a word is never a mark
 
 
 def _latex(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in printable(text))
+    """The text with commands in place of all characters that LaTeX interprets."""
+    return "".join(_LATEX.get(character, character) for character in one_line(text))
 
 
 # --------------------------------------------------------------------------------------------------------- numbers
 
 
 def is_score(metric: str) -> bool:
-    """Whether the metric is a share of right answers, 1 at best, so that a run can be said to have solved its task."""
+    """Whether the metric is a share of right answers, so that 1 means that a run has solved its task.
+
+    >>> is_score("final_val_f1"), is_score("final_val_loss")
+    (True, False)
+    """
     return bool(_SCORE.search(metric))
 
 
 def short_number(value: float | None) -> str:
-    """Three digits and a thousands' letter.
+    """Three digits and a letter for thousands, millions and so on; empty for None and NaN.
 
     >>> [short_number(value) for value in (12, 9_999, 1_234_567, 0.01234, None)]
     ['12', '10k', '1.23M', '0.0123', '']
@@ -111,11 +129,12 @@ def short_number(value: float | None) -> str:
 
 
 def metric_text(value: float | None, metric: str) -> str:
-    """Scores with four decimals, other values short."""
+    """A score with four decimals, any other value short; empty for None."""
     if value is None:
         return ""
     return f"{value:.4f}" if is_score(metric) else short_number(value)
 
 
 def interval_text(interval: Interval | None, metric: str) -> str:
+    """`[0.9012, 0.9345]`; empty for None."""
     return "" if interval is None else f"[{metric_text(interval.low, metric)}, {metric_text(interval.high, metric)}]"

@@ -1,9 +1,9 @@
 """Addition, digit by digit: `a + b =` and the sum's digits known so far; the label is the next one.
 
 Digit d is id d + 1, `+` is id base + 1 and `=` is id base + 2. The operands have k = max(1, (seq_len - 2) // 3) digits,
-zeros in front included, the most significant one first. The sum has k + 1 digits and is written the other way round,
-the least significant one first, the order in which they are computed. 0 to k of them are known (none for
-seq_len = 4, where there is no room), so that the longest sample has 3k + 2 tokens.
+leading zeros included, the most significant one first. The sum has k + 1 digits in the opposite order, the
+least significant one first, because this is the order of computation. 0 to k of them are known. With
+seq_len = 4 there is no room, so none is known. The longest sample has 3k + 2 tokens.
 
 12 + 39 = 51, with the 1 already known:
 

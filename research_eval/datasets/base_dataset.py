@@ -6,6 +6,7 @@ N samples  L longest sample  T steps of the right path
 from __future__ import annotations
 
 import functools
+import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,14 +17,20 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from research_eval.datasets.token_data import TokenData
+from research_eval.annotations import accept_flat_options
+from research_eval.datasets.token_data import CLASSIFICATION, TokenData
 from research_eval.errors import ConfigError
 from research_eval.system.environment import check_fits
+from research_eval.wording import plain
 
 
 @contextmanager
 def global_generators_seeded(seed: int) -> Iterator[None]:
-    """Within the block the global generators of Python, numpy and torch (CPU) start from `seed`; then they go back."""
+    """Seed the global generators of Python, numpy and torch (CPU) for the block; afterwards restore their states.
+
+    A user's `_generate_data` may draw from them. The data then depends on its seed alone, and it changes none of the
+    run's own draws.
+    """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -37,7 +44,7 @@ def global_generators_seeded(seed: int) -> Iterator[None]:
 
 
 def enough_ids(task: str, vocab_size: int | None, needed: int, reason: str) -> int:
-    """`vocab_size`, or the least that the task needs if it is not given. Too few ids raise ConfigError."""
+    """`vocab_size`, or the smallest possible one if it is None. Raises ConfigError if it is smaller than `needed`."""
     if vocab_size is None:
         return needed
     if vocab_size < needed:
@@ -46,7 +53,7 @@ def enough_ids(task: str, vocab_size: int | None, needed: int, reason: str) -> i
 
 
 def exact_length(task: str, seq_len: int | None, needed: int, reason: str) -> int:
-    """The one length that the task's samples have. Another given `seq_len` raises ConfigError."""
+    """The only length that the task's samples can have. Raises ConfigError if `seq_len` is given and differs."""
     if seq_len not in (None, needed):
         raise ConfigError(f"{task}: seq_len={seq_len} does not fit; {reason} makes it {needed}. Leave seq_len out")
     return needed
@@ -58,9 +65,9 @@ BYTES_PER_TOKEN = 3 * 8  # while samples are made: the ids and what is computed 
 class ArraySamples(Sequence[dict[str, Any]]):
     """All samples as whole arrays: the fast way to fill `samples`. Reads like a list of dicts.
 
-    `ids_NL` holds ids from 1 and is padded on the right with 0; `labels_N` holds values of `labels_list`. A task that
-    knows the right path of a sample through its sub-functions gives it in `paths_NT`, -1 behind its end; `groups_N`
-    tells the samples' difficulty or family.
+    `ids_NL` holds ids from 1 and is padded on the right with 0; `labels_N` holds values of `labels_list`, or the
+    numbers to be predicted. A task that knows the right path of a sample through its sub-functions gives it in
+    `paths_NT`, -1 after its end; `groups_N` tells the samples' difficulty or family.
     """
 
     def __init__(
@@ -83,15 +90,15 @@ class ArraySamples(Sequence[dict[str, Any]]):
             paths_NT = None if self.paths_NT is None else self.paths_NT[index]
             groups_N = None if self.groups_N is None else self.groups_N[index]
             return ArraySamples(self.ids_NL[index], self.labels_N[index], paths_NT, groups_N)
-        return {"input_ids": self.ids_NL[index], "label": _plain(self.labels_N[index])}
+        return {"input_ids": self.ids_NL[index], "label": plain(self.labels_N[index])}
 
 
 class Table(NamedTuple):
     """Checked samples."""
 
     ids: NDArray[np.integer[Any]]  # [N, L], padded on the right with 0
-    labels: NDArray[np.object_]  # [N], values of labels_list
-    classes: NDArray[np.int64]  # [N], their class numbers
+    labels: NDArray[Any]  # [N], values of labels_list (objects), or the numbers to be predicted
+    targets: NDArray[Any]  # [N], class numbers of the labels, or the numbers to be predicted
     paths: NDArray[np.integer[Any]] | None = None  # [N, T]
     groups: NDArray[np.integer[Any]] | None = None  # [N]
 
@@ -102,18 +109,25 @@ class SequenceBaseDataset(ABC):
     A subclass writes `_generate_data`, which sets `self.samples` (a list of dicts with `input_ids` and `label`, or
     `ArraySamples`) and `self.labels_list` (all label values there are). It draws from `self.rng`. Nothing is generated
     before the samples are first used, so attributes may be set before or after `super().__init__`.
+
+    If `task` is not "classification", labels are finite numbers that stay unchanged, and `labels_list` is not needed.
     """
+
+    task: str = CLASSIFICATION
+    """The task of models on this data, by its name in the registry of tasks."""
 
     VERSION: int = 1  # goes up when the same seed gives other data
     further_tests: Sequence[str] = ()
-    """Names of test splits beside "test", of longer samples say. Only where `input_space` is None."""
+    """Names of test splits beside "test", for example of longer samples. Only possible if `input_space` is None."""
     split: str = "train"
-    """What is being generated: train, validation, test or one of `further_tests`."""
+    """The split that `_generate_data` makes now: train, validation, test or one of `further_tests`."""
     rng: np.random.Generator
     _generated = False
 
     def __init_subclass__(cls, **keywords: Any) -> None:
+        """Settings groups of a constructor also accept their options as flat keywords."""
         super().__init_subclass__(**keywords)
+        accept_flat_options(cls)
         if "_generate_data" in vars(cls):  # a constructor may call it too: then the first use need not
             cls._generate_data = _noting_that_it_ran(cls._generate_data)  # type: ignore[method-assign, assignment]
 
@@ -137,14 +151,17 @@ class SequenceBaseDataset(ABC):
 
     @abstractmethod
     def _generate_data(self) -> None:
-        """Set `self.samples` (of `self.num_samples`) and `self.labels_list`."""
+        """Set `self.samples` to `self.num_samples` samples, and `self.labels_list`."""
 
     def input_space(self) -> int | None:
-        """How many different inputs there are. None: not known, or splits may share inputs."""
+        """The number of different inputs; None if it is not known or if splits may share inputs."""
         return None
 
     def generate(self, seed: int, num_samples: int | None = None, split: str = "train") -> None:
-        """Replace the samples by `num_samples` (default: as before) fresh ones, the same for the same seed."""
+        """Replace the samples by new ones, `num_samples` of them (default: as many as before).
+
+        The same seed gives the same samples.
+        """
         self.split = split
         self.seed = seed
         if isinstance(self.rng, random.Random | np.random.RandomState):  # a subclass may prefer these
@@ -155,6 +172,11 @@ class SequenceBaseDataset(ABC):
         self.samples = []
         with global_generators_seeded(seed):
             self._generate_data()
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether labels are classes, listed in `labels_list`."""
+        return self.task == CLASSIFICATION
 
     def _generate_once(self) -> None:
         if not self._generated:
@@ -185,14 +207,20 @@ class SequenceBaseDataset(ABC):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """`input_ids` [L] int64, padded on the right with 0 to the longest sample, and `label`, the class number."""
+        """`input_ids` [L] int64, padded on the right with 0 to the longest sample, and `label`, the class number.
+
+        The label is the number to be predicted if the task has no classes.
+        """
         table = self.table()
-        return {"input_ids": torch.from_numpy(table.ids[index].astype(np.int64)), "label": int(table.classes[index])}
+        ids_L = torch.from_numpy(table.ids[index].astype(np.int64))
+        return {"input_ids": ids_L, "label": table.targets[index].item()}
 
     def class_values(self) -> list[Any]:
-        """The different label values, sorted: the position of a value is its class number."""
+        """The different label values, sorted: the position of a value is its class number. Empty without classes."""
+        if not self.has_classes:
+            return []
         try:
-            values = sorted({_plain(value) for value in self.labels_list})
+            values = sorted({plain(value) for value in self.labels_list})
         except TypeError as error:
             raise ConfigError(f"{type(self).__name__}: labels_list: {error}; give values of one type") from error
         if not values:
@@ -200,9 +228,9 @@ class SequenceBaseDataset(ABC):
         return values
 
     def to_token_data(self) -> TokenData:
-        """The samples as one split, with class numbers for labels."""
+        """The samples as one split, with class numbers for labels (if the task has classes)."""
         table = self.table()
-        return TokenData.from_padded(table.ids, table.classes, table.paths, table.groups)
+        return TokenData.from_padded(table.ids, table.targets, table.paths, table.groups)
 
     def table(self) -> Table:
         """The checked samples. Raises ConfigError that names the first sample which breaks a rule."""
@@ -212,14 +240,15 @@ class SequenceBaseDataset(ABC):
                 raise ConfigError(f"{type(self).__name__}: _generate_data gave no samples")
             ids_NL, labels = self._whole_arrays(samples) if isinstance(samples, ArraySamples) else self._padded(samples)
             self._check_ids(ids_NL)
-            values = self.class_values()
-            self._check_labels(labels, values)
-            labels_N = np.fromiter(labels, object, len(labels))
-            classes_N = class_numbers(labels_N, values)
-            if isinstance(samples, ArraySamples):
-                self._table = Table(ids_NL, labels_N, classes_N, samples.paths_NT, samples.groups_N)
-            else:
-                self._table = Table(ids_NL, labels_N, classes_N)
+            labels_N, targets_N = self._checked_labels(labels)
+            whole = samples if isinstance(samples, ArraySamples) else None
+            self._table = Table(
+                ids_NL,
+                labels_N,
+                targets_N,
+                paths=None if whole is None else whole.paths_NT,
+                groups=None if whole is None else whole.groups_N,
+            )
         return self._table
 
     def _error(self, number: int, problem: str) -> ConfigError:
@@ -248,7 +277,7 @@ class SequenceBaseDataset(ABC):
             if row.size and row.max() > self.vocab_size:  # before the cast, which could overflow
                 raise self._error(number, f"id {row.max()} is above vocab_size={self.vocab_size}")
             rows.append(row)
-            labels.append(_plain(sample["label"]))
+            labels.append(plain(sample["label"]))
         ids_NL = np.zeros((len(rows), max(1, *map(len, rows))), np.int64)
         for ids_L, row in zip(ids_NL, rows, strict=True):
             ids_L[: len(row)] = row
@@ -267,11 +296,27 @@ class SequenceBaseDataset(ABC):
             if wrong_N.any():
                 raise self._error(int(wrong_N.argmax()), problem)
 
+    def _checked_labels(self, labels: list[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """The labels [N] and the targets [N] that they stand for. Raises ConfigError that names the first wrong one."""
+        if not self.has_classes:
+            self._check_numbers(labels)
+            numbers_N = np.asarray(labels)
+            return numbers_N, numbers_N
+        values = self.class_values()
+        self._check_labels(labels, values)
+        labels_N = np.fromiter(labels, object, len(labels))
+        return labels_N, class_numbers(labels_N, values)
+
     def _check_labels(self, labels: list[Any], values: list[Any]) -> None:
         known = set(values)
         for number, label in enumerate(labels):
             if not isinstance(label, str | int | float) or label not in known:
                 raise self._error(number, f"label {label!r} is not in labels_list {values[:20]}")
+
+    def _check_numbers(self, labels: list[Any]) -> None:
+        for number, label in enumerate(labels):
+            if isinstance(label, bool) or not isinstance(label, int | float) or not math.isfinite(label):
+                raise self._error(number, f"label {label!r} is no finite number, which task {self.task!r} needs")
 
 
 def class_numbers(labels_N: NDArray[np.object_], values: list[Any]) -> NDArray[np.int64]:
@@ -280,12 +325,9 @@ def class_numbers(labels_N: NDArray[np.object_], values: list[Any]) -> NDArray[n
     return np.fromiter((number[label] for label in labels_N), np.int64, len(labels_N))
 
 
-def _plain(value: Any) -> Any:
-    """Numbers of numpy and torch as Python's own."""
-    return value.tolist() if isinstance(value, np.ndarray | np.generic | torch.Tensor) else value
-
-
 def _noting_that_it_ran(generate_data: Callable[[Any], None]) -> Callable[[Any], None]:
+    """The method, which afterwards also marks the object as generated."""
+
     @functools.wraps(generate_data)
     def noting(self: SequenceBaseDataset) -> None:
         self._generated = True  # first: the body may read `self.samples` to append to it

@@ -15,9 +15,9 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from research_eval.analysis.automaton import Automaton
 from research_eval.datasets.regular import RegularDataset
 from research_eval.registry import SYNTHETIC_DATASETS
+from research_eval.routing.automaton import Automaton
 
 
 @SYNTHETIC_DATASETS.register("even_pairs")

@@ -21,14 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from research_eval.analysis.automaton import NONE, Automaton
 from research_eval.datasets.regular import RegularDataset
 from research_eval.registry import SYNTHETIC_DATASETS
+from research_eval.routing.automaton import NONE, Automaton
 
 
 @SYNTHETIC_DATASETS.register("modular_arithmetic")
 class ModularArithmeticDataset(RegularDataset):
-    """The value of an expression. Expressions have an odd length: the next lower one where an even one is drawn."""
+    """The value of an expression. Expressions have an odd length; a drawn even length is lowered by one."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class ModularArithmeticDataset(RegularDataset):
 
 
 def solve(tokens: Sequence[int], modulus: int) -> int:
-    """What Python makes of the expression."""
+    """The value of the expression, computed by Python."""
     signs = {modulus + 1: "+", modulus + 2: "-", modulus + 3: "*"}
     terms: list[int] = []
     for place in range(0, len(tokens), 2):

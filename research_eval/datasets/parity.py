@@ -1,7 +1,7 @@
 """Parity: how many tokens are the token 1, modulo `num_classes`?
 
 Each position holds id 1 with probability 1/2, otherwise one of the ids 2..vocab_size. With `min_length` the samples
-have different lengths, and there are further tests on longer ones.
+have different lengths, and additional test splits hold longer ones.
 
 >>> solve([1, 2, 1, 1])
 1
@@ -17,11 +17,11 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from research_eval.analysis.automaton import Automaton
 from research_eval.datasets.base_dataset import ArraySamples
 from research_eval.datasets.regular import RegularDataset
 from research_eval.errors import ConfigError
 from research_eval.registry import SYNTHETIC_DATASETS
+from research_eval.routing.automaton import Automaton
 
 
 @SYNTHETIC_DATASETS.register("parity")

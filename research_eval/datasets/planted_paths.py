@@ -26,6 +26,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
@@ -38,9 +39,17 @@ from research_eval.errors import ConfigError
 from research_eval.registry import SYNTHETIC_DATASETS
 from research_eval.seeding import derive_seed
 
-ENDED = -1  # behind the last step of a path
+ENDED = -1  # in place of a function after the last step of a path
 UNSEEN = "unseen"
 MAX_COMPOSITIONS = 100_000
+
+
+@dataclass(frozen=True)
+class AmbiguitySettings:
+    """Which share of the samples has an ambiguous step, and whether the operands tell what it means."""
+
+    ambiguity: Annotated[float, Field(ge=0, le=1)] = 0.0
+    ambiguity_cue: Literal["operand", "none"] = "operand"
 
 
 @SYNTHETIC_DATASETS.register("planted_paths")
@@ -68,8 +77,7 @@ class PlantedPathsDataset(SequenceBaseDataset):
         num_values: Annotated[int, Field(ge=2)] = 16,
         num_operands: Annotated[int, Field(ge=1)] = 2,
         unseen_compositions: Annotated[float, Field(ge=0, lt=1)] = 0.0,
-        ambiguity: Annotated[float, Field(ge=0, le=1)] = 0.0,
-        ambiguity_cue: Literal["operand", "none"] = "operand",
+        ambiguous: AmbiguitySettings,
         imbalance: Annotated[float, Field(ge=0)] = 0.0,
         task_seed: Annotated[int, Field(ge=0)] = 0,
     ) -> None:
@@ -81,6 +89,7 @@ class PlantedPathsDataset(SequenceBaseDataset):
                 f"planted_paths: num_functions={num_functions} with depth={depth} has {num_compositions} "
                 f"compositions; at most {MAX_COMPOSITIONS} work"
             )
+        ambiguity, ambiguity_cue = ambiguous.ambiguity, ambiguous.ambiguity_cue
         if ambiguity and ambiguity_cue == "operand" and num_operands % 2:
             raise ConfigError(
                 f"planted_paths: num_operands={num_operands} is odd, but even and odd operands are the cue to an "

@@ -1,4 +1,7 @@
-"""Name -> data. A name in `SYNTHETIC_DATASETS` or `REAL_WORLD_DATASETS` is all that a new dataset needs."""
+"""Name -> data. A name in `SYNTHETIC_DATASETS` or `REAL_WORLD_DATASETS` is all that a new dataset needs.
+
+`kinds.py` says what the two types of data sets are; a third type is a new class in `DATASET_KINDS`.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,10 @@ from typing import Any
 
 import torch
 
-from research_eval.datasets.text import TEXT_FIELDS, TextDataset, TextSource
+from research_eval.datasets.kinds import dataset_kind
+from research_eval.datasets.text import TEXT_FIELDS, TextSource, source
 from research_eval.datasets.token_data import Batches, DataSplits
-from research_eval.errors import ConfigError
 from research_eval.registry import SYNTHETIC_DATASETS
-from research_eval.wording import hint, largest_of
 
 __all__ = [
     "REAL_WORLD_DATASETS",
@@ -22,30 +24,16 @@ __all__ = [
     "load_splits",
 ]
 
-# Names that may come from the hub; with a `data_dir` any name will do.
+# Names that may come from the hub. With a `data_dir` every name is accepted.
 REAL_WORLD_DATASETS: list[str] = list(TEXT_FIELDS)
+source.real_world_names = lambda: REAL_WORLD_DATASETS
 
 
 def load_splits(dataset_type: str, dataset_name: str, dataset_params: dict[str, Any], seed: int) -> DataSplits:
-    """The splits of any dataset. Raises ConfigError for unknown names and unusable data."""
-    if dataset_type == "synthetic":
-        from research_eval.datasets.synthetic import synthetic_splits
-
-        try:
-            return synthetic_splits(dataset_name, dataset_params, seed)
-        except MemoryError as error:
-            text = f"{dataset_name} with {largest_of(dataset_params)} needs more memory than there is"
-            raise ConfigError(f"dataset_params: {text} ({error}). Lower one of them.") from error
-    if dataset_type != "real_world":
-        raise ConfigError(f"dataset_type: expected 'synthetic' or 'real_world', got {dataset_type!r}")
-    own_files = dataset_params.get("data_dir") or dataset_params.get("sources")
-    if dataset_name not in REAL_WORLD_DATASETS and not own_files:
-        near = hint(dataset_name, REAL_WORLD_DATASETS)
-        raise ConfigError(
-            f"dataset_name: unknown {dataset_name!r}.{near} A set of your own needs dataset_params.data_dir or "
-            "sources, one from the hub an entry in REAL_WORLD_DATASETS."
-        )
-    return TextDataset(dataset_name=dataset_name, **dataset_params).splits(seed)
+    """The splits of any dataset. Raises ConfigError for unknown types and names, and for unusable data."""
+    kind = dataset_kind(dataset_type)
+    kind.check_name(dataset_name, dataset_params)
+    return kind.splits(dataset_name, dataset_params, seed)
 
 
 def get_synthetic_data_loaders(
@@ -73,5 +61,6 @@ def get_real_world_data_loaders(
 def _loaders(
     splits: DataSplits, batch_size: int, seed: int, device: torch.device | str
 ) -> tuple[Batches, Batches, DataSplits]:
+    """Train in a new order every epoch, drawn from `seed`; validation always in the same order."""
     train = Batches(splits.train, batch_size, device, seed)
     return train, Batches(splits.validation, batch_size, device), splits

@@ -1,4 +1,4 @@
-"""What the tasks share that are told apart by length: training on short samples, tests on longer ones, automata.
+"""Tasks for length generalisation: training on short samples, tests on longer ones, and finite automata.
 
 N samples  L length  S states  T tokens
 """
@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from research_eval.analysis.automaton import Automaton
+from research_eval.annotations import build
 from research_eval.datasets.base_dataset import ArraySamples, SequenceBaseDataset
 from research_eval.errors import ConfigError
 from research_eval.registry import SYNTHETIC_DATASETS
+from research_eval.routing.automaton import Automaton
 
 LONGER_TESTS = {"len_41_100": (41, 100), "len_200": (200, 200), "len_500": (500, 500)}
 
 
 class LengthDataset(SequenceBaseDataset):
-    """Samples of `min_length` to `seq_len` tokens, all lengths equally often; further test splits are longer."""
+    """Samples of `min_length` to `seq_len` tokens, all lengths equally often; more test splits hold longer ones."""
 
     further_tests: Sequence[str] = tuple(LONGER_TESTS)
 
@@ -50,7 +51,7 @@ class RegularDataset(LengthDataset):
         """The automaton that gives the answer to every sample of any length. Its answers are class numbers."""
 
     def draw_inputs(self) -> NDArray[np.int64]:
-        """The samples, [N, L]. Overridden where not every sequence of tokens is one."""
+        """The samples, [N, L]. A task overrides this if not every sequence of tokens is a sample."""
         return self.draw_tokens(self.draw_lengths(), self.vocab_size)
 
     def _generate_data(self) -> None:
@@ -61,6 +62,6 @@ class RegularDataset(LengthDataset):
 
 
 def task_automaton(dataset_name: str, dataset_params: dict[str, Any]) -> Automaton | None:
-    """The automaton of a synthetic task; None for one that has none."""
+    """The automaton of a synthetic task, or None if the task has none. Raises ConfigError for an unknown name."""
     cls = SYNTHETIC_DATASETS.get_or_explain(dataset_name)
-    return cls(**dataset_params).automaton() if issubclass(cls, RegularDataset) else None
+    return build(cls, dataset_params).automaton() if issubclass(cls, RegularDataset) else None

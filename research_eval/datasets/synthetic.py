@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from research_eval.annotations import grouped_arguments, options_of
 from research_eval.datasets.base_dataset import SequenceBaseDataset, class_numbers, global_generators_seeded
 from research_eval.datasets.token_data import DataSplits, TokenData
 from research_eval.errors import ConfigError
@@ -19,35 +20,38 @@ from research_eval.registry import SYNTHETIC_DATASETS
 from research_eval.seeding import derive_seed
 
 SPLITS = ("train", "validation", "test")
-SMALL_SPACE = 1000  # inputs per sample: above it, independent draws meet by chance in less than 0.1 % of the samples
-ROUNDS = 64  # draws in search of new inputs; rare ones may stay out
-SAME_DATA = 16  # this many equal samples in a row are no chance
+SMALL_SPACE = 1000  # inputs per sample; above it, fewer than 0.1 % of independent draws coincide by chance
+ROUNDS = 64  # attempts to draw new inputs; very rare inputs may be missed
+SAME_DATA = 16  # equal samples in a row that cannot be chance
 
 
 class Drawn(NamedTuple):
     """Samples of one split or more."""
 
     ids: NDArray[np.integer[Any]]  # [N, L], padded on the right with 0
-    labels: NDArray[np.object_]  # [N], label values
+    labels: NDArray[Any]  # [N], label values, or the numbers to be predicted
     keys: NDArray[np.uint64]  # [N], equal for equal inputs
     paths: NDArray[np.integer[Any]] | None = None  # [N, T]
     groups: NDArray[np.integer[Any]] | None = None  # [N]
 
     def take(self, rows: NDArray[np.integer[Any]]) -> Drawn:
+        """The samples with these numbers."""
         paths = None if self.paths is None else self.paths[rows]
         groups = None if self.groups is None else self.groups[rows]
         return Drawn(self.ids[rows], self.labels[rows], self.keys[rows], paths, groups)
 
     def token_data(self, classes: list[Any]) -> TokenData:
-        return TokenData.from_padded(self.ids, class_numbers(self.labels, classes), self.paths, self.groups)
+        """The samples as a split. With `classes` a label becomes its index there; otherwise it stays unchanged."""
+        targets_N = class_numbers(self.labels, classes) if classes else self.labels
+        return TokenData.from_padded(self.ids, targets_N, self.paths, self.groups)
 
 
 def synthetic_splits(dataset_name: str, dataset_params: dict[str, Any], seed: int) -> DataSplits:
     """Four fifths of `num_samples` for training, one fifth for validation and as many again for the test.
 
-    Where the task knows its `input_space` and that is small, inputs are drawn without replacement: no two splits share
+    If the task knows its `input_space` and that is small, inputs are drawn without replacement: no two splits share
     one. If there are fewer inputs than samples, samples repeat within a split only. Otherwise each split is drawn
-    from its own seed, and the fingerprint tells how many validation inputs also occur in train. Each of the task's
+    from its own seed, and the fingerprint says how many validation inputs also occur in train. Each of the task's
     `further_tests` is as large as the test split.
     """
     dataset = _build(dataset_name, dataset_params, seed)
@@ -75,7 +79,7 @@ def synthetic_splits(dataset_name: str, dataset_params: dict[str, Any], seed: in
         validation,
         test,
         vocab_size=dataset.vocab_size + 1,
-        num_classes=len(classes),
+        num_classes=len(classes) if dataset.has_classes else 1,
         label_names=[str(value) for value in classes],
         max_length=max(dataset.seq_len, *(int(split.lengths.max()) for split in splits.values())),
         fingerprint={
@@ -90,6 +94,7 @@ def synthetic_splits(dataset_name: str, dataset_params: dict[str, Any], seed: in
             "train_validation_duplicate_share": duplicates / len(validation),
         },
         further_tests=further_tests,
+        task=dataset.task,
     )
 
 
@@ -99,15 +104,16 @@ def _seed(seed: int, *indices: int) -> int:
 
 
 def _build(dataset_name: str, dataset_params: dict[str, Any], seed: int) -> SequenceBaseDataset:
-    """One object for all splits, so that what its constructor draws (a pattern, say) is the same in all of them."""
+    """One object for all splits: anything that its constructor draws, such as a pattern, is the same in all of them."""
     cls = SYNTHETIC_DATASETS.get_or_explain(dataset_name)
     if not issubclass(cls, SequenceBaseDataset):
         raise ConfigError(f"{dataset_name}: {cls.__qualname__} must inherit from SequenceBaseDataset")
-    signature = inspect.signature(cls)
     arguments = dict(dataset_params)
-    if "seed" in signature.parameters:
+    if "seed" in options_of(cls):
         arguments.setdefault("seed", _seed(seed))
+    signature = inspect.signature(cls)
     try:
+        arguments = grouped_arguments(cls, arguments)
         signature.bind(**arguments)
     except TypeError as error:
         raise ConfigError(f"dataset_params of {dataset_name}: {error}; it takes {signature}") from error
@@ -116,7 +122,7 @@ def _build(dataset_name: str, dataset_params: dict[str, Any], seed: int) -> Sequ
 
 
 def _draw(dataset: SequenceBaseDataset, num_samples: int, seed: int, values: set[Any], split: str = "train") -> Drawn:
-    """Fresh samples; their label values are added to `values`."""
+    """New samples. Adds their label values to `values`."""
     dataset.generate(seed, num_samples, split)
     table = dataset.table()
     values.update(dataset.class_values())
@@ -145,7 +151,7 @@ def _independent(
 def _without_replacement(
     dataset_name: str, dataset: SequenceBaseDataset, sizes: list[int], space: int, seed: int, values: set[Any]
 ) -> tuple[list[Drawn], str]:
-    """Different inputs, dealt out to the splits at random; the splits, and how they were sampled, in words."""
+    """The splits, made by distributing different inputs at random, and a description of how they were sampled."""
     total = sum(sizes)
     pool, counts_N = _distinct(dataset, min(total, space), seed, values)
     num_inputs = len(pool.keys)
@@ -166,11 +172,13 @@ def _without_replacement(
 
 
 def _distinct(dataset: SequenceBaseDataset, target: int, seed: int, values: set[Any]) -> tuple[Drawn, NDArray[Any]]:
-    """Up to `target` different inputs, and how often each was met on the way.
+    """Up to `target` different inputs, and how often each was drawn.
 
-    Plain draws of which the first copy counts are a sample without replacement from the task's own distribution.
+    Keeping the first copy of each draw gives a sample without replacement from the task's own distribution.
     """
-    pool = Drawn(np.empty((0, 1), np.int8), np.empty(0, object), np.empty(0, np.uint64))
+    pool = Drawn(
+        np.empty((0, 1), np.int8), np.empty(0, object if dataset.has_classes else np.int64), np.empty(0, np.uint64)
+    )
     counts_N: NDArray[Any] = np.empty(0)
     for number in range(ROUNDS):
         fresh = _draw(dataset, max(target, 4096), _seed(seed, len(SPLITS), number), values)
@@ -184,6 +192,7 @@ def _distinct(dataset: SequenceBaseDataset, target: int, seed: int, values: set[
 
 
 def _joined(first: Drawn, second: Drawn) -> Drawn:
+    """The samples of both, padded to one length."""
     width = max(first.ids.shape[1], second.ids.shape[1])
     ids_NL = np.concatenate([np.pad(part.ids, [(0, 0), (0, width - part.ids.shape[1])]) for part in (first, second)])
     return Drawn(
@@ -196,6 +205,7 @@ def _joined(first: Drawn, second: Drawn) -> Drawn:
 
 
 def _stacked(first: NDArray[Any] | None, second: NDArray[Any] | None) -> NDArray[Any] | None:
+    """Both arrays one after the other; the second if there is no first (an empty pool has no paths)."""
     return second if first is None or second is None else np.concatenate([first, second])
 
 
@@ -209,6 +219,7 @@ def _keys(ids_NL: NDArray[np.integer[Any]]) -> NDArray[np.uint64]:
 
 
 def _sha256(data: TokenData) -> str:
+    """Hash of a split, the same on machines of either byte order."""
     digest = hashlib.sha256()
     for array in (data.tokens, data.offsets, data.labels):
         digest.update(np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<")).tobytes())

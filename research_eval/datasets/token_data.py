@@ -19,6 +19,8 @@ from research_eval.seeding import derive_seed
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+CLASSIFICATION = "classification"  # the task of most data: its labels are class numbers
+
 
 @dataclass(frozen=True)
 class TokenData:
@@ -26,26 +28,26 @@ class TokenData:
 
     tokens: NDArray[np.int32]  # [S], ids from 1; 0 is padding and never occurs here
     offsets: NDArray[np.int64]  # [N + 1]
-    labels: NDArray[np.int64]  # [N], 0..num_classes - 1
-    paths: NDArray[np.int64] | None = None  # [N, T], the right path where the task knows it, -1 behind its end
+    labels: NDArray[Any]  # [N], int64 class numbers 0..num_classes - 1, or float32 numbers to be predicted
+    paths: NDArray[np.int64] | None = None  # [N, T], the right path if the task knows it, -1 after its end
     groups: NDArray[np.int64] | None = None  # [N], difficulty or family of each sample
 
     @classmethod
     def from_padded(
         cls,
         ids_NL: NDArray[np.integer[Any]],
-        labels: NDArray[np.integer[Any]],
+        labels: NDArray[np.integer[Any] | np.floating[Any]],
         paths: NDArray[np.integer[Any]] | None = None,
         groups: NDArray[np.integer[Any]] | None = None,
     ) -> TokenData:
-        """Drop the padding (id 0, on the right) of a rectangular array."""
+        """Drop the padding (id 0, on the right) of a rectangular array. Fractions become float32, else int64."""
         keep_NL = ids_NL != 0
         offsets = np.zeros(len(ids_NL) + 1, np.int64)
         np.cumsum(keep_NL.sum(1), out=offsets[1:])
         return cls(
             ids_NL[keep_NL].astype(np.int32),
             offsets,
-            labels.astype(np.int64),
+            labels.astype(np.float32 if labels.dtype.kind == "f" else np.int64),
             None if paths is None else paths.astype(np.int64),
             None if groups is None else groups.astype(np.int64),
         )
@@ -65,26 +67,36 @@ class TokenData:
 
 @dataclass(frozen=True)
 class DataSplits:
-    """What a dataset hands to the experiment."""
+    """The data of an experiment, and what a model has to know about it to fit."""
 
     train: TokenData
     validation: TokenData
     test: TokenData | None
     vocab_size: int  # embedding rows: the largest id + 1, padding included
-    num_classes: int
-    label_names: list[str]
+    num_classes: int  # 1 if the task has no classes: a model then gives one number per sample
+    label_names: list[str]  # empty if the task has no classes
     max_length: int  # no sample of any split is longer
     padding_idx: int = 0
     tokenizer: Tokenizer | None = None
-    fingerprint: dict[str, Any] = field(default_factory=dict)  # version, content hash, duplicates, tokenizer hash
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    """Identifies the data in the results. Each kind chooses its keys. Other code reads `sha256` by split (a resumed run
+    refuses other data) and `train_validation_duplicates`."""
     further_tests: dict[str, TokenData] = field(default_factory=dict)  # longer samples, unseen combinations, ...
+    task: str = CLASSIFICATION  # the task of models, by its name in the registry of tasks
+
+    def summary(self) -> str:
+        """The sizes of train and validation in words, and how many samples they share if the fingerprint says so."""
+        duplicates = self.fingerprint.get("train_validation_duplicates")
+        shared = "" if duplicates is None else f", of which {duplicates:,} occur in training too"
+        return f"{len(self.train):,} training and {len(self.validation):,} validation samples{shared}"
 
 
 class Batch(NamedTuple):
     """`input_ids` [B, L] int64, padded with 0; `attention_mask` [B, L], True where a token is real; `labels` [B].
 
-    `paths` [B, T] is the right path of each sample, where the task knows it; `rows` [B] its place in the split.
-    `num_tokens` counts the real tokens, and a sample without any as one.
+    Labels are class numbers (int64), or targets (float32) if the task has no classes. `paths` [B, T] is the right path
+    of each sample, if the task knows it; `rows` [B] its place in the split. `num_tokens` counts the real tokens, and a
+    sample without any as one.
     """
 
     input_ids: torch.Tensor
@@ -98,12 +110,12 @@ class Batch(NamedTuple):
 class Batches:
     """Batches of one split, each cut to its longest sample.
 
-    With a `seed` the order is a new shuffle per epoch, the same for the same seed: similar lengths share a
-    batch (buckets of `BUCKET` batches are sorted by length), and the batches come in random order. Without one the
-    samples come sorted by length, every sample exactly once. The split lies on `device` as a whole.
+    With a `seed` every epoch has a new order, the same for the same seed. Similar lengths share a batch (buckets of
+    `BUCKET` batches are sorted by length), and the batches come in random order. Without a seed the samples come sorted
+    by length, every sample exactly once. The whole split lies on `device`.
 
-    With `curriculum_epochs` the longest length admitted grows in equal steps over that many epochs; the samples
-    admitted are repeated, so that every epoch has as many.
+    With `curriculum_epochs` the longest admitted length grows in equal steps over that many epochs. Admitted samples
+    are repeated, so that every epoch has the same number of samples.
     """
 
     BUCKET = 50

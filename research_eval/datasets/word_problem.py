@@ -21,9 +21,9 @@ from typing import Annotated, ClassVar
 import numpy as np
 from pydantic import Field
 
-from research_eval.analysis.automaton import Automaton
 from research_eval.datasets.regular import RegularDataset
 from research_eval.registry import SYNTHETIC_DATASETS
+from research_eval.routing.automaton import Automaton
 
 Permutation = tuple[int, ...]
 GROUPS: dict[str, list[Permutation]] = {  # the generators

@@ -1,4 +1,4 @@
-"""Tokens to the experts that were chosen for them, and back.
+"""Move tokens to the experts that the router chose for them, and bring the results back to the tokens.
 
 S tokens  K experts per token  R = S K assignments  N experts  D width
 """
@@ -12,19 +12,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from research_eval.layers.kernels import applied
+from research_eval.layers.kernels.autograd import applied
 
 
 class Assignments(NamedTuple):
-    """Assignments sorted by expert: the first `sizes[0]` go to expert 0, and so on; of one in the tokens' order."""
+    """Pairs of token and expert, sorted by expert: the first `sizes[0]` belong to expert 0, and so on.
 
-    order_R: Tensor  # number of each among the choices as they came, [S, K] row by row
-    place_SK: Tensor  # the opposite: where each of the choices stands
-    sizes_N: Tensor
+    Pairs of the same expert keep the order of their tokens, so results do not depend on the sorting algorithm.
+    """
+
+    order_R: Tensor  # sorted place -> place in the flattened choices [S, K]
+    place_SK: Tensor  # the inverse: choice -> sorted place
+    sizes_N: Tensor  # assignments of each expert
 
     @classmethod
     def of(cls, chosen_SK: Tensor, num_experts: int) -> Assignments:
-        """From the experts of each token. Nothing is read back from the device."""
+        """Sort the chosen experts of each token. The host reads nothing back from the device."""
         expert_R, order_R = chosen_SK.flatten().sort(stable=True)
         numbers_R = torch.arange(len(order_R), device=order_R.device)
         place_SK = torch.empty_like(order_R).index_copy_(0, order_R, numbers_R).view_as(chosen_SK)
@@ -43,6 +46,11 @@ class Assignments(NamedTuple):
 
 
 class _Rows(torch.autograd.Function):
+    """Gather in the forward pass; in the backward pass sum the K gradients of each token in a fixed order.
+
+    Autograd's own gradient of `index_select` scatters instead. On a GPU the order of its additions varies.
+    """
+
     @staticmethod
     def forward(ctx: Any, x_SD: Tensor, order_R: Tensor, place_SK: Tensor, _: Tensor) -> Tensor:
         ctx.save_for_backward(place_SK)
@@ -55,6 +63,8 @@ class _Rows(torch.autograd.Function):
 
 
 class _Combined(torch.autograd.Function):
+    """Weighted sum of each token's K rows, with gradients to the rows and to the weights."""
+
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, weights_SK: Tensor, order_R: Tensor, place_SK: Tensor, _: Tensor) -> Tensor:
         ctx.save_for_backward(y_RD, weights_SK, order_R, place_SK)
@@ -71,8 +81,11 @@ class _Combined(torch.autograd.Function):
 
 
 def _sums(y_RD: Tensor, place_SK: Tensor, weights_SK: Tensor | None = None) -> Tensor:
-    """Rows of y added up per token in the order of its choices, so that the result does not depend on threads."""
-    if y_RD.device.type == "cpu":  # without an array of all rows in the tokens' order
+    """Add up the rows of y that belong to each token, in the order of the token's choices, [S, D].
+
+    The order is fixed, so the result does not depend on the number of threads.
+    """
+    if y_RD.device.type == "cpu":  # avoids an array of all rows, [S, K, D]
         return F.embedding_bag(place_SK, y_RD, mode="sum", per_sample_weights=weights_SK)
     rows_SKD = y_RD.index_select(0, place_SK.flatten()).view(*place_SK.shape, -1)
     return (rows_SKD if weights_SK is None else rows_SKD * weights_SK.unsqueeze(-1)).sum(1)

@@ -13,16 +13,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from research_eval.errors import ConfigError
-from research_eval.layers.kernels import Dispatch, each_expert
+from research_eval.layers.dispatch import Dispatch
+from research_eval.layers.kernels.plain import each_expert
 from research_eval.layers.packing import Layout
+from research_eval.layers.settings import PositionalEncoding
+from research_eval.layers.settings import feed_forward_width as feed_forward_width
 from research_eval.layers.stacked import Dropout, StackedLayerNorm, StackedLinear, weight_count
-from research_eval.layers.text import PositionalEncoding
 
 
 def rotated(x_BHLC: torch.Tensor) -> torch.Tensor:
-    """Channels i and i + C/2 turned by the angle position * 10000^(-2i/C) (RoPE, Su et al., 2021).
+    """Rotate channels i and i + C/2 by the angle position * 10000^(-2i/C) (RoPE, Su et al., 2021).
 
-    The product of a rotated query and a rotated key depends on the distance of their positions only.
+    The product of a rotated query and a rotated key depends only on the distance between their positions.
     """
     length, channels = x_BHLC.shape[-2:]
     rates = 10_000.0 ** (-torch.arange(0, channels, 2, device=x_BHLC.device) / channels)
@@ -34,9 +36,10 @@ def rotated(x_BHLC: torch.Tensor) -> torch.Tensor:
 
 
 def with_distances(mask_B11L: torch.Tensor | None, num_heads: int, like_BHLC: torch.Tensor) -> torch.Tensor:
-    """What is added to the attention scores: -slope_h |i - j|, and -inf at masked keys; [B or 1, H, L, L].
+    """The bias on the attention scores, [B or 1, H, L, L]: -slope_h |i - j|, and -inf at masked keys.
 
-    The slopes are 2^(-8/H), 2^(-16/H), ..., 1/256 (ALiBi, Press et al., 2022); both directions count alike.
+    The slopes are 2^(-8/H), 2^(-16/H), ..., 1/256 (ALiBi, Press et al., 2022). Attention here looks in both directions,
+    so the bias is symmetric.
     """
     device = like_BHLC.device
     positions_L = torch.arange(like_BHLC.shape[-2], device=device)
@@ -48,9 +51,10 @@ def with_distances(mask_B11L: torch.Tensor | None, num_heads: int, like_BHLC: to
 
 
 class Attention(nn.Module):
-    """y = LN(h); A = MHA(y, y, y); returns A, or sigmoid(W_g [y; A] + b_g) * A when `gated`.
+    """y = LN(h); A = MHA(y, y, y); returns A, or sigmoid(W_g [y; A] + b_g) * A if `gated`.
 
-    Of the positional encodings "rope" and "alibi" are made here; the others are in h already.
+    This class implements the positional encodings "rope" and "alibi". The embedding adds the others to h. Raises
+    ConfigError if `num_heads` does not divide the width.
     """
 
     def __init__(
@@ -72,7 +76,7 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.positional_encoding = positional_encoding
         self.norm = StackedLayerNorm(num_experts, embed_dim)
-        # One product over y gives Q, K, V and, when gated, the half of the gate that reads y.
+        # One product over y computes Q, K, V and, if gated, also the half of the gate that reads y.
         self.input = StackedLinear(num_experts, embed_dim, (4 if gated else 3) * embed_dim)
         self.output = StackedLinear(num_experts, embed_dim, embed_dim)
         self.gate = StackedLinear(num_experts, embed_dim, embed_dim) if gated else None
@@ -81,18 +85,22 @@ class Attention(nn.Module):
         """Rows [S, D], or a grid [R, L, D], in the order of the experts -> the same shape."""
         width = h.shape[-1]
         projected = each_expert(self._projected, h, dispatch=dispatch, width=self.input.weight.shape[1])
-        # Parts of one split: the gradients of slices would each be filled up to the whole.
+        # `split` and not slices: the backward pass of a slice fills an array as large as the whole.
         qkv, *rest = (projected,) if self.gate is None else projected.split([3 * width, width], -1)
         grids = zip(layout.grids_of(qkv), layout.grids, strict=True)
         attended = layout.rows_of([self._attended(grid_qkv, grid.mask) for grid_qkv, grid in grids])
         return each_expert(self._gated, attended, *rest, dispatch=dispatch, width=projected.shape[-1])
 
     def _projected(self, h: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
-        """Queries, keys and values side by side, and where there is a gate its half that reads y."""
+        """Queries, keys and values side by side; if the attention is gated, also the half of the gate that reads y."""
         projected: torch.Tensor = self.input(self.norm(h, dispatch), dispatch)
         return projected
 
     def _gated(self, *rows_and_dispatch: Any) -> torch.Tensor:
+        """The output projection, multiplied by the gate if there is one.
+
+        The arguments are the attended rows, then the gate's half from `_projected` if there is one, then the dispatch.
+        """
         attended, *from_input, dispatch = rows_and_dispatch
         attended = self.output(attended, dispatch)
         if self.gate is None:
@@ -100,7 +108,7 @@ class Attention(nn.Module):
         return attended * torch.sigmoid(from_input[0] + self.gate(attended, dispatch))
 
     def _attended(self, qkv_BLE: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Queries, keys and values side by side [B, L, 3 D] -> [B, L, D]."""
+        """Queries, keys and values side by side [B, L, 3 D] -> attended values [B, L, D]."""
         batch, length, _ = qkv_BLE.shape
         query, key, value = (
             part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in qkv_BLE.chunk(3, dim=-1)
@@ -113,7 +121,10 @@ class Attention(nn.Module):
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """`mask`: True where a key may be seen, or what is added to the scores; broadcast to [B, H, L, L]."""
+    """Scaled dot-product attention over [B, H, L, C].
+
+    `mask` is boolean (True: the key is visible) or a float bias on the scores. It broadcasts to [B, H, L, L].
+    """
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
         # The CPU's backward of attention is about 7 times slower in bf16 than in fp32.
         with torch.autocast("cpu", enabled=False):
@@ -124,7 +135,7 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: t
 
 
 class FeedForward(nn.Module):
-    """W_2 Drop(GELU(W_1 x)) with the exact (erf) GELU: four times faster on a CPU than its tanh form."""
+    """W_2 Drop(GELU(W_1 x)). The exact (erf) GELU is four times faster on a CPU than the tanh approximation."""
 
     def __init__(self, embed_dim: int, dim_feedforward: int, dropout: float, num_experts: int = 1) -> None:
         super().__init__()
@@ -133,6 +144,7 @@ class FeedForward(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+        """Rows [R, ..., D] sorted by expert -> the same shape."""
         return each_expert(self._of_expert, x, dispatch=dispatch, width=self.expand.weight.shape[1])
 
     def _of_expert(self, x: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
@@ -171,9 +183,10 @@ class Block(nn.Module):
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile each block, or the parts of one; the whole model where it has none of ours.
+    """Compile each block, or the parts of a block. A model without any of them is compiled as a whole.
 
-    Blocks of one shape share what is compiled, so that the first step comes several times sooner than with the whole.
+    Blocks of the same shape share their compiled code. The first step therefore comes several times sooner than after
+    compiling the whole model.
     """
     regions = list(_regions(model))
     for region in regions or [model]:
@@ -181,6 +194,7 @@ def compile_blocks(model: nn.Module) -> None:
 
 
 def _regions(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost blocks or parts of blocks below a module."""
     for child in module.children():
         if isinstance(child, Block | Attention | FeedForward):
             yield child
@@ -189,14 +203,8 @@ def _regions(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def block_flops(block: nn.Module, embed_dim: int, length: int) -> float:
-    """Forward FLOPs of one sample through a block: two per weight and token, and 4 L^2 D for the attention itself."""
+    """Forward FLOPs of one sample through a block.
+
+    Each weight costs two operations per token; the attention itself costs 4 L^2 D.
+    """
     return 2.0 * length * weight_count(block) + 4.0 * length**2 * embed_dim
-
-
-def feed_forward_width(embed_dim: int, dim_feedforward: int | None, factor: float | None, default: float) -> int:
-    """The inner width from either of its two spellings; `default` times the width when neither is given."""
-    if dim_feedforward is not None and factor is not None:
-        raise ConfigError(
-            f"dim_feedforward={dim_feedforward} and dim_feedforward_factor={factor} name the same width: give one"
-        )
-    return dim_feedforward if dim_feedforward is not None else max(1, round(embed_dim * (factor or default)))

@@ -5,35 +5,62 @@ B batch  R running samples, sorted by expert  L length  D width  N experts
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from research_eval.annotations import Choice, Count, Natural, Range
 from research_eval.errors import ConfigError
 from research_eval.layers.block import Block
-from research_eval.layers.kernels import Dispatch, RowDot, applied, by_slices, for_rows, kernels_for
+from research_eval.layers.dispatch import Dispatch, Executing
+from research_eval.layers.kernels.autograd import applied
+from research_eval.layers.kernels.cpu import RowDot
+from research_eval.layers.kernels.grouped import for_rows
+from research_eval.layers.kernels.plain import by_slices
 from research_eval.layers.packing import Layout, Packing, Samples
 from research_eval.layers.routing import members
 from research_eval.layers.scan import ScanExpert, ScanSettings
+from research_eval.layers.settings import EncoderSettings, PositionalEncoding
 from research_eval.layers.stacked import Stacked, by_rows
-from research_eval.layers.text import PositionalEncoding
+
+
+@dataclass(frozen=True)
+class PoolSettings:
+    """Options of a pool: how many experts, how deep they are, and how many are scan experts (docs/scan.md).
+
+    Raises ConfigError if tied experts are of two kinds.
+    """
+
+    num_total_experts: Annotated[Count, Choice(2, 4, 8)] = 4
+    expert_layers: Annotated[Count, Range(1, 2)] = 1
+    tie_experts: bool = False
+    num_scan_experts: Natural = 0
+    scan_nodes: Count = 16
+    scan_walkers: Count = 4
+    scan_edge_sets: Count = 8
+
+    def __post_init__(self) -> None:
+        if self.tie_experts and self.num_scan_experts:
+            raise ConfigError(f"tie_experts needs experts of one kind, not num_scan_experts={self.num_scan_experts}")
 
 
 class Step(NamedTuple):
-    """The states after one step, and what the executed experts added (in the order of the sorted rows)."""
+    """The states after one step, and the changes by the executed experts (in the order of the sorted rows)."""
 
     h_BLD: torch.Tensor
-    experts_R: torch.Tensor
-    delta_RD: torch.Tensor | None = None  # pooled E_a(h) - h, where it was asked for
-    edge_entropy: torch.Tensor | None = None  # of the scan experts executed in training: mean entropy of their edges
+    experts_R: torch.Tensor  # the executed expert of each running sample
+    delta_RD: torch.Tensor | None = None  # mean of E_a(h) - h over the tokens, if the caller asks for it
+    edge_entropy: torch.Tensor | None = None  # mean over the scan experts executed in training
 
 
-class ExpertPool(nn.Module):
+class ExpertPool(Executing):
     """E_e(h) = z = blocks_e(h), or with `adaptive_gate` g z + (1 - g) h + tag_e with g = sigmoid(w_e pool(z) + b_e).
 
-    The last `num_scan_experts` of the experts are scan experts, z = ScanExpert_e(h).
+    The last `num_scan_experts` experts are scan experts, z = ScanExpert_e(h). Raises ConfigError if there are more of
+    them than experts.
     """
 
     def __init__(
@@ -64,8 +91,28 @@ class ExpertPool(nn.Module):
         self.gate = AdaptiveGate(num_experts, embed_dim) if adaptive_gate else None
         self.scans = nn.ModuleList(ScanExpert(embed_dim, scan or ScanSettings()) for _ in range(num_scan_experts))
 
+    @classmethod
+    def of(cls, settings: PoolSettings, encoder: EncoderSettings, gated: bool, adaptive_gate: bool) -> ExpertPool:
+        """A pool with the width, heads and dropout of an encoder. The feed-forward width is 2 D by default."""
+        pool = cls(
+            settings.num_total_experts,
+            settings.expert_layers,
+            encoder.embed_dim,
+            encoder.num_heads,
+            encoder.feed_forward_width(default=2),
+            encoder.dropout,
+            gated=gated,
+            adaptive_gate=adaptive_gate,
+            positional_encoding=encoder.positional_encoding,
+            num_scan_experts=settings.num_scan_experts,
+            scan=ScanSettings(settings.scan_nodes, settings.scan_walkers, settings.scan_edge_sets),
+        )
+        if settings.tie_experts:
+            _tie(pool)
+        return pool
+
     def forward(self, h_RLD: torch.Tensor, keep_RL: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
-        """States of samples sorted by expert -> E_e(h)."""
+        """States [R, L, D] of samples sorted by expert -> E_e(h), the same shape."""
         samples = Packing(keep_RL, packed=False).samples()
         return h_RLD + self._change(h_RLD, samples, dispatch)
 
@@ -75,24 +122,32 @@ class ExpertPool(nn.Module):
         return z - h if self.gate is None else self.gate(h, z, samples, dispatch)
 
     def _attend(self, h: torch.Tensor, layout: Layout, dispatch: Dispatch) -> torch.Tensor:
+        """Apply the Transformer blocks to rows sorted by expert."""
         for block in self.blocks:
             h = block(h, layout, dispatch)
         return h
 
     def _split(self, h_RLD: torch.Tensor, keep_RL: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
-        """The rows of the attention experts come first; an idle scan expert is not part of the computation."""
+        """Apply attention experts to the first rows and scan experts to the rest, as the sorting places them.
+
+        A scan expert without rows is not executed, so its parameters receive no gradient.
+        """
         sizes, scan_sizes = (
             dispatch.counts()[: self.num_attention_experts],
             dispatch.counts()[self.num_attention_experts :],
         )
         cut = sum(sizes)
-        parts = [self._attend(h_RLD[:cut], Layout.whole(keep_RL[:cut]), Dispatch(sizes))] if cut else []
+        plan = Dispatch(sizes, kernels=dispatch.kernels)
+        parts = [self._attend(h_RLD[:cut], Layout.whole(keep_RL[:cut]), plan)] if cut else []
         groups = zip(self.scans, h_RLD[cut:].split(scan_sizes), keep_RL[cut:].split(scan_sizes), strict=True)
         parts += [scan(rows_RLD, rows_RL) for scan, rows_RLD, rows_RL in groups if len(rows_RLD)]
         return torch.cat(parts)
 
     def _edge_entropy(self, sizes: list[int]) -> torch.Tensor | None:
-        """Of the executed scan experts alone, so that no other one gets a gradient; None outside training."""
+        """Mean edge entropy of the executed scan experts; None outside training.
+
+        Idle scan experts do not count, so they receive no gradient.
+        """
         if not self.training:
             return None
         executed = zip(self.scans, sizes[self.num_attention_experts :], strict=True)
@@ -100,8 +155,8 @@ class ExpertPool(nn.Module):
         return torch.stack(entropies).mean() if entropies else None
 
     def packing(self, keep_BL: torch.Tensor, num_tokens: int | None = None) -> Packing:
-        """How `step` sees a batch: without its padding, unless scan experts walk over it."""
-        return Packing(keep_BL, num_tokens, packed=False if self.scans else None)
+        """How `step` reads a batch: without padding, unless the pool has scan experts, which need whole sequences."""
+        return Packing(keep_BL, num_tokens, self.execution.kernels, packed=False if self.scans else None)
 
     def step(
         self,
@@ -112,10 +167,10 @@ class ExpertPool(nn.Module):
         all_run: bool = False,
         pooled: bool = False,
     ) -> Step:
-        """h + c (E_a(h) - h) for running samples; `choice` = N leaves a sample as it is and costs nothing.
+        """h + c (E_a(h) - h) for running samples; a sample with `choice` = N keeps its state and costs nothing.
 
-        One stable sort per step: stopped samples come last and leave the batch, each expert sees one slice. `all_run`
-        promises that nobody has stopped, so that no number has to be read back from the device.
+        One stable sort per step puts stopped samples last, and each expert reads one slice. With `all_run` the caller
+        promises that no sample has stopped. The host then reads no count back from the device.
         """
         order_B = choice_B.argsort(stable=True)
         member_BN = members(choice_B, self.num_experts)
@@ -123,9 +178,11 @@ class ExpertPool(nn.Module):
         if not len(rows_R):
             return Step(h_BLD, rows_R, h_BLD.new_zeros(0, h_BLD.shape[-1]) if pooled else None)
         samples = packing.samples(rows_R)
-        dispatch = Dispatch.of((member_BN * samples.num_rows(packing.lengths_B).unsqueeze(1)).sum(0))
-        before = samples.take(h_BLD)
-        change = self._change(before, samples, dispatch)
+        counts_N = (member_BN * samples.num_rows(packing.lengths_B).unsqueeze(1)).sum(0)
+        dispatch = Dispatch.of(counts_N, self.execution.kernels)
+        dispatcher = self.execution.dispatcher
+        rows, plan, held = dispatcher.dispatch(samples.take(h_BLD), dispatch, samples)
+        change = dispatcher.combine(self._change(rows, held, plan), plan)
         after_BLD = samples.add_to(h_BLD, samples.spread(coefficient_B[rows_R]) * change)
         return Step(
             after_BLD,
@@ -136,37 +193,47 @@ class ExpertPool(nn.Module):
 
 
 class AdaptiveGate(Stacked):
-    """Lets an expert keep part of its input, and marks its output with a tag of its own."""
+    """Lets an expert keep part of its input, and adds a learnt tag of the expert to its output."""
 
     def __init__(self, num_experts: int, embed_dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, embed_dim).uniform_(-(embed_dim**-0.5), embed_dim**-0.5))
-        self.bias = nn.Parameter(torch.full((num_experts,), 2.0))  # mostly open at the start
+        self.bias = nn.Parameter(torch.full((num_experts,), 2.0))  # sigmoid(2) = 0.88: the gate starts mostly open
         self.tag = nn.Parameter(torch.randn(num_experts, embed_dim) * 0.02)
 
     def forward(self, h: torch.Tensor, z: torch.Tensor, samples: Samples, dispatch: Dispatch) -> torch.Tensor:
         """E_e(h) - h = g (z - h) + tag."""
-        # The mean over tokens of w z is w times their mean, and cheaper.
+        # mean(w z) over the tokens equals w mean(z), but needs no array of pooled states.
         score = samples.mean(self._scored(z, dispatch))
         gate = samples.spread(torch.sigmoid(score.squeeze(1))).to(h.dtype)
         return self._tagged(gate, z.to(h.dtype) - h, dispatch)
 
     def _scored(self, z: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+        """The score w_e z + b_e of every token, [..., 1]."""
         if dispatch.expert is not None:
             weight_D, bias, _ = self.of_expert(dispatch.expert)
             return F.linear(z, weight_D.unsqueeze(0), bias.unsqueeze(0))
         bias = for_rows(self.bias.unsqueeze(1), z, dispatch)
-        if by_rows(z):
+        if by_rows(z, dispatch):
             score: torch.Tensor = applied(RowDot, z, dispatch.experts_of(z), self.weight)
             return score + bias
-        if kernels_for(z.device) != "grouped":
+        if dispatch.kernels_for(z) != "grouped":
             return by_slices(self._scored, z, dispatch=dispatch)
         weight = for_rows(self.weight, z, dispatch).expand_as(z)
         return (z.unsqueeze(-2) @ weight.unsqueeze(-1)).squeeze(-1) + bias
 
     def _tagged(self, gate: torch.Tensor, gap: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+        """g (z - h) + tag_e for every row."""
         if dispatch.expert is not None:
             return torch.addcmul(self.of_expert(dispatch.expert)[2], gate, gap)
-        if not (by_rows(gap) or kernels_for(gap.device) == "grouped"):
+        if not (by_rows(gap, dispatch) or dispatch.kernels_for(gap) == "grouped"):
             return by_slices(self._tagged, gate, gap, dispatch=dispatch)
         return torch.addcmul(for_rows(self.tag, gap, dispatch), gate, gap)
+
+
+def _tie(pool: ExpertPool) -> None:
+    """Make all experts of a pool one expert: equal at the start, and each gradient is the mean over all copies."""
+    for parameter in pool.parameters():
+        with torch.no_grad():
+            parameter.copy_(parameter[:1].expand_as(parameter))
+        parameter.register_hook(lambda gradient: gradient.mean(0, keepdim=True).expand_as(gradient))

@@ -1,24 +1,33 @@
-"""The task loss for few and for very many classes.
+"""The task loss for few and for very many classes, and the record of an auxiliary loss term.
 
 B batch  C classes
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-MANY_CLASSES = 4096  # from here on copies of the scores count more than a call
-CHUNK = 2**18  # scores looked at together
+MANY_CLASSES = 4096  # from here on, copies of the scores cost more than the Python calls of a loop
+CHUNK = 2**18  # scores per piece of the loop
+
+
+class AuxiliaryLoss(NamedTuple):
+    """A loss term in addition to the task loss: its raw value and its coefficient in the sum."""
+
+    raw: Tensor
+    weight: float
 
 
 def cross_entropy(logits_BC: Tensor, labels_B: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """`F.cross_entropy`. For many classes nothing is kept of it but one number per sample, so that of the size of the
-    scores there is only their gradient besides.
+    """The mean cross-entropy of a batch, as `F.cross_entropy` computes it.
+
+    For many classes a function of our own keeps one number per sample for the backward pass. The gradient is then the
+    only additional array of the size of the scores.
     """
     if logits_BC.shape[-1] < MANY_CLASSES:
         return F.cross_entropy(logits_BC, labels_B, label_smoothing=label_smoothing)
@@ -27,6 +36,8 @@ def cross_entropy(logits_BC: Tensor, labels_B: Tensor, label_smoothing: float = 
 
 
 class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy that recomputes the softmax in the backward pass, in pieces of CHUNK scores."""
+
     @staticmethod
     def forward(ctx: Any, logits_BC: Tensor, labels_B: Tensor, label_smoothing: float) -> Tensor:
         rows = max(1, CHUNK // logits_BC.shape[1])

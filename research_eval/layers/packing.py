@@ -1,4 +1,4 @@
-"""Batches without their padding: where the rows of real tokens lie on the grid of samples and positions.
+"""Batches without their padding: the rows of real tokens, and their places on the grid of samples and positions.
 
 R samples  L length  S real tokens  F features  B batch  G places of all grids
 """
@@ -11,16 +11,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from research_eval.layers.kernels import applied, kernels_for
+from research_eval.annotations import Kernels
+from research_eval.layers.dispatch import kernels_on
+from research_eval.layers.kernels.autograd import applied
 from research_eval.layers.text import masked_mean
 
-MIN_GROUP = 8  # samples that attend together at least, and into how many grids a batch is cut at most
-MAX_GROUPS = 4
-# Numbers that a CPU takes at once.
+MIN_GROUP = 8  # smallest number of samples that attend together
+MAX_GROUPS = 4  # largest number of grids that a batch is cut into
+# SIMD width of this CPU, in float32 numbers.
 LANES = {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
 
 
 class _Take(torch.autograd.Function):
+    """Gather rows. The backward pass copies, because no row occurs twice."""
+
     @staticmethod
     def forward(ctx: Any, x_GF: Tensor, index_S: Tensor) -> Tensor:
         ctx.save_for_backward(index_S)
@@ -35,6 +39,8 @@ class _Take(torch.autograd.Function):
 
 
 class _Place(torch.autograd.Function):
+    """Scatter rows into zeros. The backward pass gathers."""
+
     @staticmethod
     def forward(ctx: Any, x_SF: Tensor, index_S: Tensor, num_rows: int) -> Tensor:
         ctx.save_for_backward(index_S)
@@ -48,6 +54,8 @@ class _Place(torch.autograd.Function):
 
 
 class _AddAt(torch.autograd.Function):
+    """Add to some rows. The backward pass hands its gradient on without a copy of the whole array."""
+
     @staticmethod
     def forward(ctx: Any, x_GF: Tensor, index_S: Tensor, change_SF: Tensor) -> Tensor:
         ctx.save_for_backward(index_S)
@@ -61,30 +69,31 @@ class _AddAt(torch.autograd.Function):
 
 
 def take(x_GF: Tensor, index_S: Tensor) -> Tensor:
-    """Rows `index` of x; no row twice, so that the gradient is a copy and not a sum."""
+    """Rows `index` of x, [S, F]. No index may occur twice, so that the gradient is a copy and not a sum."""
     rows: Tensor = applied(_Take, x_GF, index_S)
     return rows
 
 
 def place(x_SF: Tensor, index_S: Tensor, num_rows: int) -> Tensor:
-    """The opposite: row s of x becomes row `index[s]` of `num_rows`, zero elsewhere."""
+    """The inverse of `take`: row s of x becomes row `index[s]` of `num_rows` rows; all others are zero."""
     rows: Tensor = applied(_Place, x_SF, index_S, num_rows)
     return rows
 
 
 def add_at(x_GF: Tensor, index_S: Tensor, change_SF: Tensor) -> Tensor:
-    """x with `change` added to its rows `index`, none of which comes twice."""
+    """x with `change` added to its rows `index`. No index may occur twice."""
     rows: Tensor = applied(_AddAt, x_GF, index_S, change_SF)
     return rows
 
 
 def _placed(x_SF: Tensor, index_S: Tensor, num_rows: int) -> Tensor:
+    """Scatter rows. The target is filled with zeros only if some of its rows stay empty."""
     empty = x_SF.new_empty if len(index_S) == num_rows else x_SF.new_zeros
     return empty(num_rows, x_SF.shape[1]).index_copy_(0, index_S, x_SF)
 
 
 class Grid(NamedTuple):
-    """Samples that attend together, and their key mask [R, 1, 1, L]; None when nothing is padded."""
+    """Samples that attend together, and their key mask [R, 1, 1, L]; None if no position is padded."""
 
     num_samples: int
     length: int
@@ -92,9 +101,9 @@ class Grid(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where rows lie on the grids of samples and positions that attention needs.
+    """The places of rows on the grids of samples and positions that attention needs.
 
-    `places` [S] counts through the grids one behind the other; None: the rows are the only grid, [R, L, F].
+    `places` [S] numbers the positions of all grids, one grid after the other. None: the rows are one grid, [R, L, F].
     """
 
     grids: list[Grid]
@@ -102,12 +111,12 @@ class Layout(NamedTuple):
 
     @classmethod
     def whole(cls, keep_RL: Tensor, padded: bool | None = None, places: Tensor | None = None) -> Layout:
-        """One grid for all; whether it has padding need not be asked where it is known."""
+        """One grid for all samples. `padded` says whether it has padding; None asks the mask, which costs a wait."""
         mask = attention_mask_for(keep_RL) if padded is None else keep_RL[:, None, None, :] if padded else None
         return cls([Grid(keep_RL.shape[0], keep_RL.shape[1], mask)], places)
 
     def grids_of(self, x: Tensor) -> list[Tensor]:
-        """Rows [S, F] -> [r, l, F] for every grid, zero where padded."""
+        """Rows [S, F] -> [r, l, F] for every grid, zero at padding."""
         if self.places is None:
             return [x]
         sizes = [grid.num_samples * grid.length for grid in self.grids]
@@ -115,7 +124,7 @@ class Layout(NamedTuple):
         return [part.view(grid.num_samples, grid.length, -1) for part, grid in zip(parts, self.grids, strict=True)]
 
     def rows_of(self, parts: list[Tensor]) -> Tensor:
-        """The opposite."""
+        """The inverse of `grids_of`: one array per grid -> rows [S, F]."""
         if self.places is None:
             return parts[0]
         flat = [part.flatten(0, 1) for part in parts]
@@ -123,12 +132,12 @@ class Layout(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """Some samples of a batch in some order, and the rows that stand for them."""
+    """A selection of a batch's samples in some order, and the rows that represent them."""
 
     layout: Layout
-    source: Tensor | None  # of each row on the batch's grid [B L]; None: the batch as it is
-    places: Tensor | None  # of each row on these samples' grid [R L]; None: all of them, padding included
-    keep_RL: Tensor
+    source: Tensor | None  # place of each row on the batch's grid [B L]; None: the rows are the whole batch
+    places: Tensor | None  # place of each row on these samples' grid [R L]; None: every place has a row
+    keep_RL: Tensor  # True at real tokens
 
     def take(self, h_BLD: Tensor) -> Tensor:
         """The states of these samples: rows [S, D], or [R, L, D] with their padding."""
@@ -138,14 +147,14 @@ class Samples(NamedTuple):
         return rows if self.places is not None else rows.view(*self.keep_RL.shape, -1)
 
     def add_to(self, h_BLD: Tensor, change: Tensor) -> Tensor:
-        """The states of the batch after a change of these samples."""
+        """The states of the batch [B, L, D] after `change` is added to the rows of these samples."""
         assert self.source is not None
         rows = change.flatten(0, -2).to(h_BLD.dtype)
         after = add_at(h_BLD.flatten(0, 1), self.source, rows)
         return after.view_as(h_BLD)
 
     def grid(self, x: Tensor) -> Tensor:
-        """Rows -> [R, L, F], zero where nothing was computed."""
+        """Rows -> [R, L, F], zero at places without a row."""
         if self.places is None:
             return x
         grid = place(x, self.places, self.keep_RL.numel())
@@ -156,37 +165,41 @@ class Samples(NamedTuple):
         return masked_mean(self.grid(x), self.keep_RL)
 
     def spread(self, x_R: Tensor) -> Tensor:
-        """A number per sample for each of its rows, [S, 1] or [R, 1, 1]."""
+        """Repeat one number per sample for each of its rows, [S, 1] or [R, 1, 1]."""
         if self.places is None:
             return x_R[:, None, None]
         return take(x_R.unsqueeze(1).expand(self.keep_RL.shape).reshape(-1, 1), self.places)
 
     def num_rows(self, lengths_R: Tensor) -> Tensor:
-        """Of each sample: its tokens, or one where samples are rows."""
+        """Rows of each sample, [R]: its tokens, or 1 if each row is a whole sample."""
         return torch.ones_like(lengths_R) if self.places is None else lengths_R
 
 
 class Packing:
-    """A batch of samples of different lengths.
+    """A batch of samples of different lengths, of which only the real tokens are computed.
 
-    What is computed are the real tokens, and of a sample without any its first place. `num_tokens`, where it is known,
-    spares asking the device how many there are. With `packed` False padding is computed too.
+    A sample without tokens counts as one token, at its first place. `num_tokens` is the number of real tokens, if the
+    caller knows it; otherwise the host waits for the device to count them. If `packed` is False, padding is computed
+    too.
     """
 
-    def __init__(self, keep_BL: Tensor, num_tokens: int | None = None, packed: bool | None = None) -> None:
+    def __init__(
+        self, keep_BL: Tensor, num_tokens: int | None = None, kernels: Kernels = "auto", packed: bool | None = None
+    ) -> None:
+        chosen = kernels_on(keep_BL.device, kernels)
         self.keep_BL = with_first_places(keep_BL)
         self.lengths_B = self.keep_BL.sum(1)
         self.num_tokens = int(self.lengths_B.sum()) if num_tokens is None else num_tokens
-        self.packed = kernels_for(keep_BL.device) != "plain" if packed is None else packed
+        self.packed = chosen != "plain" if packed is None else packed
         self._padded = self.num_tokens < keep_BL.numel()
         self.packed = self.packed and self._padded
-        # Cutting a grid short supposes that padding stands on the right.
-        ragged = self.packed and kernels_for(keep_BL.device) != "grouped"
+        # A grid can only be shortened if all padding stands on the right.
+        ragged = self.packed and chosen != "grouped"
         positions = torch.arange(keep_BL.shape[1], device=keep_BL.device)
         self._cut = ragged and torch.equal(self.keep_BL, positions < self.lengths_B.unsqueeze(1))
 
     def samples(self, rows_R: Tensor | None = None) -> Samples:
-        """The samples with these numbers, in this order; without numbers all."""
+        """The samples with these numbers, in this order; None selects all."""
         length = self.keep_BL.shape[1]
         whole = rows_R is None or len(rows_R) == len(self.keep_BL)
         if not self.packed and rows_R is None:
@@ -208,7 +221,10 @@ class Packing:
 
 
 def _cut_grids(lengths_R: Tensor) -> tuple[list[Grid], Tensor]:
-    """Grids of samples of similar length, as long as attention to the longest asks, and where each sample begins."""
+    """Sort samples into grids of similar length, and find the place where each sample begins.
+
+    A grid is as long as attention needs for its longest sample. Short samples then cost less than in one large grid.
+    """
     order_R = lengths_R.argsort(stable=True)
     size = max(MIN_GROUP, -(-len(lengths_R) // MAX_GROUPS))
     groups: dict[int, list[Tensor]] = {}
@@ -228,17 +244,21 @@ def _cut_grids(lengths_R: Tensor) -> tuple[list[Grid], Tensor]:
 
 
 def attended_length(length: int) -> int:
-    """On a CPU. What a row of scores has behind its last full vector is taken one by one: half of one costs a whole."""
+    """The length of the grid on which a CPU attends fastest to `length` tokens.
+
+    A row of scores is processed in SIMD vectors, and the tail after the last full vector one number at a time. If the
+    tail fills at least half a vector, one more padded vector is faster.
+    """
     return length + -length % LANES if length % LANES >= LANES // 2 else length
 
 
 def attention_mask_for(keep_BL: Tensor) -> Tensor | None:
-    """The key mask [B, 1, 1, L] for attention, or None when nothing is padded."""
+    """The key mask [B, 1, 1, L] for attention, or None if no position is padded."""
     return None if bool(keep_BL.all()) else with_first_places(keep_BL)[:, None, None, :]
 
 
 def with_first_places(keep_BL: Tensor) -> Tensor:
-    """The mask, with the first place of a sample without any token: so that no softmax runs over an empty set."""
+    """The mask, with the first place of each empty sample set to True, so that no softmax runs over an empty set."""
     allowed_BL = keep_BL.clone()
     allowed_BL[:, 0] |= ~keep_BL.any(1)
     return allowed_BL

@@ -1,6 +1,6 @@
-"""A path along the sequence: walkers on a learnt graph make one hop per token (equations: docs/scan.md).
+"""A path along the sequence: walkers on a learnt graph make one step per token (equations: docs/scan.md).
 
-B batch  L length  D width  R edge sets  S = R + 1 of them with "stay"  M walkers  K nodes
+B batch  L length  D width  R edge sets  S = R + 1 edge sets with "stay"  M walkers  K nodes
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ Estimator = Literal["soft", "st"]
 
 
 class ScanSettings(NamedTuple):
-    """Sizes of a scan expert, and how gradients pass its discrete choices."""
+    """Sizes of a scan expert, and the gradient estimators of its discrete choices.
+
+    "soft" trains with probabilities. "st" is straight-through: one-hot values with the gradient of the softmax.
+    """
 
     num_nodes: int = 16
     num_walkers: int = 4
@@ -34,11 +37,11 @@ def straight_through(logits: Tensor) -> Tensor:
 
 
 class WalkerGraph(nn.Module):
-    """Every token moves each of M walkers along the edges of one of R edge sets; padding moves nobody.
+    """Every token moves each of M walkers along the edges of one of R edge sets. Padding moves no walker.
 
-    p_0 = softmax(z_0), p_t = p_{t-1} A_t with A_t = sum_r c_t[r] softmax(Z_r). In training rows of A are probabilities
-    ("soft") or one-hot with the gradient of the softmax ("st"). In evaluation walkers, edges and picks are discrete:
-    a hop is a look-up.
+    p_0 = softmax(z_0), p_t = p_{t-1} A_t with A_t = sum_r c_t[r] softmax(Z_r). In training, rows of A are probabilities
+    ("soft") or one-hot with the gradient of the softmax ("st"). In evaluation, walkers, edges and picks are discrete,
+    and a step is a table look-up.
     """
 
     def __init__(self, num_edge_sets: int, num_walkers: int, num_nodes: int, edges: Estimator = "soft") -> None:
@@ -51,9 +54,10 @@ class WalkerGraph(nn.Module):
         self.start_logits = nn.Parameter(torch.randn(num_walkers, num_nodes))
 
     def forward(self, picks: Tensor, every_position: bool = False) -> Tensor:
-        """Where the walkers are behind the last token [B, M K], or behind every token [B, L, M K].
+        """The walkers' places after the last token [B, M K], or after every token [B, L, M K].
 
-        `picks` are weights c [B, L, S], the last of which is "stay", or the numbers of edge sets [B, L], R to stay.
+        `picks` are weights c [B, L, S], the last of which means "stay", or edge-set numbers [B, L], where R means
+        "stay".
         """
         with torch.autocast(picks.device.type, enabled=False):
             if self.training:
@@ -63,7 +67,7 @@ class WalkerGraph(nn.Module):
             return F.one_hot(nodes, self.num_nodes).float().flatten(-2)
 
     def probabilities(self) -> tuple[Tensor, Tensor]:
-        """Start [M, K] and edges [R, M, K, K] as the estimator has them in training."""
+        """Start [M, K] and edges [R, M, K, K] as the estimator computes them in training."""
         rows = straight_through if self.edges == "st" else _softmax
         return rows(self.start_logits), rows(self.edge_logits)
 
@@ -74,7 +78,7 @@ class WalkerGraph(nn.Module):
         return start_MK, torch.cat([edges_RMKK, stay_1MKK])
 
     def _mix(self, picks_BLS: Tensor, every_position: bool) -> Tensor:
-        """One product per token: (c_t outer p) [B, S K] with the stacked tables [S K, K], for each walker."""
+        """For each walker one product per token: (c_t outer p) [B, S K] with the stacked tables [S K, K]."""
         start_MK, edges_SMKK = self._tables()
         edges_MEK = edges_SMKK.transpose(0, 1).flatten(1, 2)
         state_MBK = start_MK.unsqueeze(1).expand(-1, len(picks_BLS), -1)
@@ -86,12 +90,15 @@ class WalkerGraph(nn.Module):
         return torch.stack(states).permute(2, 0, 1, 3) if every_position else state_MBK.transpose(0, 1)
 
     def _grouped(self, edge_sets_BL: Tensor, every_position: bool) -> Tensor:
-        """One product per token and edge set that occurs there, with S times fewer FLOPs than `_mix`."""
+        """One product per token and edge set in use. It needs S times fewer FLOPs than `_mix`.
+
+        The samples are sorted by their edge set at each token, and `moves_LB` reorders them from one token to the next.
+        """
         start_MK, edges_SMKK = self._tables()
         edge_sets_LB = edge_sets_BL.T
         order_LB = edge_sets_LB.argsort(dim=1, stable=True)
         back_LB = order_LB.argsort(dim=1)
-        moves_LB = torch.cat([order_LB[:1], back_LB[:-1].gather(1, order_LB[1:])])  # from one order to the next
+        moves_LB = torch.cat([order_LB[:1], back_LB[:-1].gather(1, order_LB[1:])])  # order at t - 1 -> order at t
         sizes_LS = F.one_hot(edge_sets_LB, len(edges_SMKK)).sum(1).tolist()
         state_MBK = start_MK.unsqueeze(1).expand(-1, len(edge_sets_BL), -1)
         states = []
@@ -106,7 +113,7 @@ class WalkerGraph(nn.Module):
 
     @torch.no_grad()
     def walk(self, edge_sets_BL: Tensor, every_position: bool = False) -> Tensor:
-        """The discrete path: edge sets (R to stay) -> nodes behind the last token [B, M], or behind all [B, L, M]."""
+        """The discrete path: edge sets (R: stay) -> nodes after the last token [B, M], or each token [B, L, M]."""
         walkers_M = torch.arange(self.num_walkers, device=edge_sets_BL.device)
         stay_1MK = torch.arange(self.num_nodes, device=edge_sets_BL.device).expand(1, self.num_walkers, -1)
         targets = torch.cat([self.edge_logits.argmax(-1), stay_1MK]).flatten()
@@ -120,11 +127,11 @@ class WalkerGraph(nn.Module):
         return torch.stack(nodes, dim=1) if every_position else node_BM
 
     def row_entropy(self) -> Tensor:
-        """Mean entropy in nats of the edges' rows: 0 when every node has one target per edge set."""
+        """Mean entropy of the edges' rows in nats: 0 if every node has one target per edge set."""
         return entropy(self.edge_logits.softmax(-1)).mean()
 
     def flops(self, length: int) -> float:
-        """Forward FLOPs of one sample in training; in evaluation a hop is a look-up."""
+        """Forward FLOPs of one sample in training. In evaluation a step is a look-up and costs none."""
         return 2.0 * length * self.num_walkers * (self.num_edge_sets + 1) * self.num_nodes**2
 
 
@@ -133,7 +140,7 @@ def _softmax(logits: Tensor) -> Tensor:
 
 
 class EdgePicker(nn.Module):
-    """c = softmax(W LN(h)): the edge set each token uses. In training "st" is the one-hot argmax of it."""
+    """c = softmax(W LN(h)): the edge set of each token. In training, "st" takes the one-hot argmax instead."""
 
     def __init__(self, embed_dim: int, num_edge_sets: int, estimator: Estimator = "st") -> None:
         super().__init__()
@@ -143,7 +150,7 @@ class EdgePicker(nn.Module):
         nn.init.normal_(self.linear.weight, std=0.5)
 
     def forward(self, h_BLD: Tensor, keep_BL: Tensor) -> Tensor:
-        """States and mask -> picks [B, L, S], the last of which is "stay", for padding."""
+        """States and mask -> picks [B, L, S]. The last pick means "stay" and is 1 at padding."""
         with torch.autocast(h_BLD.device.type, enabled=False):
             logits_BLR = self.linear(self.norm(h_BLD.float()))
             soft = self.training and self.estimator == "soft"
@@ -153,7 +160,7 @@ class EdgePicker(nn.Module):
 
 
 class ScanExpert(nn.Module):
-    """E(h)_t = h_t + W_o vec(p_t): causal, and without positions of its own."""
+    """E(h)_t = h_t + W_o vec(p_t): causal, and without a positional encoding of its own."""
 
     def __init__(self, embed_dim: int, settings: ScanSettings) -> None:
         super().__init__()

@@ -6,7 +6,7 @@ R rows (samples [R, L, D] or tokens [R, D])  N experts  I in  O out  D width
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -14,24 +14,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from research_eval.layers.kernels import (
-    Collected,
-    Dispatch,
-    RowNorm,
-    SlicedLinear,
-    Uses,
-    applied,
-    by_slices,
-    for_rows,
-    grouped_linear,
-    kernels_for,
-)
+from research_eval.layers.dispatch import Dispatch
+from research_eval.layers.kernels.autograd import applied
+from research_eval.layers.kernels.cpu import SlicedLinear, taken_apart
+from research_eval.layers.kernels.grouped import grouped_linear, rows_of_expert
+from research_eval.layers.kernels.plain import by_slices
 
 T = TypeVar("T")
 
 
 class Stacked(nn.Module):
-    """Weights of many experts in one parameter each, expert first."""
+    """Holds each weight of many experts in one parameter whose first dimension is the expert."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +32,7 @@ class Stacked(nn.Module):
         self._kept: dict[str, Any] = {}
 
     def kept(self, name: str, make: Callable[[], T]) -> T:
-        """What `make` gives, within `one_pass` made once."""
+        """Return `make()`; inside `one_pass`, compute it once and return the same object again."""
         if not self._in_pass:
             return make()
         if name not in self._kept:
@@ -50,7 +43,7 @@ class Stacked(nn.Module):
     def of_expert(self, expert: int) -> list[torch.Tensor]:
         """The weights of one expert."""
         weights = [weight for weight in self._parameters.values() if weight is not None]
-        # A view of the only expert costs nothing backward; an index fills a gradient of the whole stack.
+        # The backward pass of a view is free; that of an index fills a gradient of the whole stack.
         if not self._in_pass and len(weights[0]) == 1:
             return [weight.squeeze(0) for weight in weights]
         return [slices[expert] for slices in self.kept("slices", lambda: [weight.unbind() for weight in weights])]
@@ -58,10 +51,10 @@ class Stacked(nn.Module):
 
 @contextmanager
 def one_pass(module: nn.Module) -> Iterator[None]:
-    """Inside, the stacks below `module` are taken apart once, however often their experts are used.
+    """Inside the block, split the stacks below `module` into their experts once, however often the experts are used.
 
-    The gradients of the experts are then joined into those of the stacks once per pass and not once per use, which
-    would cost the more the more experts are idle.
+    The gradients of the experts are then joined into those of the stacks once per pass and not once per use. The saving
+    grows with the number of idle experts.
     """
     stacks = [child for child in module.modules() if isinstance(child, Stacked)]
     for stack in stacks:
@@ -74,13 +67,16 @@ def one_pass(module: nn.Module) -> Iterator[None]:
             stack._kept.clear()
 
 
-def by_rows(x: torch.Tensor) -> bool:
-    """Whether all experts are applied in one node of the graph: by the kernels of a CPU, outside autocast."""
-    return kernels_for(x.device) == "slices" and not torch.is_autocast_enabled(x.device.type)
+def by_rows(x: torch.Tensor, dispatch: Dispatch) -> bool:
+    """Whether one node of the graph computes all experts: with the CPU kernels, outside autocast."""
+    return dispatch.kernels_for(x) == "slices" and not torch.is_autocast_enabled(x.device.type)
 
 
 class StackedLinear(Stacked):
-    """Row r gives `weight[e_r] @ x_r + bias[e_r]`. An idle expert costs nothing and gets zero gradient."""
+    """Row r -> `weight[e_r] @ x_r + bias[e_r]`, with e_r the row's expert.
+
+    An idle expert costs nothing and receives zero gradient.
+    """
 
     def __init__(self, num_experts: int, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -93,21 +89,20 @@ class StackedLinear(Stacked):
         if dispatch.expert is not None:
             weight_OI, bias_O = self.of_expert(dispatch.expert)
             return F.linear(x, weight_OI, bias_O)
-        # The grouped product of a GPU wants rows of 16 bytes; in bf16 that is 8 numbers.
-        if kernels_for(x.device) == "grouped" and self.weight.shape[1] % 8 == 0 == self.weight.shape[2] % 8:
+        # The grouped product of a GPU needs rows that are multiples of 16 bytes: 8 numbers in bf16.
+        if dispatch.kernels_for(x) == "grouped" and self.weight.shape[1] % 8 == 0 == self.weight.shape[2] % 8:
             return grouped_linear(x, self.weight, self.bias, dispatch)
-        if not by_rows(x):
+        if not by_rows(x, dispatch):
             return by_slices(self.forward, x, dispatch=dispatch)
         tokens = x.shape[1:-1].numel()
         sizes = [size * tokens for size in dispatch.counts()]
         rows, experts = x.reshape(-1, x.shape[-1]), dispatch.experts_of(x, tokens)
-        uses, token = self.kept("uses", self._uses)
-        out: torch.Tensor = applied(SlicedLinear, rows, sizes, experts, uses, token)
+        apart = self.kept("apart", lambda: taken_apart(self.weight, self.bias))
+        weights = self._kept.get("chain", (self.weight, self.bias))  # as the use before has returned them in this pass
+        out, *after = applied(SlicedLinear, rows, sizes, experts, apart, *weights)
+        if self._in_pass:
+            self._kept["chain"] = after
         return out.view(*x.shape[:-1], out.shape[-1])
-
-    def _uses(self) -> tuple[Uses, torch.Tensor]:
-        uses = Uses(self.weight, self.bias)
-        return uses, Collected.apply(uses, self.weight, self.bias)  # type: ignore[no-untyped-call]
 
 
 class StackedLayerNorm(Stacked):
@@ -124,43 +119,38 @@ class StackedLayerNorm(Stacked):
         if dispatch.expert is not None:
             scale_D, shift_D = self.of_expert(dispatch.expert)
             return F.layer_norm(x, width, scale_D, shift_D)
-        if kernels_for(x.device) == "grouped":
-            scale, shift = (for_rows(weight, x, dispatch) for weight in (self.scale, self.shift))
-            return torch.addcmul(shift, F.layer_norm(x, width), scale)
-        if not by_rows(x):
+        if not (by_rows(x, dispatch) or dispatch.kernels_for(x) == "grouped"):
             return by_slices(self.forward, x, dispatch=dispatch)
+        # Flatten samples into tokens, so that the gradients are summed in one fixed order.
         rows, experts = x.reshape(-1, x.shape[-1]), dispatch.experts_of(x, x.shape[1:-1].numel())
-        out: torch.Tensor = applied(RowNorm, rows, experts, self.scale, self.shift)
-        return out.view(x.shape)
+        scale, shift = (rows_of_expert(weight, experts) for weight in (self.scale, self.shift))
+        one, zero = rows.new_ones(width), rows.new_zeros(width)  # on a CPU, torch takes twice as long without them
+        return torch.addcmul(shift, F.layer_norm(rows, width, one, zero), scale).view(x.shape)
 
 
 class Dropout(nn.Module):
-    """Inverted dropout. On the CPU its mask comes from the bytes of 64-bit draws: p is rounded to 1/256, not the mean.
+    """Inverted dropout. On a CPU the mask comes from the bytes of 64-bit random numbers.
 
-    Standard dropout is the dearest elementwise operation there (about 20 additions); this one costs about a third.
+    The drop probability is therefore rounded to 1/256; the expected output stays exact. On a CPU, torch's dropout costs
+    as much as about 20 additions, this one about a third of that.
     """
 
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
-        self._keep = max(1, round((1 - p) * 256))  # of 256 byte values
+        self._keep = max(1, round((1 - p) * 256))  # kept values of a byte, of 256
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.masked(x, [None]) if x.device.type == "cpu" else F.dropout(x, self.p, self.training)
-
-    def masked(self, x: torch.Tensor, generators: Sequence[torch.Generator | None]) -> torch.Tensor:
-        """On the CPU; equal parts of x from one generator each."""
+        if x.device.type != "cpu":
+            return F.dropout(x, self.p, self.training)
         if not self.training or self._keep == 256:
             return x
-        size = x.numel() // len(generators)
-        words = torch.empty(len(generators), (size + 7) // 8, dtype=torch.int64)
-        for row, generator in zip(words, generators, strict=True):
-            row.random_(-(2**63), None, generator=generator)
-        mask = (words.view(torch.uint8)[:, :size] < self._keep).view(x.shape)
+        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+        mask = (words.view(torch.uint8)[: x.numel()] < self._keep).view(x.shape)
         return x * (mask * (256 / self._keep)).to(x.dtype)
 
 
 def weight_count(module: nn.Module) -> int:
-    """Weights that one row is multiplied with in the stacked linear maps of `module`."""
+    """Weights of one expert in all stacked linear maps of `module`: the multiplications per row."""
     layers = (layer for layer in module.modules() if isinstance(layer, StackedLinear))
     return sum(layer.weight[0].numel() for layer in layers)

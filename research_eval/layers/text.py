@@ -1,4 +1,4 @@
-"""From token ids to states, and from states to class scores.
+"""From token ids to hidden states, and from hidden states to class scores.
 
 B batch  L length  D width  C classes  V vocabulary (padding included)
 """
@@ -6,28 +6,28 @@ B batch  L length  D width  C classes  V vocabulary (padding included)
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from research_eval.layers.settings import EncoderSettings
+from research_eval.layers.settings import Pool as Pool
+from research_eval.layers.settings import PositionalEncoding as PositionalEncoding
 from research_eval.layers.stacked import Dropout
 
-PositionalEncoding = Literal["sin", "none", "rope", "alibi", "random"]
-RANDOM_RANGE = 2048  # positions that "random" draws from; the largest range of Ruoss et al. (2023)
-SMALLEST_GAP = 1e-4  # of draws around 1: a smaller one may be lost in the rounding of their sum
-Pool = Literal["mean", "max", "first", "last"]
+RANDOM_RANGE = 2048  # range of the positions of "random"; the largest in Ruoss et al. (2023)
+SMALLEST_GAP = 1e-4  # the mean gap is 1; a smaller gap may vanish in the rounding of the sum
 
 
 def masked_mean(h_BLD: torch.Tensor, keep_BL: torch.Tensor) -> torch.Tensor:
-    """Mean over the real tokens, [B, D]; zero for a sample without any."""
+    """Mean over the real tokens, [B, D]; zero for a sample without tokens."""
     weights_BL1 = keep_BL.unsqueeze(-1).to(h_BLD.dtype)
     return (h_BLD * weights_BL1).sum(1) / weights_BL1.sum(1).clamp_min(1)
 
 
 def masked_max(h_BLD: torch.Tensor, keep_BL: torch.Tensor) -> torch.Tensor:
-    """Largest value over the real tokens, [B, D]; zero for a sample without any."""
+    """Largest value over the real tokens, [B, D]; zero for a sample without tokens."""
     largest_BD = h_BLD.masked_fill(~keep_BL.unsqueeze(-1), torch.finfo(h_BLD.dtype).min).amax(1)
     return largest_BD * keep_BL.any(1, keepdim=True)
 
@@ -38,7 +38,7 @@ def sinusoids(length: int, embed_dim: int) -> torch.Tensor:
 
 
 def sinusoids_at(positions: torch.Tensor, embed_dim: int) -> torch.Tensor:
-    """The same at any positions [...], also fractions: [..., D]."""
+    """The encoding of `sinusoids` at arbitrary positions [...], fractions included: [..., D]."""
     rates = torch.arange(0, embed_dim, 2, dtype=torch.float32, device=positions.device)
     angles = positions.unsqueeze(-1) * torch.exp(rates * (-math.log(10_000.0) / embed_dim))
     table = positions.new_zeros(*positions.shape, embed_dim)
@@ -48,10 +48,11 @@ def sinusoids_at(positions: torch.Tensor, embed_dim: int) -> torch.Tensor:
 
 
 def spread_positions(keep_BL: torch.Tensor, training: bool) -> torch.Tensor:
-    """Increasing positions of each sample's tokens in (0, RANDOM_RANGE), [B, L] float32.
+    """Increasing positions in (0, RANDOM_RANGE) for each sample's tokens, [B, L] float32.
 
-    In training they are sorted uniform draws (their gaps are exponential variables over the sum of all), in evaluation
-    the means of these: evenly spread. A sample's own length counts, so padding and batch mates change nothing.
+    In training they are sorted uniform draws: the gaps are exponential variables, divided by their sum. In evaluation
+    they are the means of these draws, which are evenly spaced. They depend on the sample's own length only, so padding
+    and the other samples of the batch change nothing.
     """
     gaps_BL = torch.ones(keep_BL.shape, device=keep_BL.device)
     last_B1 = gaps_BL[:, :1]
@@ -65,10 +66,10 @@ def spread_positions(keep_BL: torch.Tensor, training: bool) -> torch.Tensor:
 class TokenEmbedding(nn.Module):
     """h_0 = Drop(LN(sqrt(D) Emb[x] + PE)), optionally with hashed bigrams added to each token.
 
-    A bigram (previous token, token) is hashed into one of `bigram_buckets` further rows, as in fastText (Joulin et al.,
-    2017): word order for the price of a look-up. In training `token_dropout` blanks whole tokens. A small
-    `embedding_scale` starts all tokens alike, so that words too rare to be learnt add no noise of their own.
-    PE is zero where `positional_encoding` is none, or the attention's business (rope, alibi).
+    A bigram (previous token, token) is hashed into one of `bigram_buckets` additional rows, as in fastText (Joulin et
+    al., 2017). It adds word order for the price of a look-up. In training, `token_dropout` sets whole tokens to zero. A
+    small `embedding_scale` makes all tokens start alike, so that words that are too rare to be learnt add little noise.
+    PE is zero if `positional_encoding` is "none", or if the attention implements it ("rope", "alibi").
     """
 
     def __init__(
@@ -96,8 +97,22 @@ class TokenEmbedding(nn.Module):
         self._positional_encoding = positional_encoding
         self._positions_LD = torch.empty(0, embed_dim)
 
+    @classmethod
+    def of(cls, vocab_size: int, padding_idx: int, settings: EncoderSettings) -> TokenEmbedding:
+        """The embedding of an encoder with these settings."""
+        return cls(
+            vocab_size,
+            settings.embed_dim,
+            padding_idx,
+            settings.dropout,
+            settings.positional_encoding,
+            settings.bigram_buckets,
+            settings.token_dropout,
+            settings.embedding_scale,
+        )
+
     def forward(self, ids_BL: torch.Tensor, keep_BL: torch.Tensor) -> torch.Tensor:
-        """ids_BL int64, keep_BL bool -> [B, L, D]."""
+        """Ids [B, L] int64 and mask [B, L] bool -> states [B, L, D]."""
         length, width = ids_BL.shape[1], self.token.embedding_dim
         h_BLD = self.token(ids_BL)
         if self.bigram is not None:
@@ -109,6 +124,7 @@ class TokenEmbedding(nn.Module):
             h_BLD = h_BLD * self.token_dropout(keep_BL.to(h_BLD.dtype)).unsqueeze(-1)
         h_BLD = h_BLD * math.sqrt(width)
         if self._positional_encoding == "sin":
+            # The table at least doubles, so that growing batches rebuild it rarely.
             if len(self._positions_LD) < length or self._positions_LD.device != ids_BL.device:
                 self._positions_LD = sinusoids(max(length, 2 * len(self._positions_LD)), width).to(ids_BL.device)
             h_BLD = h_BLD + self._positions_LD[:length]
@@ -118,7 +134,7 @@ class TokenEmbedding(nn.Module):
 
 
 class ClassificationHead(nn.Module):
-    """LN, then pooling over the real tokens, then a linear map to class scores."""
+    """LN, pooling over the real tokens, dropout, then a linear map to class scores."""
 
     def __init__(self, embed_dim: int, num_classes: int, dropout: float, pool: Pool = "mean") -> None:
         super().__init__()
@@ -128,7 +144,7 @@ class ClassificationHead(nn.Module):
         self.pool = pool
 
     def forward(self, h_BLD: torch.Tensor, keep_BL: torch.Tensor) -> torch.Tensor:
-        """h_BLD, keep_BL -> logits [B, C]."""
+        """States [B, L, D] and mask [B, L] -> logits [B, C]."""
         h_BLD = self.norm(h_BLD)
         if self.pool == "mean":
             pooled_BD = masked_mean(h_BLD, keep_BL)

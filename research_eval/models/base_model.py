@@ -1,126 +1,262 @@
-"""What the experiment asks of a model.
+"""The interface between the program and a model.
 
-B batch  L length  C classes
+The program asks a model for two things: `run` makes a forward pass, and `losses` computes the losses of this pass.
+
+B batch  L length  C classes (or other outputs of the head)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from research_eval.analysis.automaton import WalkerAutomaton
+from research_eval.annotations import accept_flat_options
 from research_eval.datasets.token_data import Batch
 from research_eval.errors import ConfigError
-from research_eval.layers.losses import cross_entropy
+from research_eval.layers.dispatch import Executing
+from research_eval.layers.losses import AuxiliaryLoss as AuxiliaryLoss
 from research_eval.layers.packing import Packing, Samples
+from research_eval.routing.automaton import WalkerAutomaton
+from research_eval.routing.record import EvaluationRecorder
+from research_eval.tasks.base import Task
+from research_eval.tasks.classification import Classification
 
 
-class AuxiliaryLoss(NamedTuple):
-    """A term beside the task loss: its raw value and the coefficient it enters the sum with."""
+@dataclass(frozen=True)
+class Outcome:
+    """One forward pass: the outputs [B, C], and `details`, from which the model computes its own losses."""
 
-    raw: torch.Tensor
-    weight: float
+    outputs: Tensor
+    details: Any = None
 
 
-class EvaluableModel(nn.Module):
-    """Base class of all classifiers. A class with the same methods that does not inherit works too (see `adapt`)."""
+class Losses(NamedTuple):
+    """The task loss of a pass, a scalar, and the auxiliary terms by name."""
+
+    task: Tensor
+    terms: dict[str, AuxiliaryLoss]
+
+
+class EvaluableModel(Executing):
+    """Base class of all models. A class with the same methods also works without inheriting (see `adapt`).
+
+    A simple model overrides `forward`, and optionally `task_loss` and `auxiliary_losses`, which refer to the last
+    forward pass. A model whose losses depend on more than the outputs inherits from `RoutedModel`. The program itself
+    calls only `run` and `losses`.
+    """
 
     model_type: str = ""
-    stackable: bool = False  # whether samples do not depend on each other, and nothing but dropout is drawn
-    _num_tokens: int | None = None
+    padding_idx: int = 0
 
-    def prepare(self, batch: Batch) -> None:
-        """Called before each forward pass with the whole batch, for what the arguments of `forward` do not carry."""
-        self._num_tokens = batch.num_tokens
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Let a constructor with settings groups also accept their options as keywords: `Model(embed_dim=16)`.
 
-    def num_tokens(self) -> int | None:
-        """Tokens of the batch that was prepared for this forward pass, once; None when nobody counted them."""
-        known, self._num_tokens = self._num_tokens, None
-        return known
+        A subclass that overrides `forward` but not `run` gets the `run` that calls this `forward`.
+        """
+        super().__init_subclass__(**keywords)
+        accept_flat_options(cls)
+        if "forward" in cls.__dict__ and "run" not in cls.__dict__:
+            cls.run = EvaluableModel.run  # type: ignore[method-assign]  # the overridden `forward` is what runs
 
-    def packed(self, keep_BL: torch.Tensor, always: bool = False) -> Samples:
-        """The batch without its padding, or with it where the kernels say so, unless `always`."""
-        return Packing(keep_BL, self.num_tokens(), packed=True if always else None).samples()
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """input_ids [B, L] int64, attention_mask [B, L] True where a token is real -> logits [B, C]."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """input_ids [B, L] int64, attention_mask [B, L] True at real tokens -> logits [B, C]."""
         raise NotImplementedError
 
-    def task_loss(self, logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
-        """The loss of the last forward pass, a scalar. Class 0 is an ordinary class."""
-        return cross_entropy(logits, labels, label_smoothing)
+    def run(self, batch: Batch) -> Outcome:
+        """One forward pass over a batch.
+
+        A `forward` with the argument `num_tokens` receives the number of real tokens. It then need not ask the device.
+        """
+        known = {"num_tokens": batch.num_tokens} if "num_tokens" in _arguments(type(self).forward) else {}
+        return Outcome(self(batch.input_ids, attention_mask=batch.attention_mask, **known))
+
+    def losses(self, outcome: Outcome, labels_B: Tensor, task: Task, label_smoothing: float = 0.0) -> Losses:
+        """The losses of a pass. For a simple model this pass has to be the last one."""
+        own = type(self).task_loss is not EvaluableModel.task_loss
+        loss = self.task_loss if own else task.loss
+        return Losses(loss(outcome.outputs, labels_B, label_smoothing), auxiliary_terms(self))
+
+    def task_loss(self, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """The task loss of the last forward pass, a scalar; the default is that of a classification."""
+        return Classification().loss(logits, labels, label_smoothing)
 
     def auxiliary_losses(self) -> dict[str, AuxiliaryLoss]:
-        """The terms of the last forward pass in training mode, by name."""
+        """The auxiliary terms of the last forward pass in training mode, by name."""
         return {}
 
-    def get_auxiliary_loss(self) -> torch.Tensor | float | None:
-        """The weighted sum of the auxiliary terms, to be added to the task loss."""
+    def get_auxiliary_loss(self) -> Tensor | float | None:
+        """The weighted sum of the auxiliary terms, which training adds to the task loss."""
         return sum((term.weight * term.raw for term in self.auxiliary_losses().values()), start=0.0)
 
     def after_step(self, progress: float) -> None:
-        """Called after every optimiser step with the share of training done: schedules and bias balancing."""
+        """The training loop calls this after every optimiser step, for schedules and bias balancing.
+
+        `progress` is the finished share of the training, from 0 to 1.
+        """
 
     def calibrate(self, batches: Iterable[Batch]) -> None:
-        """Called before each evaluation of the validation split, with its batches: thresholds of early exits."""
+        """The training loop calls this before each evaluation, for thresholds of early exits.
+
+        `batches` are those of the validation split.
+        """
 
     def start_recording(self) -> None:
-        """Forget the routing statistics and paths collected so far and collect those of the coming evaluation."""
+        """Discard the recorded statistics and paths, and record those of the coming evaluation."""
 
-    def recorded_paths(self) -> NDArray[np.int64] | None:
-        """The experts of each recorded sample, [samples, steps], -1 behind the end; None for a model without paths."""
+    def recorder(self) -> EvaluationRecorder | None:
+        """The routing decisions of the last evaluation; None for a model without routing.
+
+        Reports, traces and predictions read paths from it.
+        """
         return None
 
-    def follow(self, mapping_TF: torch.Tensor | None) -> bool:
+    def recorded_paths(self) -> NDArray[np.int64] | None:
+        """The experts of each recorded sample, [samples, steps], -1 after the end; None for a model without paths."""
+        recorder = self.recorder()
+        return None if recorder is None else recorder.paths()
+
+    def follow(self, mapping_TF: Tensor | None) -> bool:
         """Send samples along the task's known paths: function f at step t to expert `mapping[t, f]`; None ends it.
 
-        False for a model without paths to give, which goes on as before.
+        Returns False if the model has no paths; it then continues as before.
         """
         return False
 
     def read_automaton(self) -> WalkerAutomaton | None:
-        """The finite automaton that the model is, where it is one."""
-        return None
-
-    def recorded_probabilities(self) -> NDArray[np.float32] | None:
-        """Probabilities of each action at each step, [samples, steps, actions], where they were kept."""
-        return None
-
-    def recorded_values(self) -> NDArray[np.float32] | None:
-        """Q-values of each action at each step, [samples, steps, actions], where the model has them."""
+        """The finite automaton that the model computes; None for a model that is not an automaton."""
         return None
 
     def get_model_specific_metrics(self) -> dict[str, Any]:
-        """Scalars and lists of the last evaluation; they go into the database under their own names."""
+        """Scalars and lists of the last evaluation. The store saves them under these names."""
         return {}
 
     def get_parameter_count(self) -> int:
-        """Trainable parameters."""
+        """Number of trainable parameters."""
         return get_trainable_parameter_count(self)
 
     def get_active_parameter_count(self) -> int:
-        """Trainable parameters that one sample can meet on its way."""
+        """Number of trainable parameters that one sample can use on its path."""
         return self.get_parameter_count()
 
     def get_flops_per_sample(self, length: int) -> float | None:
-        """Analytic forward FLOPs (two per multiply-add) of one sample of `length` tokens; None when not known."""
+        """Analytic forward FLOPs (two per multiply-add) of one sample of `length` tokens; None if unknown."""
         return None
 
     def get_model_name(self) -> str:
         """The key in `MODELS_MAP`."""
         return self.model_type
 
+    def packed(self, keep_BL: Tensor, num_tokens: int | None, always: bool = False) -> Samples:
+        """The batch without its padding. Kernels that compute padding keep it, unless `always`."""
+        return Packing(keep_BL, num_tokens, self.execution.kernels, packed=True if always else None).samples()
 
-def logits_of(model: EvaluableModel, batch: Batch) -> torch.Tensor:
-    """One forward pass over a batch, [B, C]."""
-    model.prepare(batch)
-    logits_BC: torch.Tensor = model(batch.input_ids, attention_mask=batch.attention_mask)
-    return logits_BC
+
+class RoutedModel(EvaluableModel):
+    """A model with routing: `route` makes a pass and returns everything that its losses need.
+
+    In evaluation mode, `route` pushes every decision to the recorder. The program computes losses from the outcome that
+    it passes in. For interactive use, `forward` stores the outcome of its pass, and `task_loss` and `auxiliary_losses`
+    refer to it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outcome: Outcome | None = None
+
+    def route(self, batch: Batch) -> Outcome:
+        """One forward pass over a batch."""
+        raise NotImplementedError
+
+    def task_loss_of(self, outcome: Outcome, labels_B: Tensor, task: Task, label_smoothing: float = 0.0) -> Tensor:
+        """The task loss of a pass, a scalar."""
+        return task.loss(outcome.outputs, labels_B, label_smoothing)
+
+    def terms_of(self, outcome: Outcome) -> dict[str, AuxiliaryLoss]:
+        """The auxiliary terms of a pass, by name."""
+        return {}
+
+    def run(self, batch: Batch) -> Outcome:
+        return self.route(batch)
+
+    def losses(self, outcome: Outcome, labels_B: Tensor, task: Task, label_smoothing: float = 0.0) -> Losses:
+        if outcome.details is None:  # a subclass overrides `forward` and calls this one inside
+            outcome = Outcome(outcome.outputs, self._last().details)
+        return Losses(self.task_loss_of(outcome, labels_B, task, label_smoothing), self.terms_of(outcome))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        keep_BL = keep_mask(input_ids, attention_mask, self.padding_idx)
+        self.outcome = self.route(Batch(input_ids, keep_BL, labels=input_ids.new_empty(0)))
+        return self.outcome.outputs
+
+    def task_loss(self, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        return self.task_loss_of(Outcome(logits, self._last().details), labels, Classification(), label_smoothing)
+
+    def auxiliary_losses(self) -> dict[str, AuxiliaryLoss]:
+        return {} if self.outcome is None else self.terms_of(self.outcome)
+
+    def _last(self) -> Outcome:
+        """The outcome of the last `forward`. Raises RuntimeError before the first one."""
+        if self.outcome is None:
+            raise RuntimeError("the model has not been called yet: its losses follow from a forward pass")
+        return self.outcome
+
+
+class ScheduledModel(RoutedModel):
+    """A routed model with schedules: it knows the finished share of the training, also after a resume.
+
+    The share is a buffer, so checkpoints and moving averages of the weights include it. A copy on the host avoids
+    reading the buffer from the device at every step.
+    """
+
+    progress: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("progress", torch.zeros(()))
+        self._known_progress: float | None = None
+        self.register_load_state_dict_post_hook(ScheduledModel._forget_progress)  # type: ignore[no-untyped-call]
+
+    def done(self) -> float:
+        """The finished share of the training, from 0 to 1."""
+        if self._known_progress is None:
+            self._known_progress = float(self.progress)
+        return self._known_progress
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        self.progress.fill_(progress)
+        self._known_progress = float(np.float32(progress))  # the precision of the buffer, so a resumed run is exact
+
+    def _forget_progress(self, *_: Any) -> None:
+        """Drop the copy on the host, so that the next read takes the buffer."""
+        self._known_progress = None
+
+    def train(self, mode: bool = True) -> Self:
+        if not mode:  # a weight average copies buffers from the trained model
+            self._forget_progress()
+        return super().train(mode)
+
+
+@functools.cache
+def _arguments(function: Callable[..., Any]) -> frozenset[str]:
+    """Names of a function's arguments."""
+    return frozenset(inspect.signature(function).parameters)
+
+
+def logits_of(model: EvaluableModel, batch: Batch) -> Tensor:
+    """One forward pass over a batch, [B, C]. A routed model stores the outcome for its stateful methods."""
+    outcome = model.run(batch)
+    if isinstance(model, RoutedModel) and outcome.details is not None:
+        model.outcome = outcome
+    return outcome.outputs
 
 
 def get_trainable_parameter_count(model: nn.Module) -> int:
@@ -128,13 +264,16 @@ def get_trainable_parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def keep_mask(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, padding_idx: int) -> torch.Tensor:
-    """True where a token is real, [B, L]."""
+def keep_mask(input_ids: Tensor, attention_mask: Tensor | None, padding_idx: int) -> Tensor:
+    """True at real tokens, [B, L]; without a mask, every id except `padding_idx` is real."""
     return input_ids != padding_idx if attention_mask is None else attention_mask.bool()
 
 
 class AdaptedModel(EvaluableModel):
-    """A user's module that has the documented methods without inheriting from `EvaluableModel`."""
+    """Wraps a user's module that has the documented methods but does not inherit from `EvaluableModel`.
+
+    Every method that the module lacks has the default of `EvaluableModel`.
+    """
 
     def __init__(self, model: nn.Module, model_type: str) -> None:
         super().__init__()
@@ -142,15 +281,15 @@ class AdaptedModel(EvaluableModel):
         self.model_type = model_type
 
     def _call(self, method: str, default: Any) -> Any:
-        # The one place where methods are optional: a foreign class may lack any of them but `forward`.
+        # Only here are methods optional: a foreign class needs `forward` and nothing else.
         function = getattr(self.model, method, None)
         return function() if callable(function) else default
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         return self.model(input_ids, attention_mask=attention_mask)
 
-    def get_auxiliary_loss(self) -> torch.Tensor | float | None:
-        loss: torch.Tensor | float | None = self._call("get_auxiliary_loss", None)
+    def get_auxiliary_loss(self) -> Tensor | float | None:
+        loss: Tensor | float | None = self._call("get_auxiliary_loss", None)
         return loss
 
     def get_model_specific_metrics(self) -> dict[str, Any]:
@@ -161,16 +300,19 @@ class AdaptedModel(EvaluableModel):
 
 
 def auxiliary_terms(model: EvaluableModel) -> dict[str, AuxiliaryLoss]:
-    """The auxiliary terms of the last forward pass by name; a plain `get_auxiliary_loss` counts as one term."""
+    """The auxiliary terms of the last forward pass, by name.
+
+    If a model defines `get_auxiliary_loss` only, its result counts as one term with weight 1.
+    """
     terms = model.auxiliary_losses()
     total = None if terms else model.get_auxiliary_loss()
-    return {"auxiliary_loss": AuxiliaryLoss(total, 1.0)} if isinstance(total, torch.Tensor) else terms
+    return {"auxiliary_loss": AuxiliaryLoss(total, 1.0)} if isinstance(total, Tensor) else terms
 
 
 def adapt(model: nn.Module, model_type: str) -> EvaluableModel:
     """The model itself, or a wrapper around a class that does not inherit from `EvaluableModel`.
 
-    Raises ConfigError for something that is no torch module.
+    Raises ConfigError for an object that is not a torch module.
     """
     if isinstance(model, EvaluableModel):
         return model
@@ -179,8 +321,15 @@ def adapt(model: nn.Module, model_type: str) -> EvaluableModel:
     return AdaptedModel(model, model_type)
 
 
+def joined_on_host(arrays: Sequence[Tensor]) -> NDArray[Any]:
+    """Concatenate tensors into one numpy array, with a single copy from the device."""
+    whole = arrays[0] if len(arrays) == 1 else torch.cat(list(arrays))
+    whole = whole.detach()
+    return (whole.float() if whole.is_floating_point() else whole).cpu().numpy()
+
+
 def routed_parameters(model: nn.Module, fragment: str) -> Iterator[nn.Parameter]:
-    """Parameters below a module called `fragment` ("experts", "router")."""
+    """Parameters inside a module with the name `fragment` ("experts", "router")."""
     for name, parameter in model.named_parameters():
         if fragment in name.split("."):
             yield parameter

@@ -1,4 +1,7 @@
-"""The dense Transformer encoder: every sample passes every block."""
+"""The dense Transformer encoder: every sample passes every block. It is the baseline for the routed models.
+
+B batch  L length  S real tokens  D width  C classes
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,24 @@ from typing import Annotated
 
 from torch import Tensor, nn
 
-from research_eval.annotations import Choice, Count, Divides, Natural, Positive, Range, Share, When
-from research_eval.layers.block import Block, block_flops, feed_forward_width
-from research_eval.layers.kernels import Dispatch
-from research_eval.layers.text import ClassificationHead, Pool, PositionalEncoding, TokenEmbedding
+from research_eval.annotations import Count, Range
+from research_eval.layers.block import Block, block_flops
+from research_eval.layers.dispatch import Dispatch
+from research_eval.layers.settings import EncoderSettings
+from research_eval.layers.text import ClassificationHead, TokenEmbedding
 from research_eval.models.base_model import EvaluableModel, keep_mask
 from research_eval.registry import MODELS_MAP
 
 
 @MODELS_MAP.register("dense")
 class DenseTransformerClassifier(EvaluableModel):
-    """Embedding, `num_layers` pre-LN blocks, pooled head."""
+    """Embedding, `num_layers` pre-LN blocks, pooled head.
+
+    The feed-forward part is twice as wide as the states by default.
+    """
 
     model_type = "dense"
+    OPTION_ORDER = ("embed_dim",)
 
     def __init__(
         self,
@@ -26,42 +34,34 @@ class DenseTransformerClassifier(EvaluableModel):
         vocab_size: int,
         num_classes: int,
         padding_idx: int = 0,
-        embed_dim: Annotated[Count, Choice(32, 64, 128)] = 64,
         num_layers: Annotated[Count, Range(1, 4)] = 2,
-        num_heads: Annotated[Count, Choice(1, 2, 4, 8), Divides("embed_dim")] = 4,
-        dim_feedforward: Count | None = None,
-        dim_feedforward_factor: Annotated[Positive | None, Choice(1.0, 2.0, 4.0), When("dim_feedforward", None)] = None,
-        dropout: Annotated[Share, Range(0.0, 0.3)] = 0.1,
-        positional_encoding: PositionalEncoding = "sin",
-        pool: Pool = "mean",
-        bigram_buckets: Natural = 0,
-        token_dropout: Share = 0.0,
-        embedding_scale: Positive = 1.0,
+        encoder: EncoderSettings,
     ) -> None:
         super().__init__()
-        width = feed_forward_width(embed_dim, dim_feedforward, dim_feedforward_factor, default=2)
-        self.stackable = positional_encoding != "random"
+        width = encoder.feed_forward_width(default=2)
         self.padding_idx = padding_idx
-        self.embedding = TokenEmbedding(
-            vocab_size,
-            embed_dim,
-            padding_idx,
-            dropout,
-            positional_encoding,
-            bigram_buckets,
-            token_dropout,
-            embedding_scale,
-        )
+        self.embedding = TokenEmbedding.of(vocab_size, padding_idx, encoder)
         self.layers = nn.ModuleList(
-            Block(embed_dim, num_heads, width, dropout, positional_encoding=positional_encoding)
+            Block(
+                encoder.embed_dim,
+                encoder.num_heads,
+                width,
+                encoder.dropout,
+                positional_encoding=encoder.positional_encoding,
+            )
             for _ in range(num_layers)
         )
-        self.head = ClassificationHead(embed_dim, num_classes, dropout, pool)
-        self.embed_dim = embed_dim
+        self.head = ClassificationHead(encoder.embed_dim, num_classes, encoder.dropout, encoder.pool)
+        self.embed_dim = encoder.embed_dim
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, num_tokens: int | None = None) -> Tensor:
+        """Ids and mask [B, L] -> logits [B, C].
+
+        `num_tokens`, if the caller knows it, avoids counting the real tokens. The blocks compute no padding, except
+        with the plain kernels.
+        """
         keep_BL = keep_mask(input_ids, attention_mask, self.padding_idx)
-        samples = self.packed(keep_BL)
+        samples = self.packed(keep_BL, num_tokens)
         h = samples.take(self.embedding(input_ids, keep_BL))
         everyone = Dispatch.single(len(h))
         for layer in self.layers:
@@ -69,5 +69,6 @@ class DenseTransformerClassifier(EvaluableModel):
         return self.head(samples.grid(h), keep_BL)
 
     def get_flops_per_sample(self, length: int) -> float:
+        """Blocks and head. The embedding is a look-up and costs none."""
         blocks = sum(block_flops(layer, self.embed_dim, length) for layer in self.layers)
         return blocks + 2.0 * self.head.linear.weight.numel()

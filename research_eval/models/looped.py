@@ -1,4 +1,4 @@
-"""The looped Transformer encoder: one stack of blocks is passed several times (Dehghani et al., 2019).
+"""The looped Transformer encoder: one stack of blocks is applied several times (Dehghani et al., 2019).
 
 B batch  L length  D width
 """
@@ -9,22 +9,25 @@ from typing import Annotated
 
 from torch import Tensor, nn
 
-from research_eval.annotations import Choice, Count, Divides, Natural, Positive, Range, Share, When
-from research_eval.layers.block import Block, block_flops, feed_forward_width
-from research_eval.layers.kernels import Dispatch
-from research_eval.layers.text import ClassificationHead, Pool, PositionalEncoding, TokenEmbedding
+from research_eval.annotations import Count, Range
+from research_eval.layers.block import Block, block_flops
+from research_eval.layers.dispatch import Dispatch
+from research_eval.layers.settings import EncoderSettings
+from research_eval.layers.text import ClassificationHead, TokenEmbedding
 from research_eval.models.base_model import EvaluableModel, keep_mask
 from research_eval.registry import MODELS_MAP
 
 
 @MODELS_MAP.register("looped")
 class LoopedTransformerClassifier(EvaluableModel):
-    """Embedding, `num_layers` pre-LN blocks `num_loops` times, pooled head: the depth of their product.
+    """Embedding, `num_layers` pre-LN blocks applied `num_loops` times, pooled head.
 
-    The baseline for paths that visit an expert again: shared weights without a router.
+    The depth is `num_layers` times `num_loops`. This is the baseline for paths that visit an expert again: shared
+    weights without a router.
     """
 
     model_type = "looped"
+    OPTION_ORDER = ("embed_dim",)
 
     def __init__(
         self,
@@ -32,43 +35,35 @@ class LoopedTransformerClassifier(EvaluableModel):
         vocab_size: int,
         num_classes: int,
         padding_idx: int = 0,
-        embed_dim: Annotated[Count, Choice(32, 64, 128)] = 64,
         num_layers: Annotated[Count, Range(1, 2)] = 1,
         num_loops: Annotated[Count, Range(1, 4)] = 2,
-        num_heads: Annotated[Count, Choice(1, 2, 4, 8), Divides("embed_dim")] = 4,
-        dim_feedforward: Count | None = None,
-        dim_feedforward_factor: Annotated[Positive | None, Choice(1.0, 2.0, 4.0), When("dim_feedforward", None)] = None,
-        dropout: Annotated[Share, Range(0.0, 0.3)] = 0.1,
-        positional_encoding: PositionalEncoding = "sin",
-        pool: Pool = "mean",
-        bigram_buckets: Natural = 0,
-        token_dropout: Share = 0.0,
-        embedding_scale: Positive = 1.0,
+        encoder: EncoderSettings,
     ) -> None:
         super().__init__()
-        width = feed_forward_width(embed_dim, dim_feedforward, dim_feedforward_factor, default=2)
+        width = encoder.feed_forward_width(default=2)
         self.padding_idx = padding_idx
         self.num_loops = num_loops
-        self.embedding = TokenEmbedding(
-            vocab_size,
-            embed_dim,
-            padding_idx,
-            dropout,
-            positional_encoding,
-            bigram_buckets,
-            token_dropout,
-            embedding_scale,
-        )
+        self.embedding = TokenEmbedding.of(vocab_size, padding_idx, encoder)
         self.layers = nn.ModuleList(
-            Block(embed_dim, num_heads, width, dropout, positional_encoding=positional_encoding)
+            Block(
+                encoder.embed_dim,
+                encoder.num_heads,
+                width,
+                encoder.dropout,
+                positional_encoding=encoder.positional_encoding,
+            )
             for _ in range(num_layers)
         )
-        self.head = ClassificationHead(embed_dim, num_classes, dropout, pool)
-        self.embed_dim = embed_dim
+        self.head = ClassificationHead(encoder.embed_dim, num_classes, encoder.dropout, encoder.pool)
+        self.embed_dim = encoder.embed_dim
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, num_tokens: int | None = None) -> Tensor:
+        """Ids and mask [B, L] -> logits [B, C].
+
+        `num_tokens`, if the caller knows it, avoids counting the real tokens.
+        """
         keep_BL = keep_mask(input_ids, attention_mask, self.padding_idx)
-        samples = self.packed(keep_BL)
+        samples = self.packed(keep_BL, num_tokens)
         h = samples.take(self.embedding(input_ids, keep_BL))
         everyone = Dispatch.single(len(h))
         for _ in range(self.num_loops):
@@ -77,5 +72,6 @@ class LoopedTransformerClassifier(EvaluableModel):
         return self.head(samples.grid(h), keep_BL)
 
     def get_flops_per_sample(self, length: int) -> float:
+        """All loops and the head; shared weights do not reduce the computation."""
         one_loop = sum(block_flops(layer, self.embed_dim, length) for layer in self.layers)
         return self.num_loops * one_loop + 2.0 * self.head.linear.weight.numel()

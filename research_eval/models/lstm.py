@@ -1,4 +1,4 @@
-"""The long short-term memory (Hochreiter and Schmidhuber, 1997), for comparison.
+"""The long short-term memory (Hochreiter and Schmidhuber, 1997), a recurrent baseline.
 
 B batch  L length  D width
 """
@@ -20,7 +20,7 @@ from research_eval.registry import MODELS_MAP
 class LSTMClassifier(EvaluableModel):
     """Embedding without positions, `num_layers` LSTM layers from left to right, and a head at the last token.
 
-    Padding stands on the right, so no state before it can notice it.
+    Padding is on the right, so it cannot change the state at the last real token.
     """
 
     model_type = "lstm"
@@ -38,18 +38,19 @@ class LSTMClassifier(EvaluableModel):
         super().__init__()
         self.padding_idx = padding_idx
         self.embedding = TokenEmbedding(vocab_size, embed_dim, padding_idx, dropout, positional_encoding="none")
-        between = dropout if num_layers > 1 else 0.0  # torch warns of a dropout between layers that are not there
+        between = dropout if num_layers > 1 else 0.0  # torch warns about dropout with a single layer
         self.lstm = nn.LSTM(embed_dim, embed_dim, num_layers, batch_first=True, dropout=between)
         self.head = ClassificationHead(embed_dim, num_classes, dropout, pool="last")
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         keep_BL = keep_mask(input_ids, attention_mask, self.padding_idx)
         embedded_BLD = self.embedding(input_ids, keep_BL)
-        with torch.autocast(embedded_BLD.device.type, enabled=False):  # not every CPU has an LSTM in bf16
+        with torch.autocast(embedded_BLD.device.type, enabled=False):  # not every CPU supports an LSTM in bf16
             h_BLD, _ = self.lstm(embedded_BLD.float())
         return self.head(h_BLD, keep_BL)
 
     def get_flops_per_sample(self, length: int) -> float:
+        """Two FLOPs per weight and token, and the head once."""
         weights = sum(
             parameter.numel() for name, parameter in self.lstm.named_parameters() if name.startswith("weight")
         )

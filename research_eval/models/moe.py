@@ -5,27 +5,52 @@ B batch  L length  D width  S real tokens  N experts  K experts per token  R = S
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from research_eval.annotations import Aka, Choice, Count, Divides, Natural, Positive, Range, Share, Weight, When
+from research_eval.annotations import Aka, Choice, Count, Range, Weight
+from research_eval.datasets.token_data import Batch
 from research_eval.errors import ConfigError
 from research_eval.layers.assignments import Assignments
-from research_eval.layers.block import Attention, FeedForward, block_flops, feed_forward_width
-from research_eval.layers.kernels import Dispatch
-from research_eval.layers.packing import Layout
-from research_eval.layers.routing import balance_loss, balanced_bias, entropy, load_metrics, z_loss
+from research_eval.layers.block import Attention, FeedForward, block_flops
+from research_eval.layers.dispatch import Dispatch, Executing
+from research_eval.layers.packing import Layout, Samples
+from research_eval.layers.routing import balance_loss, balanced_bias, entropy, z_loss
+from research_eval.layers.settings import EncoderSettings, PositionalEncoding
 from research_eval.layers.stacked import Dropout, StackedLayerNorm, one_pass, weight_count
-from research_eval.layers.text import ClassificationHead, Pool, PositionalEncoding, TokenEmbedding
-from research_eval.models.base_model import AuxiliaryLoss, EvaluableModel, keep_mask, routed_parameters
+from research_eval.layers.text import ClassificationHead, TokenEmbedding
+from research_eval.models.base_model import (
+    AuxiliaryLoss,
+    Outcome,
+    RoutedModel,
+    joined_on_host,
+    routed_parameters,
+)
 from research_eval.registry import MODELS_MAP
+from research_eval.routing.record import EvaluationRecorder, RoutingRecord
 
 
-class RoutedFeedForward(nn.Module):
-    """Sum over the chosen K of w_i FFN_i(x); w are the softmax scores, renormalised over the chosen unless K = 1."""
+class LayerRouting(NamedTuple):
+    """The decisions of one routed layer about the real tokens of a batch."""
+
+    logits_SN: Tensor  # without the balance bias
+    chosen_SK: Tensor  # int64, the experts of each token
+    weights_SK: Tensor  # the factor of each chosen expert's output
+    sizes_N: Tensor  # assignments of each expert
+
+    def load(self) -> Tensor:
+        """Share of the assignments that each expert receives, [N]."""
+        return self.sizes_N / max(self.chosen_SK.numel(), 1)
+
+
+class RoutedFeedForward(Executing):
+    """Sum over the chosen K of w_i FFN_i(x).
+
+    w are the softmax scores, renormalised over the chosen experts unless K = 1. `balance_bias` changes which experts
+    are chosen, but not w. `counts` sums the assignments since the last optimiser step.
+    """
 
     balance_bias: Tensor
     counts: Tensor
@@ -35,38 +60,38 @@ class RoutedFeedForward(nn.Module):
         self.top_k = top_k
         self.num_experts = num_experts
         self.router = nn.Linear(embed_dim, num_experts, bias=False)
-        nn.init.normal_(self.router.weight, std=0.02)
+        nn.init.normal_(self.router.weight, std=0.02)  # small, so that the first choices are nearly uniform
         self.experts = FeedForward(embed_dim, dim_feedforward, dropout, num_experts)
         self.register_buffer("balance_bias", torch.zeros(num_experts))
-        self.register_buffer("counts", torch.zeros(num_experts), persistent=False)
-        self.logits_SN = torch.empty(0, num_experts)
-        self.chosen_SK = torch.empty(0, top_k, dtype=torch.long)
-        self.sizes_N = torch.zeros(num_experts, dtype=torch.long)
+        self.register_buffer("counts", torch.zeros(num_experts), persistent=False)  # reset at every step
 
-    def forward(self, x_SD: Tensor) -> Tensor:
-        """Real tokens only: padding is neither dispatched nor counted."""
+    def forward(self, x_SD: Tensor) -> tuple[Tensor, LayerRouting]:
+        """Real tokens [S, D] -> their outputs [S, D], and the routing. Padding is neither dispatched nor counted.
+
+        The router computes in float32, also under autocast, because rounding changes decisions.
+        """
         with torch.autocast(x_SD.device.type, enabled=False):
-            self.logits_SN = self.router(x_SD.float())
-            scores_SN = self.logits_SN.softmax(-1)
-        self.chosen_SK = (scores_SN.detach() + self.balance_bias).topk(self.top_k, dim=-1).indices
-        weights_SK = scores_SN.gather(-1, self.chosen_SK)
-        if self.top_k > 1:  # for one expert the renormalised weight is 1 and the router would get no gradient
+            logits_SN = self.router(x_SD.float())
+            scores_SN = logits_SN.softmax(-1)
+        # The bias balances the choice alone (loss-free balancing, DeepSeek-V3), so it has no gradient.
+        chosen_SK = (scores_SN.detach() + self.balance_bias).topk(self.top_k, dim=-1).indices
+        weights_SK = scores_SN.gather(-1, chosen_SK)
+        if self.top_k > 1:  # with one expert the renormalised weight is 1, without a gradient
             weights_SK = weights_SK / weights_SK.sum(-1, keepdim=True)
-        assignments = Assignments.of(self.chosen_SK, self.num_experts)
-        self.sizes_N = assignments.sizes_N
+        assignments = Assignments.of(chosen_SK, self.num_experts)
         if self.training:
-            self.counts += self.sizes_N
+            self.counts += assignments.sizes_N
+        dispatcher = self.execution.dispatcher
+        plan = Dispatch.of(assignments.sizes_N, self.execution.kernels)
+        rows_RD, plan, _ = dispatcher.dispatch(assignments.rows(x_SD), plan)
         with one_pass(self.experts):
-            outputs_RD = self.experts(assignments.rows(x_SD), Dispatch.of(self.sizes_N))
-        return assignments.combined(outputs_RD, weights_SK)
-
-    def load(self) -> Tensor:
-        """Share of the last forward's assignments per expert, [N]."""
-        return self.sizes_N / max(self.chosen_SK.numel(), 1)
+            outputs_RD = dispatcher.combine(self.experts(rows_RD, plan), plan)
+        routing = LayerRouting(logits_SN, chosen_SK, weights_SK, assignments.sizes_N)
+        return assignments.combined(outputs_RD, weights_SK), routing
 
 
 class MoEBlock(nn.Module):
-    """A pre-LN block whose feed-forward part is routed per token."""
+    """A pre-LN block that routes each token through its own feed-forward experts."""
 
     def __init__(
         self,
@@ -84,18 +109,36 @@ class MoEBlock(nn.Module):
         self.feed_forward = RoutedFeedForward(embed_dim, dim_feedforward, dropout, num_experts, top_k)
         self.dropout = Dropout(dropout)
 
-    def forward(self, h: Tensor, layout: Layout) -> Tensor:
-        """Rows of real tokens [S, D], or a grid [B, L, D] without padding -> the same shape."""
+    def forward(self, h: Tensor, layout: Layout) -> tuple[Tensor, LayerRouting]:
+        """Rows of real tokens [S, D], or a grid [B, L, D] without padding -> the same shape, and the routing."""
         everyone = Dispatch.single(len(h))
         h = h + self.dropout(self.attention(h, layout, everyone))
-        return h + self.dropout(self.feed_forward(self.norm(h, everyone).flatten(0, -2)).view_as(h))
+        update_SD, routing = self.feed_forward(self.norm(h, everyone).flatten(0, -2))
+        return h + self.dropout(update_SD.view_as(h)), routing
 
 
 @MODELS_MAP.register("moe")
-class MoETransformerClassifier(EvaluableModel):
-    """The dense encoder with routed feed-forward layers. `dim_feedforward` is the width of one expert."""
+class MoETransformerClassifier(RoutedModel):
+    """The dense encoder with routed feed-forward layers. `dim_feedforward` is the width of one expert.
+
+    The details of an outcome are the routing of every layer. Raises ConfigError if a token needs more experts than
+    exist.
+    """
 
     model_type = "moe"
+    OPTION_ORDER = (  # order in JSON, and of the draws in sampled studies
+        "embed_dim",
+        "num_layers",
+        "num_heads",
+        "num_experts",
+        "top_k_experts",
+        "dim_feedforward",
+        "dim_feedforward_factor",
+        "dropout",
+        "balance_loss_coef",
+        "z_loss_coef",
+        "balance_bias_rate",
+    )
 
     def __init__(
         self,
@@ -103,67 +146,64 @@ class MoETransformerClassifier(EvaluableModel):
         vocab_size: int,
         num_classes: int,
         padding_idx: int = 0,
-        embed_dim: Annotated[Count, Choice(32, 64, 128)] = 64,
         num_layers: Annotated[Count, Range(1, 4)] = 2,
-        num_heads: Annotated[Count, Choice(1, 2, 4, 8), Divides("embed_dim")] = 4,
         num_experts: Annotated[Count, Aka("num_experts_per_layer"), Choice(2, 4, 8)] = 4,
         top_k_experts: Annotated[Count, Range(1, 4, upto=("num_experts",))] = 2,
-        dim_feedforward: Count | None = None,
-        dim_feedforward_factor: Annotated[Positive | None, Choice(1.0, 2.0, 4.0), When("dim_feedforward", None)] = None,
-        dropout: Annotated[Share, Range(0.0, 0.3)] = 0.1,
         balance_loss_coef: Annotated[Weight, Range(1e-3, 0.1, log=True)] = 0.01,
         z_loss_coef: Weight = 1e-3,
         balance_bias_rate: Weight = 0.0,
-        positional_encoding: PositionalEncoding = "sin",
-        pool: Pool = "mean",
-        bigram_buckets: Natural = 0,
-        token_dropout: Share = 0.0,
-        embedding_scale: Positive = 1.0,
+        encoder: EncoderSettings,
     ) -> None:
         super().__init__()
         if top_k_experts > num_experts:
             raise ConfigError(f"top_k_experts={top_k_experts} is more than num_experts={num_experts}")
-        width = feed_forward_width(embed_dim, dim_feedforward, dim_feedforward_factor, default=2)
+        width = encoder.feed_forward_width(default=2)
         self.padding_idx = padding_idx
-        self.embed_dim = embed_dim
+        self.embed_dim = encoder.embed_dim
         self.top_k_experts = top_k_experts
         self.num_experts = num_experts
         self.balance_loss_coef = balance_loss_coef
         self.z_loss_coef = z_loss_coef
         self.balance_bias_rate = balance_bias_rate
-        self.embedding = TokenEmbedding(
-            vocab_size,
-            embed_dim,
-            padding_idx,
-            dropout,
-            positional_encoding,
-            bigram_buckets,
-            token_dropout,
-            embedding_scale,
-        )
+        self.embedding = TokenEmbedding.of(vocab_size, padding_idx, encoder)
         self.layers = nn.ModuleList(
-            MoEBlock(embed_dim, num_heads, width, dropout, num_experts, top_k_experts, positional_encoding)
+            MoEBlock(
+                encoder.embed_dim,
+                encoder.num_heads,
+                width,
+                encoder.dropout,
+                num_experts,
+                top_k_experts,
+                encoder.positional_encoding,
+            )
             for _ in range(num_layers)
         )
-        self.head = ClassificationHead(embed_dim, num_classes, dropout, pool)
-        self.start_recording()
+        self.head = ClassificationHead(encoder.embed_dim, num_classes, encoder.dropout, encoder.pool)
+        self._recorder = EvaluationRecorder(num_experts, num_layers, joined_on_host)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        keep_BL = keep_mask(input_ids, attention_mask, self.padding_idx)
-        samples = self.packed(keep_BL, always=True)  # padding is neither dispatched nor counted
-        h = samples.take(self.embedding(input_ids, keep_BL))
+    def route(self, batch: Batch) -> Outcome:
+        keep_BL = batch.attention_mask
+        # All kernels see real tokens only: padding is neither dispatched nor counted.
+        samples = self.packed(keep_BL, batch.num_tokens, always=True)
+        h = samples.take(self.embedding(batch.input_ids, keep_BL))
+        layers = []
         for layer in self.layers:
-            h = layer(h, samples.layout)
+            h, routing = layer(h, samples.layout)
+            layers.append(routing)
         if not self.training:
-            self._record()
-        return self.head(samples.grid(h), keep_BL)
+            self._push(layers, samples)
+        return Outcome(self.head(samples.grid(h), keep_BL), layers)
 
     def _routed(self) -> list[RoutedFeedForward]:
+        """The routed part of every layer, in the order of the layers."""
         return [module for module in self.modules() if isinstance(module, RoutedFeedForward)]
 
-    def auxiliary_losses(self) -> dict[str, AuxiliaryLoss]:
-        """Mean over the layers; never pooled over them, which would hide a collapsed layer."""
-        layers = [layer for layer in self._routed() if len(layer.logits_SN)]
+    def terms_of(self, outcome: Outcome) -> dict[str, AuxiliaryLoss]:
+        """Balance loss and z-loss, each as the mean over the layers.
+
+        The layers are not pooled: a pooled load hides a collapsed layer.
+        """
+        layers = [layer for layer in outcome.details if len(layer.logits_SN)]
         if not layers:
             return {}
         balance = torch.stack([balance_loss(layer.load(), layer.logits_SN.softmax(-1)) for layer in layers]).mean()
@@ -174,36 +214,51 @@ class MoETransformerClassifier(EvaluableModel):
         }
 
     def after_step(self, progress: float) -> None:
+        """Move every layer's balance bias against its load since the last step, and reset the counts."""
         for layer in self._routed():
             if self.balance_bias_rate:
                 layer.balance_bias.copy_(balanced_bias(layer.balance_bias, layer.counts, self.balance_bias_rate))
             layer.counts.zero_()
 
-    def start_recording(self) -> None:
-        self._counts_TN = torch.zeros(len(self.layers), self.num_experts)
-        self._entropy = torch.zeros(())
-        self._decisions = 0
+    @torch.no_grad()
+    def _push(self, layers: list[LayerRouting], samples: Samples) -> None:
+        """Record every layer's decisions about every real token."""
+        num_samples, length = samples.keep_RL.shape
+        places_S = samples.places
+        if places_S is None:  # no padding: the rows are the whole grid
+            places_S = torch.arange(num_samples * length, device=samples.keep_RL.device)
+        sample_S, token_S = places_S // length, places_S % length
+        self._recorder.begin_batch(num_samples)
+        for number, layer in enumerate(layers):
+            probabilities_SN = layer.logits_SN.detach().softmax(-1)
+            self._recorder.push(
+                RoutingRecord(
+                    step=number,
+                    experts_DK=layer.chosen_SK,
+                    weights_DK=layer.weights_SK.detach(),
+                    sample_D=sample_S,
+                    token_D=token_S,
+                    probabilities_DA=probabilities_SN,
+                    entropy_D=entropy(probabilities_SN),
+                )
+            )
 
-    def _record(self) -> None:
-        for number, layer in enumerate(self._routed()):
-            self._counts_TN[number] += layer.sizes_N.cpu()
-            self._entropy += entropy(layer.logits_SN.detach().softmax(-1)).sum().cpu()
-            self._decisions += len(layer.logits_SN)
+    def start_recording(self) -> None:
+        self._recorder.clear()
+
+    def recorder(self) -> EvaluationRecorder:
+        return self._recorder
 
     def get_model_specific_metrics(self) -> dict[str, Any]:
-        if not self._decisions:
-            return {}
-        mean_entropy = float(self._entropy) / self._decisions
-        return {
-            **load_metrics(self._counts_TN.long().numpy()),
-            "router_entropy": float(mean_entropy / np.log(max(self.num_experts, 2))),
-        }
+        return self._recorder.metrics()
 
     def get_active_parameter_count(self) -> int:
+        """All parameters except those of the N - K experts that a token does not use."""
         experts = sum(parameter.numel() for parameter in routed_parameters(self, "experts"))
         return self.get_parameter_count() - experts * (self.num_experts - self.top_k_experts) // self.num_experts
 
     def get_flops_per_sample(self, length: int) -> float:
+        """Attention, K feed-forward experts and the router per token, and the head."""
         total = 2.0 * self.head.linear.weight.numel()
         for layer, routed in zip(self.layers, self._routed(), strict=True):
             one_expert = block_flops(layer, self.embed_dim, length)  # attention and a single feed-forward expert

@@ -1,1 +1,1 @@
-"""What the project takes from its machine: memory and versions, files from outside, checksums, the screen."""
+"""The project's view of its machine: memory and versions, untrusted files, checksums, and progress on the screen."""

@@ -1,6 +1,6 @@
-"""The checksum inside our safetensors files: SHA-256 of the whole file, in which the checksum itself counts as zeros.
+"""The checksum inside our safetensors files: SHA-256 of the whole file, computed with zeros in its own place.
 
-It stands in the header's metadata, so a file and its checksum are one file: there is never one without the other.
+It is part of the header's metadata, so a file and its checksum can never be separated.
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-KEY = "sha256"  # in the metadata
+KEY = "sha256"  # its key in the metadata
 ZEROS = "0" * 64
 MAX_HEADER = 100_000_000  # bytes; also the limit of safetensors
-_SIZE_BYTES = 8  # before the header: its length
-_PIECE = 1 << 20
+_SIZE_BYTES = 8  # the file begins with the header's length, little-endian
+_PIECE = 1 << 20  # bytes read at a time
 
 
 def seal(content: bytes) -> bytes:
-    """The file with its checksum; its metadata have to hold KEY: ZEROS."""
+    """Fill the checksum into a file's content. The metadata have to hold the entry KEY: ZEROS.
+
+    The checksum has as many characters as ZEROS, so the header keeps its length.
+    """
     end = _SIZE_BYTES + int.from_bytes(content[:_SIZE_BYTES], "little")
     header, blank = content[:end], _entry(ZEROS)
     assert header.count(blank) == 1, "the metadata have no place for the checksum"
@@ -26,9 +29,9 @@ def seal(content: bytes) -> bytes:
 
 
 def has_intact_checksum(path: Path) -> bool | None:
-    """Whether the file is as it was written; None for one that an earlier version wrote, without a checksum.
+    """Whether the file is as it was written; None for a file of an earlier version, without a checksum.
 
-    Raises OSError, and ValueError for what is no safetensors file.
+    Raises OSError if it cannot be read, and ValueError if it is no safetensors file.
     """
     with path.open("rb") as file:
         start = file.read(_SIZE_BYTES)
@@ -40,7 +43,7 @@ def has_intact_checksum(path: Path) -> bool | None:
         if metadata.keys() <= {"values"}:
             return None
         checksum = metadata.get(KEY)
-        # The bytes and not the parsed text: a header that was changed has to be noticed however it reads.
+        # Hash the bytes and not the parsed text, so that every change of the header is noticed.
         digest = hashlib.sha256(start + header.replace(_entry(str(checksum)), _entry(ZEROS), 1))
         while piece := file.read(_PIECE):
             digest.update(piece)
@@ -48,6 +51,7 @@ def has_intact_checksum(path: Path) -> bool | None:
 
 
 def _metadata(header: bytes) -> dict[str, Any]:
+    """The metadata of a safetensors header; empty if there are none. Raises ValueError for broken JSON."""
     try:
         metadata = json.loads(header).get("__metadata__", {})
     except (ValueError, AttributeError, RecursionError) as error:
@@ -56,4 +60,5 @@ def _metadata(header: bytes) -> dict[str, Any]:
 
 
 def _entry(checksum: str) -> bytes:
-    return f'"{KEY}":"{checksum}"'.encode(errors="backslashreplace")  # no quote in a value looks so: it is escaped
+    """The checksum's entry as bytes of the header."""
+    return f'"{KEY}":"{checksum}"'.encode(errors="backslashreplace")  # unique: JSON escapes quotes in values

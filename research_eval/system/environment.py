@@ -1,4 +1,4 @@
-"""What a run ran on: recorded with every result, without anything that names the machine or its user."""
+"""The environment of a run, stored with every result. It holds nothing that identifies the machine or its user."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from research_eval.errors import ConfigError
 
 DISTRIBUTION = "graph-of-experts"
 SOURCE_ROOT = Path(__file__).resolve().parent.parent.parent
-_GIT_SECONDS = 5.0
+_GIT_SECONDS = 5.0  # limit for a git command, for example on a slow network disk
 
 
 def environment_record(device: str) -> dict[str, Any]:
-    """JSON-serialisable facts; None where one is not known. `device` is the one the run uses ("cpu", "cuda:0")."""
+    """JSON-serialisable facts; None for an unknown one. `device` is the run's device ("cpu", "cuda:0")."""
     return {
         "python_version": platform.python_version(),
         "platform": platform.platform(),
@@ -38,7 +38,7 @@ def environment_record(device: str) -> dict[str, Any]:
 
 
 def memory_bytes() -> int:
-    """What this machine has, or what the control group of the process may take of it."""
+    """The memory of this machine, or the limit of the process's control group if that is smaller."""
     found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.is_file() else "max"
@@ -46,14 +46,18 @@ def memory_bytes() -> int:
 
 
 def check_fits(num_bytes: float, what: str) -> None:
-    """Raise ConfigError for what would take more memory than there is, before any of it is taken."""
+    """Raise ConfigError if `num_bytes` exceed the memory, before anything is allocated.
+
+    `what` names the cause and begins the message.
+    """
     if num_bytes > (available := memory_bytes()):
         raise ConfigError(
-            f"{what} would take {num_bytes / 2**30:,.0f} GiB of memory, and {available / 2**30:,.0f} are here"
+            f"{what} needs {num_bytes / 2**30:,.0f} GiB of memory; {available / 2**30:,.0f} GiB available"
         )
 
 
 def _cpu_model() -> str:
+    """The processor's name from /proc/cpuinfo, otherwise from Python."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
@@ -63,7 +67,8 @@ def _cpu_model() -> str:
 
 
 def _torch_facts(device: str) -> dict[str, Any]:
-    torch = sys.modules.get("torch")  # never imported for this: the record has to stay cheap
+    """Threads, GPU and CUDA version. None for each of them if torch is not imported."""
+    torch = sys.modules.get("torch")  # never import torch here: it takes seconds
     if torch is None:
         return {"num_threads": None, "gpu_name": None, "cuda_version": None}
     gpu = torch.cuda.is_available()
@@ -75,7 +80,10 @@ def _torch_facts(device: str) -> dict[str, Any]:
 
 
 def direct_requirements() -> list[str]:
-    """Such as "numpy>=2.0": from the pyproject.toml of this checkout, else from the installed package."""
+    """The direct dependencies, such as "numpy>=2.0".
+
+    They come from this checkout's pyproject.toml if there is one, otherwise from the installed package.
+    """
     pyproject = SOURCE_ROOT / "pyproject.toml"
     project = tomllib.loads(pyproject.read_text()).get("project", {}) if pyproject.is_file() else {}
     if project.get("name") == DISTRIBUTION:
@@ -84,10 +92,12 @@ def direct_requirements() -> list[str]:
 
 
 def _direct_dependencies() -> list[str]:
+    """The names of the direct dependencies, sorted, without versions."""
     return sorted(re.split(r"[^\w.-]", requirement, maxsplit=1)[0] for requirement in direct_requirements())
 
 
 def _version(name: str) -> str | None:
+    """The installed version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -95,18 +105,21 @@ def _version(name: str) -> str | None:
 
 
 def _git_facts() -> dict[str, Any]:
-    """The commit of the checkout, and whether the package differs from it."""
+    """The commit of the checkout, and whether the package's files differ from it."""
     commit = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain", "--", "research_eval") if commit else None
     return {"git_commit": commit, "git_dirty": None if changes is None else bool(changes)}
 
 
 def _git(*arguments: str) -> str | None:
-    """The output of a git command on the source checkout; None where that fails or there is none."""
+    """The output of a git command on the source checkout; None if it fails, or if there is no git or checkout.
+
+    A slow or failing git gives None as well: a missing fact must not stop a run.
+    """
     git = shutil.which("git")
-    if git is None or not (SOURCE_ROOT / ".git").exists():  # an enclosing repository would not be ours
+    if git is None or not (SOURCE_ROOT / ".git").exists():  # git also finds an enclosing repository of another project
         return None
-    # Inside a git hook GIT_DIR would point elsewhere; without optional locks a status never writes.
+    # A git hook sets GIT_DIR to another repository. Without optional locks, `git status` never writes.
     variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         done = subprocess.run(  # noqa: S603 - fixed arguments

@@ -1,25 +1,77 @@
-"""What a person sees while a run trains: a bar on a terminal, plain log lines otherwise."""
+"""The progress of a run on the screen: a bar on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
+
+from research_eval.wording import printable
 
 log = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_LINES = 10.0  # of log lines about steps, if there is no terminal
+
+
+class Display(Protocol):
+    """Shows a training while it runs. `Progress` and `RelayedProgress` implement it."""
+
+    def start(self, step: int, total: int) -> None:
+        """The training starts, or continues after `step` of `total` steps."""
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """Show a logged step, with the means since the last one."""
+
+    def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Show an evaluation, with its loss and scores."""
+
+    def warn(self, text: str) -> None:
+        """Show a warning, at any time."""
+
+
+def step_text(values: Mapping[str, float]) -> str:
+    """Loss, accuracy (if the task has one) and speed in one line.
+
+    >>> step_text({"train_loss": 0.5, "train_acc": 0.75, "samples_per_second": 1200.0, "learning_rate": 0.1})
+    'loss 0.5000  acc 0.750  1,200 samples/s'
+    """
+    accuracy = f"  acc {values['train_acc']:.3f}" if "train_acc" in values else ""
+    return f"loss {values['train_loss']:.4f}{accuracy}  {values['samples_per_second']:,.0f} samples/s"
+
+
+def epoch_text(epoch: int, epochs: int, values: Mapping[str, float]) -> str:
+    """An evaluation in one line.
+
+    >>> epoch_text(1, 3, {"val_loss": 0.5, "val_acc": 1.0})
+    'epoch 1/3  val_loss 0.5000  val_acc 1.0000'
+    """
+    return f"epoch {epoch}/{epochs}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+
+
+def _training_bar(console: Console) -> Bar:
+    """A progress bar for steps: name, bar, counts with the latest values, and the remaining time."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} {task.fields[values]}"),
+        TimeRemainingColumn(),
+    )
+    return Bar(*columns, console=console)
 
 
 class Progress:
-    """Loss, accuracy, samples per second and time left. Quiet: nothing but warnings, where it `warns`."""
+    """A bar on a terminal, log lines elsewhere.
+
+    If `quiet`, it shows nothing but warnings. If not `warns`, it drops the warnings.
+    """
 
     def __init__(self, epochs: int, quiet: bool = False, warns: bool = True) -> None:
         self._epochs = epochs
@@ -29,24 +81,20 @@ class Progress:
         self._bar: Bar | None = None
         self._task = TaskID(0)
         self._total = 1
-        self._first = (0, 0.0)
+        self._first = (0, 0.0)  # step and time at the start of this process
         self._last_line = 0.0
 
     def __enter__(self) -> Self:
+        """Start the bar if standard error is a terminal."""
         if self._console.is_terminal and not self._quiet:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.completed}/{task.total} {task.fields[values]}"),
-                TimeRemainingColumn(),
-            )
-            self._bar = Bar(*columns, console=self._console)
+            self._bar = _training_bar(self._console)
             self._bar.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """End the bar, also after an exception, so that the terminal's cursor comes back."""
         if self._bar is not None:
             self._bar.__exit__(kind, error, trace)
 
@@ -57,12 +105,12 @@ class Progress:
         if self._bar is not None:
             self._task = self._bar.add_task("training", total=total, completed=step, values="")
 
-    def step(self, step: int, values: dict[str, float]) -> None:
-        """After a logged step: `train_loss`, `train_acc` and `samples_per_second`."""
-        text = (
-            f"loss {values['train_loss']:.4f}  acc {values['train_acc']:.3f}  "
-            f"{values['samples_per_second']:,.0f} samples/s"
-        )
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """Update the bar, or write a log line if the last one is at least SECONDS_BETWEEN_LINES old.
+
+        The remaining time follows from the steps of this process alone: a resumed training has earlier steps.
+        """
+        text = step_text(values)
         now = time.perf_counter()
         if self._bar is not None:
             self._bar.update(self._task, completed=step, values=text)
@@ -71,21 +119,17 @@ class Progress:
             left = (now - self._first[1]) / max(step - self._first[0], 1) * (self._total - step)
             log.info("step %d/%d  %s  %.0f s left", step, self._total, text, left)
 
-    def epoch(self, epoch: int, values: dict[str, float]) -> None:
-        """After an evaluation: `val_loss`, `val_acc`, `val_f1`."""
+    def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         if self._quiet:
             return
-        line = (
-            f"epoch {epoch}/{self._epochs}  val_loss {values['val_loss']:.4f}  "
-            f"val_acc {values['val_acc']:.4f}  val_f1 {values['val_f1']:.4f}"
-        )
+        line = epoch_text(epoch, self._epochs, values)
         if self._bar is not None:
             self._bar.console.print(line, highlight=False)
         else:
             log.info(line)
 
     def warn(self, text: str) -> None:
-        """At any time, and not silenced by `quiet`."""
+        """Show a warning, at any time. `quiet` does not suppress it."""
         if not self._warns:
             return
         if self._bar is not None:
@@ -94,8 +138,95 @@ class Progress:
             log.warning(text)
 
 
+class RelayedProgress:
+    """Sends the progress of a training to another process, as (name of the method, arguments)."""
+
+    def __init__(self, send: Callable[[tuple[str, Any]], None]) -> None:
+        self._send = send
+
+    def start(self, step: int, total: int) -> None:
+        self._send(("start", (step, total)))
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        self._send(("step", (step, dict(values))))
+
+    def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
+        self._send(("epoch", (epoch, dict(values))))
+
+    def warn(self, text: str) -> None:
+        self._send(("warn", (text,)))
+
+    def log(self, level: int, text: str) -> None:
+        """Send a log line."""
+        self._send(("log", (level, text)))
+
+
+class PooledProgress:
+    """The progress of several trainings at the same time: one bar each on a terminal, otherwise lines with names."""
+
+    def __init__(self, names: Sequence[str], epochs: int, quiet: bool = False) -> None:
+        self._names = names
+        self._epochs = epochs
+        self._quiet = quiet
+        self._console = Console(stderr=True)
+        self._bar: Bar | None = None
+        self._tasks: dict[int, TaskID] = {}
+        self._totals: dict[int, int] = {}
+        self._last_lines: dict[int, float] = {}  # of steps, by training
+
+    def __enter__(self) -> Self:
+        """Start the bars if standard error is a terminal."""
+        if self._console.is_terminal and not self._quiet:
+            self._bar = _training_bar(self._console)
+            self._bar.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the bars, also after an exception."""
+        if self._bar is not None:
+            self._bar.__exit__(kind, error, trace)
+
+    def show(self, number: int, kind: str, content: Any) -> None:
+        """What training `number` has relayed."""
+        if kind == "start":
+            self._start(number, *content)
+        elif kind == "step":
+            self._step(number, *content)
+        elif kind == "epoch":
+            self._line(number, logging.INFO, epoch_text(content[0], self._epochs, content[1]))
+        elif kind == "warn":
+            self._line(number, logging.WARNING, content[0])
+        elif kind == "log":
+            self._line(number, *content)
+
+    def _start(self, number: int, step: int, total: int) -> None:
+        self._totals[number] = total
+        self._last_lines[number] = time.perf_counter()
+        if self._bar is not None:
+            self._tasks[number] = self._bar.add_task(self._names[number], total=total, completed=step, values="")
+
+    def _step(self, number: int, step: int, values: Mapping[str, float]) -> None:
+        now = time.perf_counter()
+        if self._bar is not None:
+            self._bar.update(self._tasks[number], completed=step, values=step_text(values))
+        elif now - self._last_lines[number] >= SECONDS_BETWEEN_LINES:
+            self._last_lines[number] = now
+            self._line(number, logging.INFO, f"step {step}/{self._totals[number]}  {step_text(values)}")
+
+    def _line(self, number: int, level: int, text: str) -> None:
+        """A line of the log, or above the bars. A bar is there only if the progress is not quiet."""
+        if self._bar is None:
+            if level >= logging.WARNING or not self._quiet:
+                log.log(level, "%s: %s", self._names[number], text)
+        else:
+            lines = [printable(line) for line in f"{self._names[number]}: {text}".split("\n")]
+            self._bar.console.print(Text("\n".join(lines)))
+
+
 class Trial(Protocol):
-    """What is shown of a study's trial."""
+    """The facts of a study's trial that are shown."""
 
     @property
     def number(self) -> int: ...
@@ -112,7 +243,10 @@ class Trial(Protocol):
 
 
 class StudyProgress:
-    """A line per finished trial, with the number done, the best so far and the time left. Quiet: nothing at all."""
+    """One line per finished trial, with the number of finished trials, the best value and the remaining time.
+
+    If `quiet`, it shows nothing. `largest_is_best` refers to the first objective.
+    """
 
     def __init__(self, n_trials: int, objectives: Sequence[str], largest_is_best: bool, quiet: bool = False) -> None:
         self._n_trials = n_trials
@@ -122,12 +256,13 @@ class StudyProgress:
         self._console = Console(stderr=True)
         self._bar: Bar | None = None
         self._task = TaskID(0)
-        self._shown: set[int] | None = None
-        self._known = 0
+        self._shown: set[int] | None = None  # numbers of the trials with a line; None before the first update
+        self._known = 0  # finished trials of earlier processes, which say nothing about the speed
         self._started = time.perf_counter()
         self._others: list[Callable[[], None]] = []
 
     def __enter__(self) -> Self:
+        """Start the bar if standard error is a terminal."""
         if self._console.is_terminal and not self._quiet:
             columns = (
                 TextColumn("{task.description}"),
@@ -143,20 +278,24 @@ class StudyProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """End the bar, also after an exception."""
         if self._bar is not None:
             self._bar.__exit__(kind, error, trace)
 
     def also(self, call: Callable[[], None]) -> None:
-        """Call it after every trial that has finished."""
+        """Register a function to call after every update with newly finished trials."""
         self._others.append(call)
 
     def update(self, trials: Sequence[Trial]) -> None:
-        """With all trials of the study as they stand."""
+        """Show the trials that finished since the last call. `trials` are all trials of the study.
+
+        Trials of an earlier process are counted at the first call, but not shown. Warm-start trials do not count.
+        """
         done = [trial for trial in trials if trial.warm_start is None and trial.status not in ("running", "waiting")]
         if self._shown is None:
             self._shown, self._known = {trial.number for trial in done}, len(done)
             if done and not self._quiet:
-                log.info("the study goes on: %d of %d trials are done", len(done), self._n_trials)
+                log.info("the study continues: %d of %d trials are done", len(done), self._n_trials)
         new = [trial for trial in done if trial.number not in self._shown]
         finished = [trial for trial in done if trial.status == "finished" and trial.values]
         sign = 1 if self._largest_is_best else -1
@@ -172,6 +311,7 @@ class StudyProgress:
                 call()
 
     def _print(self, trial: Trial, done: int, best: str) -> None:
+        """Write the line of one trial: its objectives, or the reason why it has none."""
         if self._quiet:
             return
         if trial.status == "finished" and trial.values:

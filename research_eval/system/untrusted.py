@@ -1,4 +1,4 @@
-"""What comes from outside: files of a bounded size, JSON of a bounded depth, text that cannot steer a terminal."""
+"""Input from outside the program: files of limited size, JSON of limited depth, text that cannot control a terminal."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ MAX_JSON_DEPTH = 100
 
 
 def check_regular_file(path: str | Path) -> os.stat_result:
-    """Raise ConfigError for what is no file that ends: a pipe would be waited for, a device read for ever."""
+    """Raise ConfigError unless the path is a regular file. Reading a pipe or a device may never end."""
     try:
-        found = os.stat(path)  # noqa: PTH116 - also takes the text that cannot be a Path
+        found = os.stat(path)  # noqa: PTH116 - also accepts text that cannot be a Path
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:  # a null byte in the path
@@ -35,10 +35,13 @@ def check_regular_file(path: str | Path) -> os.stat_result:
 
 
 def read_limited(path: str | Path, max_bytes: int, what: str) -> bytes:
-    """The content of a regular file that is not larger than `what` can be. Raises ConfigError."""
+    """The content of a regular file of at most `max_bytes`. Raises ConfigError.
+
+    `what` names the expected kind of file in the message.
+    """
     check_regular_file(path)
     try:
-        with open(path, "rb") as file:  # noqa: PTH123 - also takes the text that cannot be a Path
+        with open(path, "rb") as file:  # noqa: PTH123 - also accepts text that cannot be a Path
             content = file.read(max_bytes + 1)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
@@ -48,7 +51,7 @@ def read_limited(path: str | Path, max_bytes: int, what: str) -> bytes:
 
 
 def user_path(text: str, what: str = "") -> Path:
-    """A path as a user gives it, as `what`, with ~ for a home folder. Raises ConfigError."""
+    """A path from a user, with ~ expanded to a home folder. Raises ConfigError; `what` begins the message."""
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
@@ -56,7 +59,7 @@ def user_path(text: str, what: str = "") -> Path:
 
 
 def in_folder(folder: Path, name: str) -> Path:
-    """A file of a run's folder. Raises ConfigError where a link would lead out of it."""
+    """A file in a run's folder. Raises ConfigError for a symbolic link, which may lead out of the folder."""
     path = folder / name
     if folder.is_symlink() or path.is_symlink():
         link = folder if folder.is_symlink() else path
@@ -65,7 +68,10 @@ def in_folder(folder: Path, name: str) -> Path:
 
 
 def parse_json(text: str | bytes, source: str) -> Any:
-    """Strict JSON: no NaN, no infinities, no duplicate keys, no great depth. Raises ConfigError."""
+    """Parse strict JSON: no NaN, no infinities, no duplicate keys, limited depth. Raises ConfigError.
+
+    `source` begins the message.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -93,7 +99,7 @@ def parse_json(text: str | bytes, source: str) -> Any:
 
 
 def depth_of(value: Any) -> int:
-    """Levels of lists and dictionaries.
+    """Number of nested levels of lists and dictionaries.
 
     >>> depth_of(1), depth_of([{"a": []}])
     (0, 3)
@@ -106,7 +112,7 @@ def depth_of(value: Any) -> int:
 
 
 def stored_object(text: str | None) -> dict[str, Any]:
-    """A JSON object of the results; empty where an earlier or a foreign program stored something else."""
+    """A JSON object from the store; empty if another program stored something else there."""
     try:
         value = json.loads(text or "{}")
     except (ValueError, RecursionError):
@@ -115,15 +121,16 @@ def stored_object(text: str | None) -> dict[str, Any]:
 
 
 def steers(character: str) -> bool:
-    """Whether a terminal, a log or a page would act on the character instead of showing it."""
+    """Whether a terminal, a log or a page interprets the character instead of showing it."""
     return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in _DIRECTIONS
 
 
+# Controls of the writing direction, which can make text look like other text.
 _DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def message(error: object) -> str:
-    """An error for a terminal: its lines, each of them printable, none of them endless."""
+    """An error's text for a terminal: every line printable, with limits on their length and number."""
     lines = [printable(line) for line in str(error).split("\n")]
     lines = [shortened(line, MAX_LINE, "...") for line in lines]
     return "\n".join(

@@ -1,1 +1,1 @@
-"""The loop and what it needs."""
+"""The training loop and its parts: steps, optimisers, evaluation, checkpoints and the watch on routing."""

@@ -1,4 +1,4 @@
-"""One file holds all that an exact continuation needs: safetensors, with the plain values as JSON in its header."""
+"""Files that hold everything for an exact continuation: safetensors, with plain values as JSON in the header."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ log = logging.getLogger(__name__)
 def save_tensors(
     path: Path, tensors: dict[str, torch.Tensor], values: dict[str, Any], previous: Path | None = None
 ) -> None:
-    """`tensors` and JSON-able `values` into one safetensors file, atomically; the old file stays as `previous`."""
-    # Clones: safetensors refuses tensors that share memory, as tied weights do.
+    """Write `tensors` and JSON-serialisable `values` into one safetensors file, atomically.
+
+    If `previous` is given, the old file moves there.
+    """
+    # Clones, because safetensors refuses tensors that share memory, such as tied weights.
     plain = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
@@ -35,9 +38,9 @@ def save_tensors(
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors and values of `save_tensors`.
+    """The tensors and values that `save_tensors` wrote.
 
-    Raises ConfigError when the file is missing or not such a file.
+    Raises ConfigError if the file is missing, damaged, or not written by `save_tensors`.
     """
     try:
         check_regular_file(in_folder(path.parent, path.name))
@@ -55,24 +58,24 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def previous_checkpoint(path: Path) -> Path:
-    """Where the checkpoint before the one at `path` is."""
+    """The path of the checkpoint before the one at `path`."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
 def checkpoint_exists(path: Path) -> bool:
-    """Whether there is a checkpoint to go on from, be it the one before the newest."""
-    return any(map(os.path.lexists, (path, previous_checkpoint(path))))  # a broken link too: it is complained about
+    """Whether there is a checkpoint to continue from; the one before the newest also counts."""
+    return any(map(os.path.lexists, (path, previous_checkpoint(path))))  # with broken links: loading reports them
 
 
 def save_checkpoint(path: Path, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
-    """`save_tensors`; the last good one is kept until the next one is complete, and after that beside it."""
+    """Write a checkpoint. The last good one stays beside it, so one whole file exists at every moment."""
     save_tensors(path, tensors, values, previous_checkpoint(path))
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The newest checkpoint that is whole. A damaged one is deleted where an older one can take its place.
+    """The newest undamaged checkpoint. A damaged one is deleted if an older one can replace it.
 
-    Raises ConfigError where none is whole.
+    Raises ConfigError if no checkpoint is undamaged.
     """
     previous = previous_checkpoint(path)
     if not os.path.lexists(path):
@@ -84,18 +87,21 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
             raise
         found = load_tensors(previous)
         log.warning("%s Going on from the one before.", str(problem).removesuffix(" Run the experiment again."))
-        path.unlink()  # or the next one would push the whole one out
+        path.unlink()  # otherwise the next save replaces the good file by this one
         return found
 
 
 def delete_checkpoint(path: Path) -> None:
-    """The checkpoint and the one before."""
+    """Delete the checkpoint and the one before it."""
     for file in (path, previous_checkpoint(path)):
         file.unlink(missing_ok=True)
 
 
 def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Put weights that came from `path` into the module. Raises ConfigError where they do not fit or are no numbers."""
+    """Load weights that were read from `path` into the module.
+
+    Raises ConfigError if a name, shape or type does not fit, or if a value is not finite.
+    """
     own = module.state_dict()
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -109,7 +115,7 @@ def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], path
 
 
 def generator_states() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The state of every global generator: torch on all devices, numpy, Python."""
+    """The states of all global generators: torch on all devices, numpy and Python, as tensors and JSON values."""
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors |= {f"cuda{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -122,7 +128,7 @@ def generator_states() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def restore_generators(tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
-    """Put back what `generator_states` gave."""
+    """Restore the states that `generator_states` returned. The number of GPUs may differ."""
     torch.set_rng_state(tensors["cpu"].clone())
     cuda = [tensors[f"cuda{number}"] for number in range(torch.cuda.device_count()) if f"cuda{number}" in tensors]
     if cuda:
@@ -137,7 +143,10 @@ def restore_generators(tensors: dict[str, torch.Tensor], values: dict[str, Any])
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The moments of every parameter as `<parameter number>.<name>` -> tensor."""
+    """The moments of every parameter as `<parameter number>.<name>` -> tensor.
+
+    Hyperparameters are not included: they come from the config.
+    """
     return {
         f"{number}.{name}": value
         for number, entries in optimizer.state_dict()["state"].items()
@@ -147,9 +156,9 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Put back what `flatten_optimizer` gave; learning rates come from the schedule.
+    """Restore the moments that `flatten_optimizer` returned. Learning rates come from the schedule.
 
-    Raises ValueError for what does not fit.
+    Raises ValueError for moments that do not fit the parameters.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}

@@ -1,4 +1,4 @@
-"""Optimiser, parameter groups and learning-rate schedule."""
+"""Optimiser, parameter groups and learning-rate schedule of a training."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from research_eval.schema import OptimizerParams, SchedulerParams
+from research_eval.config.sections import OptimizerParams, SchedulerParams
 
+# Weight decay shrinks weights towards zero, which has no meaning for scales, offsets and look-up tables.
 NORMS_AND_TABLES = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 EDGE_TABLES = ("edge_logits", "start_logits")
 UNDECAYED_NAMES = ("bias", "scale", "shift", "tag", *EDGE_TABLES)
 
 
 def parameter_groups(model: nn.Module, params: OptimizerParams) -> list[dict[str, Any]]:
-    """Every trainable parameter in exactly one group.
+    """Put every trainable parameter into exactly one group.
 
-    No weight decay on norms, biases, embeddings, expert tags and the edge tables of scan experts. Parameters below a
-    module called `router` or `experts` get the learning rate times `router_lr_mult` or `expert_lr_mult`, edge tables
-    times `edge_lr_mult`; the innermost of the names counts.
+    Norms, biases, embeddings, expert tags and the edge tables of scan experts have no weight decay. Parameters inside a
+    module named `router` or `experts` get the learning rate times `router_lr_mult` or `expert_lr_mult`. Edge tables get
+    it times `edge_lr_mult`. The innermost of these names decides.
     """
     multipliers = {"router": params.router_lr_mult, "experts": params.expert_lr_mult}
     multipliers |= dict.fromkeys(EDGE_TABLES, params.edge_lr_mult)
@@ -29,7 +30,7 @@ def parameter_groups(model: nn.Module, params: OptimizerParams) -> list[dict[str
     seen: set[nn.Parameter] = set()
     for path, owner in model.named_modules():
         for leaf, parameter in owner.named_parameters(recurse=False):
-            if not parameter.requires_grad or parameter in seen:
+            if not parameter.requires_grad or parameter in seen:  # tied weights have several owners
                 continue
             seen.add(parameter)
             plain = (
@@ -45,7 +46,7 @@ def parameter_groups(model: nn.Module, params: OptimizerParams) -> list[dict[str
 
 
 def build_optimizer(model: nn.Module, params: OptimizerParams) -> torch.optim.Optimizer:
-    """AdamW or SGD with momentum, fused: about four times faster on a CPU than the for-loop form."""
+    """AdamW or SGD with momentum. The fused form is about four times faster on a CPU than the for-loop form."""
     groups = parameter_groups(model, params)
     if params.name == "sgd":
         return torch.optim.SGD(groups, momentum=params.momentum, fused=True)
@@ -53,9 +54,10 @@ def build_optimizer(model: nn.Module, params: OptimizerParams) -> torch.optim.Op
 
 
 def learning_rate_factor(step: int, total_steps: int, params: SchedulerParams) -> float:
-    """Factor of the base rate at step `step` (from 0): linear warm-up, then down to `min_lr_factor`.
+    """Factor of the base rate at step `step` (from 0): linear warm-up, then a decay to `min_lr_factor`.
 
-    "cosine_warmup" falls along half a cosine; "wsd" stays flat and falls in a line over the last `decay_factor`.
+    "cosine_warmup" follows half a cosine. "wsd" (warm-up, stable, decay) stays constant and falls linearly over the
+    last `decay_factor` of the steps.
     """
     if params.name == "none":
         return 1.0
@@ -73,5 +75,5 @@ def learning_rate_factor(step: int, total_steps: int, params: SchedulerParams) -
 def build_schedule(
     optimizer: torch.optim.Optimizer, params: SchedulerParams, total_steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """The schedule, stepped once after every optimiser step."""
+    """The schedule. The training loop advances it once after every optimiser step."""
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, total_steps, params))

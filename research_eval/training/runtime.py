@@ -1,4 +1,4 @@
-"""The device, the arithmetic and the process a run lives in."""
+"""The device, the precision and the process of a run."""
 
 from __future__ import annotations
 
@@ -10,21 +10,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
-from typing import Any
 
 import numpy as np
 import torch
 
-from research_eval.annotations import Kernels
 from research_eval.errors import ConfigError
-from research_eval.layers.kernels import set_kernels
 from research_eval.seeding import derive_seed
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
 class Runtime:
-    """Device and precision of a run, chosen once.
+    """Device and precision of a run, chosen once at its start.
 
     Raises ConfigError for a device that this machine does not have.
     """
@@ -34,48 +31,53 @@ class Runtime:
         device: str = "auto",
         precision: str = "fp32",
         num_threads: int | None = None,
-        kernels: Kernels = "auto",
         keep_memory: bool = False,
     ) -> None:
         self.device = choose_device(device)
         self.precision = precision
-        set_kernels(kernels)
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         if keep_memory:
             keep_freed_memory()
 
     def autocast(self) -> AbstractContextManager[object]:
-        """bf16 where asked for; parameters and optimiser stay in fp32."""
+        """Compute in bf16 if the precision says so. Parameters and optimiser state stay in fp32."""
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def seed(self, seed: int, name: str) -> None:
-        """Set the global generators (torch on every device, numpy, Python) to the stream `name`."""
+        """Seed the global generators (torch on every device, numpy, Python) for the stream `name`.
+
+        Initial weights and training use different streams, so a change in one does not shift the draws of the other.
+        """
         torch.manual_seed(derive_seed(seed, name))
         np.random.seed(derive_seed(seed, name, 1) % 2**32)
         random.seed(derive_seed(seed, name, 2))
 
     def synchronize(self) -> None:
-        """Wait until the device has done all that was asked for."""
+        """Wait until the device has finished all its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         elif self.device.type == "mps":
             torch.mps.synchronize()
 
     def peak_memory_mb(self) -> float:
-        """Largest memory so far in MiB: of the GPU where one is used, of the whole process otherwise."""
+        """Largest memory so far in MiB: of the GPU if the run uses one, otherwise of the whole process."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        # macOS reports bytes, Linux KiB.
         return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then MPS, then the CPU."""
+    """The device of this name; `auto` prefers CUDA, then MPS, then the CPU.
+
+    Raises ConfigError for an unknown device or one that this machine does not have.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -89,9 +91,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to take large blocks from its heap and to keep up to 2 GiB of it; elsewhere nothing happens.
+    """Let glibc take large blocks from its heap and keep up to 2 GiB of freed memory; elsewhere do nothing.
 
-    Otherwise every large tensor is fresh memory whose pages the system fills with zeros first.
+    By default glibc returns large blocks to the system. Every large tensor then gets new pages, which the system first
+    fills with zeros.
     """
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -100,12 +103,10 @@ def keep_freed_memory() -> None:
 
 
 class StopRequest:
-    """Remembers the first SIGINT or SIGTERM; a second one interrupts at once."""
+    """Stores the first SIGINT or SIGTERM. The second one raises KeyboardInterrupt at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self.waiting = 0
-        self.previous: dict[int, Any] = {}
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
@@ -113,30 +114,20 @@ class StopRequest:
         self.signal = number
 
 
-_request: StopRequest | None = None
-
-
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Turn SIGINT and SIGTERM into a request that the loop answers between two steps (main thread only).
+    """Turn SIGINT and SIGTERM into a request that the loop reads between two steps (main thread only).
 
-    Loops that run side by side share one request, until the last of them has ended.
+    The earlier handlers are restored at the end of the block.
     """
-    global _request
-    request = _request or StopRequest()
-    if not request.waiting:
-        try:
-            for sign in (signal.SIGINT, signal.SIGTERM):
-                request.previous[sign] = signal.signal(sign, request.receive)
-            _request = request
-        except ValueError:  # not the main thread: signals go to whoever owns it
-            pass
-    request.waiting += 1
+    request, previous = StopRequest(), {}
+    try:
+        for sign in (signal.SIGINT, signal.SIGTERM):
+            previous[sign] = signal.signal(sign, request.receive)
+    except ValueError:  # not the main thread: its owner receives the signals
+        pass
     try:
         yield request
     finally:
-        request.waiting -= 1
-        if not request.waiting:
-            _request = None if _request is request else _request
-            for number, handler in request.previous.items():
-                signal.signal(number, handler)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

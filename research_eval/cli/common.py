@@ -1,0 +1,123 @@
+"""What all commands share: flags in two spellings, suggestions for unknown flags, errors as messages.
+
+Every command ends with one of these exit codes: 0 success; 1 the work failed or something around the program did; 2 the
+user has to change something; 128 + n a signal n stopped the program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from research_eval.errors import ConfigError, signal_of
+from research_eval.system.untrusted import message, steers
+from research_eval.wording import did_you_mean, printable
+
+MAX_WORD = 4096  # characters of a word on the command line
+SHOWN_WORD = 80  # characters of a refused word in a message
+DEFAULT_HELP = "default: final_val_f1, or the score that the task selects by"
+DB_HELP = "the results (default: $GOE_DB, else experiment_results.db)"
+
+
+def add_flag(parser: argparse._ActionsContainer, name: str, **options: Any) -> None:
+    """Add `--name_with_underscores` and its spelling with dashes. `parser` may be an argument group."""
+    parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), dest=name, **options)
+
+
+def parse_or_suggest(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line. For an unknown flag the program ends with exit code 2 and names the nearest known one."""
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [f"--{name.replace('_', dash)}" for name in vars(arguments) for dash in "_-"]
+        parser.error(f"unknown argument {unknown[0]!r}.{did_you_mean(unknown[0].split('=')[0], flags)}")
+    for name, value in vars(arguments).items():
+        for word in value if isinstance(value, list) else [value]:
+            if isinstance(word, str) and (problem := _problem(word, name)):
+                parser.error(f"argument {name}: {problem}, got {printable(word[:SHOWN_WORD])!r}")
+    # argparse takes the value of `--name=--` for the separator of positional arguments and loses it.
+    if any(word.endswith("=--") for word in (sys.argv[1:] if argv is None else argv)):
+        parser.error("'--' is no value of a flag")
+    return arguments
+
+
+def _problem(word: str, name: str) -> str | None:
+    """What is wrong with a word of the command line, or None.
+
+    A text to be classified (`name` "text") may be long and contain any characters.
+    """
+    if name != "text" and len(word) > MAX_WORD:
+        return f"expected at most {MAX_WORD} characters"
+    if any("\ud800" <= letter <= "\udfff" for letter in word):
+        return "expected UTF-8"
+    return "control characters are not allowed" if name != "text" and any(map(steers, word)) else None
+
+
+class _Printable(logging.Formatter):
+    """Makes log lines safe to print: escapes replace characters that would steer the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).split("\n")))
+
+
+def guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace, quiet: bool = False) -> int:
+    """Run a command and return its exit code. Expected errors become messages on stderr.
+
+    A mistake of the user has exit code 2. A failure around the program (a disk, a network, the memory) has exit code 1.
+    Any other exception is a bug of the program and keeps its traceback.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(handlers=[handler], force=True)
+    # Only the project becomes quiet: warnings of libraries always reach the user.
+    logging.getLogger("research_eval").setLevel(logging.WARNING if quiet else logging.INFO)
+    try:
+        return command(arguments)
+    except ConfigError as error:
+        print(message(error), file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(message(f"{error.filename or 'the operating system'}: {error.strerror or error}"), file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(message(f"not enough memory: {error}. Make model, batch_size or data smaller."), file=sys.stderr)
+        return 1
+    except Exception as error:
+        if not type(error).__module__.startswith("sqlalchemy"):  # by its name, because importing it takes long
+            raise
+        text = str(getattr(error, "orig", None) or error)
+        print(message(f"database: {text}"), file=sys.stderr)
+        return 2 if text.startswith("Could not decode") else 1  # not UTF-8: another program wrote it
+    except KeyboardInterrupt as interruption:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal_of(interruption)
+
+
+def is_imported_by_a_process_of_ours() -> bool:
+    """Whether a new process of `multiprocessing` imports the user's script, whose models it has to know.
+
+    Such a script may call `main()` at its own level. There the call must do nothing: the process has its own task.
+    """
+    process = sys.modules.get("multiprocessing.process")  # not imported: then this is no such process
+    return process is not None and getattr(process.current_process(), "_inheriting", False)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out. numpy and Python raise MemoryError; torch raises RuntimeError with one of these texts."""
+    return (
+        isinstance(error, MemoryError) or re.search(r"out of memory|can't allocate|bad_alloc", str(error)) is not None
+    )
+
+
+def names_of(values: list[str] | None) -> list[str]:
+    """The entries of a flag that accepts words, commas or both; no entry if the flag was not given.
+
+    >>> names_of(["dense,moe", "goe"])
+    ['dense', 'moe', 'goe']
+    """
+    return list(dict.fromkeys(name for value in values or () for part in value.split(",") if (name := part.strip())))

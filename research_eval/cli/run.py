@@ -1,0 +1,155 @@
+"""`goe run`: one experiment from a JSON config, or one per seed.
+
+    goe run --json_config_path examples/configs/quickstart.json --seeds 0-4
+
+Flags such as --epochs replace values of the file; a log line says so for each of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from research_eval.cli.common import DB_HELP, add_flag
+from research_eval.errors import ConfigError
+from research_eval.store.metrics import DEFAULT_METRIC
+
+if TYPE_CHECKING:
+    from research_eval.config.sections import ExperimentConfig
+    from research_eval.experiment import Result
+
+log = logging.getLogger(__name__)
+
+DESCRIPTION = "run one experiment from a JSON config"
+MAX_SEEDS = 10_000
+# Flag -> the key of the config whose value it replaces.
+OVERRIDES = {
+    "epochs": "epochs",
+    "batch_size": "batch_size",
+    "seed": "seed",
+    "device": "training_params.device",
+    "precision": "training_params.precision",
+    "data_dir": "dataset_params.data_dir",
+}
+RUN_ONLY = ("seeds", "resume")  # flags that a study does not have
+CLASS_SCORES = {  # metric -> format, for tasks with classes
+    "final_val_f1": "{:.4f}",
+    "final_val_acc": "{:.4f}",
+    "final_val_loss": "{:.4f}",
+    "test_f1": "{:.4f}",
+}
+SHOWN_METRICS = {
+    "param_count": "{:,.0f}",
+    "active_param_count": "{:,.0f}",
+    "inference_flops_per_sample": "{:,.0f}",
+    "inference_latency_ms_batch": "{:.2f}",
+    "training_duration_seconds": "{:.1f}",
+    "mean_path_length": "{:.2f}",
+}
+SHOWN_PATHS = 5
+
+
+def add_common_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add the flags that experiments and studies share."""
+    add_flag(parser, "epochs", type=int, help="passes over the training split (default: the file's; in a study 10)")
+    add_flag(parser, "batch_size", type=int, help="samples per batch (default: the file's; in a study 32)")
+    add_flag(parser, "data_dir", metavar="PATH", help="a local copy of the data set: a folder, or one file")
+    add_flag(parser, "seed", type=int, help="replaces the file's seed; in a study the seed of all trials (default 0)")
+    add_flag(parser, "device", help="auto, cpu, cuda, cuda:N or mps")
+    add_flag(parser, "precision", choices=["fp32", "bf16"], help="bf16: mixed precision")
+    add_flag(parser, "db", metavar="URL_OR_PATH", help=DB_HELP)
+    add_flag(parser, "dry_run", action="store_true", help="check and describe, do not train")
+    add_flag(parser, "quiet", action="store_true", help="print the final result only")
+
+
+def add_run_arguments(parser: argparse._ActionsContainer, required: bool = True) -> None:
+    """Add the flags of one experiment."""
+    add_flag(parser, "json_config_path", metavar="FILE", required=required, help="the experiment (JSON with comments)")
+    add_flag(parser, "seeds", metavar="A-B", help="one run per seed, such as 0-4 or 0,2,5")
+    add_flag(parser, "resume", action="store_true", help="continue the newest unfinished run of the same config")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `goe run`."""
+    add_run_arguments(parser)
+    add_common_arguments(parser)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """The seeds of a range such as "0-4" or a list such as "0,2,5", each once. Raises ConfigError."""
+    try:
+        seeds: list[int] = []
+        for part in text.split(","):
+            first, dash, last = part.partition("-")
+            seeds += range(int(first), int(last if dash else first) + 1)[: MAX_SEEDS + 1]
+    except ValueError:
+        seeds = []
+    if not 0 < len(seeds) <= MAX_SEEDS:
+        raise ConfigError(f"--seeds: expected a range such as 0-4 or a list such as 0,2,5, got {text!r}")
+    return list(dict.fromkeys(seeds))
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Run the experiment with every seed and print a summary of each run.
+
+    Exit code 0; 1 for a run that failed or diverged; 128 + the number of a signal that stopped a run.
+    """
+    from research_eval.config.check import load_config
+
+    overrides = {
+        key: getattr(arguments, name) for name, key in OVERRIDES.items() if getattr(arguments, name) is not None
+    }
+    if arguments.seeds is not None and arguments.seed is not None:
+        raise ConfigError("--seed and --seeds: give one of them")
+    seeds = [None] if arguments.seeds is None else parse_seeds(arguments.seeds)
+    configs = [
+        load_config(arguments.json_config_path, overrides | ({} if seed is None else {"seed": seed})) for seed in seeds
+    ]
+    for key, value in overrides.items():
+        log.info("%s = %r from the command line replaces the file's value", key, value)
+    if arguments.dry_run:
+        from research_eval.runs.dry_run import describe
+
+        print(describe(configs[0]))
+        return 0
+    from research_eval.studies.seeds import run_all
+
+    # The results come one by one. After a stopped run there are none for the seeds that follow it.
+    exit_code = 0
+    results = run_all(configs, db=arguments.db, resume=arguments.resume, quiet=arguments.quiet)
+    for config, result in results:
+        print(summary(config, result))
+        exit_code = max(exit_code, result.exit_code)
+    return exit_code
+
+
+def score_formats(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """The scores of a run to show, with their formats. Without F1: all scores of its task on validation and on test."""
+    if DEFAULT_METRIC in metrics:
+        return CLASS_SCORES
+    final = [
+        name for name, value in metrics.items() if name.startswith("final_val_") and isinstance(value, int | float)
+    ]
+    scores = [name.removeprefix("final_val_") for name in final if name != "final_val_loss"]
+    on_validation = dict.fromkeys((f"final_val_{score}" for score in scores), "{:.4g}")
+    on_test = dict.fromkeys((f"test_{score}" for score in scores), "{:.4g}")
+    return {**on_validation, "final_val_loss": "{:.4f}", **on_test}
+
+
+def summary(config: ExperimentConfig, result: Result) -> str:
+    """The lines that a run prints at its end."""
+    lines = [
+        f"{config.experiment_name} ({config.model_type} on {config.dataset_name}, seed {config.seed}): {result.status}"
+    ]
+    if result.error:
+        lines.append(f"  {result.error}")
+    # A model without routes has no path length, and a run without a test split no test score.
+    for name, form in {**score_formats(result.metrics), **SHOWN_METRICS}.items():
+        if name in result.metrics:
+            lines.append(f"  {name:<28} {form.format(result.metrics[name])}")
+    for path, count in result.metrics.get("common_paths", [])[:SHOWN_PATHS]:
+        lines.append(f"  {count:6d} samples took {' -> '.join(['start', *map(str, path), 'stop'])}")
+    lines.append(f"  run {result.experiment_id} in {result.folder}")
+    return "\n".join(lines)

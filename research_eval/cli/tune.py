@@ -1,0 +1,259 @@
+"""`goe tune`: the flags of a study, and the options that they make.
+
+    goe tune --dataset_name parity --model_types dense,goe --n_trials 50 --n_jobs 2
+
+A flag of the data fixes the value, which is then not searched. A search space file (--search_space) can fix or narrow
+everything else. All flags are checked together before any work begins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from research_eval.cli.common import DEFAULT_HELP, add_flag, names_of
+from research_eval.cli.run import add_common_arguments
+from research_eval.errors import ConfigError
+from research_eval.files import MAX_NAME
+from research_eval.store.metrics import check_selectable, check_spelling
+from research_eval.wording import hint
+
+if TYPE_CHECKING:
+    from research_eval.studies.options import StudyOptions
+
+DESCRIPTION = "a study: many experiments whose settings a sampler chooses"
+SAMPLERS = ("tpe", "random", "gp", "nsga2", "cmaes", "grid")
+PRUNERS = ("median", "hyperband", "none")
+DEFAULT_STORAGE = "sqlite:///optuna_studies.db"
+# Model types of a study that does not name any: the four that the project compares.
+DEFAULT_TYPES = ("dense", "moe", "goe", "goe_original")
+DEFAULTS = {"n_trials": 100, "n_jobs": 1, "seeds_per_trial": 1, "epochs": 10, "batch_size": 32}  # at least 1 each
+# Flag -> the type of data that it is for, and the parameter of the data that it fixes.
+DATA_FLAGS = {
+    "syn_num_samples": ("synthetic", "num_samples"),
+    "syn_seq_len": ("synthetic", "seq_len"),
+    "syn_vocab_size": ("synthetic", "vocab_size"),
+    "rw_max_length": ("real_world", "max_length"),
+    "rw_train_samples": ("real_world", "train_samples"),
+    "rw_val_samples": ("real_world", "val_samples"),
+    "data_dir": ("real_world", "data_dir"),
+}
+STUDY_ONLY = (  # flags that one experiment does not have
+    *("study_name", "storage", "n_trials", "dataset_type", "dataset_name", "model_types", "sampler", "pruner"),
+    *("objectives", "max_params", "max_flops", "n_jobs", "timeout", "seeds_per_trial", "search_space", "warm_start"),
+    *(name for name in DATA_FLAGS if name != "data_dir"),
+)
+
+
+def add_study_arguments(parser: argparse._ActionsContainer, required: bool = False) -> None:
+    """Add the flags that only a study has."""
+    add_flag(parser, "dataset_name", metavar="D", required=required, help="such as parity, addition or ag_news")
+    add_flag(parser, "dataset_type", metavar="T", help="such as synthetic or real_world; default: what the name says")
+    add_flag(parser, "study_name", metavar="S", help="default: type and name of the data set")
+    add_flag(parser, "storage", metavar="URL", help=f"Optuna's database (default: {DEFAULT_STORAGE})")
+    add_flag(
+        parser, "n_trials", type=int, metavar="N", help="trials of the whole study, over all workers (default 100)"
+    )
+    add_flag(parser, "model_types", nargs="+", metavar="M", help=f"default: {','.join(DEFAULT_TYPES)}")
+    add_flag(parser, "sampler", choices=SAMPLERS, help="default: tpe")
+    add_flag(
+        parser,
+        "pruner",
+        choices=PRUNERS,
+        help="median (default), hyperband or none; with several objectives both prune what is dominated",
+    )
+    add_flag(
+        parser,
+        "objectives",
+        nargs="+",
+        metavar="METRIC",
+        help=f"what to optimise ({DEFAULT_HELP}); several give a Pareto study. Also param_count, "
+        "active_param_count, train_flops, inference_latency_ms_batch",
+    )
+    add_flag(parser, "max_params", type=int, metavar="N", help="no model with more parameters is trained")
+    add_flag(
+        parser, "max_flops", type=float, metavar="N", help="no model with more forward FLOPs per sample is trained"
+    )
+    add_flag(parser, "n_jobs", type=int, metavar="N", help="worker processes (default 1)")
+    add_flag(parser, "timeout", type=float, metavar="SECONDS", help="stop after this time; the same command continues")
+    add_flag(parser, "seeds_per_trial", type=int, metavar="N", help="runs per trial, whose mean counts (default 1)")
+    add_flag(parser, "search_space", metavar="FILE", help="JSON that narrows or fixes what is searched")
+    add_flag(parser, "warm_start", action="store_true", help="learn from the finished runs of the results first")
+    for name, (dataset_type, parameter) in DATA_FLAGS.items():
+        if name != "data_dir":
+            add_flag(parser, name, type=int, metavar="N", help=f"{parameter} of {dataset_type} data; not searched then")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `goe tune`."""
+    add_study_arguments(parser, required=True)
+    add_common_arguments(parser)
+
+
+def study_options(arguments: argparse.Namespace) -> StudyOptions:
+    """Check all flags together; `arguments` may lack flags, as in a call of `research_eval.main.objective`.
+
+    Raises ConfigError.
+    """
+    from research_eval.studies.adapter import storage_url
+    from research_eval.studies.options import Budget, Method, StudyOptions
+    from research_eval.studies.space import build_space, read_search_space
+
+    def given(name: str, default: Any = None) -> Any:
+        """The value of a flag; the default if the flag is missing or None."""
+        value = getattr(arguments, name, None)
+        return default if value is None else value
+
+    whole = {name: _at_least(name, given(name, default), 1) for name, default in DEFAULTS.items()}
+    base = _base(arguments, whole)
+    objectives = _objectives(given("objectives"), _selected_by(base))
+    sampler = given("sampler", "tpe")
+    if sampler == "cmaes" and len(objectives) > 1:
+        raise ConfigError("--sampler: cmaes takes one objective. Use tpe, gp or nsga2 for several.")
+    narrowing = read_search_space(given("search_space")) if given("search_space") is not None else {}
+    # The batch size has a default, but a search space that names it asks for a search.
+    if "batch_size" in narrowing and given("batch_size") is None:
+        del base["batch_size"]
+    training = narrowing.get("training_params", {})
+    if isinstance(training, dict) and "num_threads" not in training:
+        # Small models gain nothing from more threads, and the numbers of a trial depend on how many there are: with
+        # one thread they are the same for any number of workers.
+        base["training_params"]["num_threads"] = 1
+    types = names_of(_words(given("model_types", list(DEFAULT_TYPES))))
+    if not types:
+        raise ConfigError("--model_types: give at least one")
+    max_params, max_flops = given("max_params"), given("max_flops")
+    for name, value in {"timeout": given("timeout"), "max_flops": max_flops}.items():
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"--{name}: expected a number above 0, got {value}")
+    return StudyOptions(
+        study_name=base["experiment_name"],
+        storage=storage_url(given("storage", DEFAULT_STORAGE)),
+        space=build_space(types, base, narrowing),
+        budget=Budget(
+            n_trials=whole["n_trials"],
+            seeds_per_trial=whole["seeds_per_trial"],
+            max_params=None if max_params is None else _at_least("max_params", max_params, 1),
+            max_flops=max_flops,
+        ),
+        method=Method(sampler, given("pruner", "median"), bool(given("warm_start", False))),
+        objectives=objectives,
+        n_jobs=whole["n_jobs"],
+        seed=base["seed"],
+        db=given("db"),
+    )
+
+
+def _selected_by(base: Mapping[str, Any]) -> str:
+    """The score that the task of the data selects the weights by: "f1" for classification."""
+    from research_eval.datasets.kinds import dataset_kind
+    from research_eval.registry import TASKS
+
+    task = dataset_kind(base["dataset_type"]).task(base["dataset_name"])
+    selected_by: str = TASKS.get_or_explain(task).selected_by
+    return selected_by
+
+
+def _objectives(words: Any, selected_by: str) -> tuple[str, ...]:
+    """The metrics to optimise; without `words` the score that the task selects by.
+
+    Raises ConfigError for test scores, and for names that look like spelling mistakes.
+    """
+    if words is None:
+        return (f"final_val_{selected_by}",)
+    objectives = tuple(names_of(_words(words)))
+    for name in objectives:
+        check_selectable(name, "--objectives")
+        check_spelling(name, "--objectives", selected_by)
+    if not objectives:
+        raise ConfigError("--objectives: give at least one metric")
+    return objectives
+
+
+def _base(arguments: argparse.Namespace, whole: dict[str, int]) -> dict[str, Any]:
+    """The config with the values that the flags fix. `whole` has the checked whole numbers. Raises ConfigError."""
+    dataset_type, dataset_name, params = _dataset(arguments)
+    training = {name: getattr(arguments, name, None) for name in ("device", "precision")}
+    seed = getattr(arguments, "seed", None) or 0
+    return {
+        "experiment_name": _study_name(arguments, f"{dataset_type}_{dataset_name}"),
+        "dataset_type": dataset_type,
+        "dataset_name": dataset_name,
+        "epochs": whole["epochs"],
+        "batch_size": whole["batch_size"],
+        "seed": _at_least("seed", seed, 0),
+        "dataset_params": params,
+        "training_params": {name: value for name, value in training.items() if value is not None},
+    }
+
+
+def _dataset_params(arguments: argparse.Namespace, dataset_type: str, dataset_name: str) -> dict[str, Any]:
+    """The parameters of the data that flags fix. Raises ConfigError for a flag of another kind of data."""
+    params = {}
+    for flag, (needed, parameter) in DATA_FLAGS.items():
+        value = getattr(arguments, flag, None)
+        if value is not None and needed != dataset_type:
+            raise ConfigError(f"--{flag}: is for {needed} data, and {dataset_name} is {dataset_type}")
+        if value is not None:
+            params[parameter] = value if flag == "data_dir" else _at_least(flag, value, 1)
+    return params
+
+
+def _dataset(arguments: argparse.Namespace) -> tuple[str, str, dict[str, Any]]:
+    """Type and name of the data set, and the parameters that flags fix. Raises ConfigError for an unknown one.
+
+    A name without a type is of the first kind that knows it, as `dataset_type_of` says.
+    """
+    from research_eval.datasets.kinds import DATASET_KINDS, dataset_kind, dataset_type_of
+
+    name, given_type = getattr(arguments, "dataset_name", None), getattr(arguments, "dataset_type", None)
+    if name is None:
+        raise ConfigError("--dataset_name: a study needs a data set")
+    dataset_type = dataset_type_of(name) if given_type is None else given_type
+    kind = dataset_kind(dataset_type, "--dataset_type")
+    params = _dataset_params(arguments, dataset_type, name)
+    if not kind.accepts(name, params):
+        kinds = [kind] if given_type is not None else [other() for other in DATASET_KINDS.values()]
+        near = hint(name, [known for other in kinds for known in other.names()])
+        own_files = " A set of your own needs --data_dir." if DATA_FLAGS["data_dir"][0] == dataset_type else ""
+        raise ConfigError(f"--dataset_name: unknown {name!r}.{near}{own_files}")
+    return dataset_type, name, params
+
+
+def _study_name(arguments: argparse.Namespace, default: str) -> str:
+    """The name of the study. Raises ConfigError for one that is empty or too long."""
+    given = getattr(arguments, "study_name", None)
+    name: str = default if given is None else given
+    if not name.strip():
+        raise ConfigError("--study_name: is empty")
+    if len(name) > MAX_NAME:
+        raise ConfigError(f"--study_name: expected at most {MAX_NAME} characters, got {len(name)}")
+    return name
+
+
+def _words(value: Any) -> list[str]:
+    """The words of a flag. A call from Python may pass one text in place of a list."""
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _at_least(name: str, value: Any, least: int) -> int:
+    """The value, if it is a whole number and not too small. Raises ConfigError."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(
+            f"--{name}: expected a whole number of at least {least}, got {json.dumps(value, default=str)}"
+        )
+    return value
+
+
+def tune_command(arguments: argparse.Namespace) -> int:
+    """Run the study; with --dry_run only print what it would search."""
+    options = study_options(arguments)
+    if arguments.dry_run:
+        print(options.space.describe())
+        return 0
+    from research_eval.studies.tune import tune
+
+    return tune(options, arguments.timeout, arguments.quiet)

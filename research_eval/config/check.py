@@ -1,0 +1,87 @@
+"""Read and check a config: a file, its text, or a dict from the results store -> `ExperimentConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from research_eval.annotations import INT_MAX
+from research_eval.config.complaints import Location, Report
+from research_eval.config.construction import dataset_params, model_params
+from research_eval.config.jsonc import MAX_DEPTH, read_object, read_text
+from research_eval.config.sections import ExperimentConfig
+from research_eval.registry import load_extensions
+from research_eval.system.untrusted import steers
+from research_eval.wording import shown
+
+MAX_TEXT = 4096  # characters of one string, which is the length that a path may have
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> ExperimentConfig:
+    """Read and check a config file. `overrides` as in `parse_config`. Raises ConfigError with all mistakes."""
+    return parse_config(read_text(path), str(path), overrides)
+
+
+def parse_config(text: str, source: str, overrides: Mapping[str, Any] | None = None) -> ExperimentConfig:
+    """Check the text of a config; `source` names it in messages.
+
+    `overrides` are values of command-line flags under dotted keys ("epochs", "training_params.device"); None is a
+    value like any other. Raises ConfigError with all mistakes, one a line.
+    """
+    data, lines, duplicates = read_object(text, source)
+    origins: dict[Location, int | str] = {**lines, **_override(data, overrides or {})}
+    report = Report(source, origins)
+    report.add_duplicates(duplicates)
+    return _check(data, report)
+
+
+def config_from_dict(config: Mapping[str, Any], source: str = "config") -> ExperimentConfig:
+    """Check a config that is no text, such as one from the results. Raises ConfigError with all mistakes."""
+    return _check(dict(config), Report(source, {}))
+
+
+def _override(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[Location, str]:
+    """Write the values of flags into the data; returns the flag of each place, for messages."""
+    flags: dict[Location, str] = {}
+    for key, value in overrides.items():
+        *sections, name = path = tuple(key.split("."))
+        target: Any = data
+        for section in sections:
+            target = target.setdefault(section, {}) if isinstance(target, dict) else None
+        if isinstance(target, dict):  # else the section is no object, which the check reports
+            target[name] = value
+            flags[path] = f"--{name}"
+    return flags
+
+
+def _check(data: dict[str, Any], report: Report) -> ExperimentConfig:
+    load_extensions()  # before the report: a file that fails is no mistake of the config
+    data.pop("$schema", None)
+    _check_values(data, (), report)
+    config = report.validated(ExperimentConfig, data)
+    sections = {"dataset_params": dataset_params(data, report), "model_params": model_params(data, report)}
+    report.raise_if_any()
+    assert isinstance(config, ExperimentConfig)
+    return config.model_copy(update=sections)
+
+
+def _check_values(value: Any, path: Location, report: Report) -> None:
+    """Report whole numbers that no column holds, and strings that are endless or that a terminal would act on."""
+    if isinstance(value, str):
+        if len(value) > MAX_TEXT:
+            report.add(path, f"expected at most {MAX_TEXT} characters, got {len(value)}")
+        elif any(map(steers, value)):
+            report.add(path, f"control characters are not allowed, got {shown(value)}")
+    elif isinstance(value, int) and not isinstance(value, bool) and abs(value) > INT_MAX:
+        limit = f"<= {INT_MAX}" if value > 0 else f">= {-INT_MAX}"
+        report.add(path, f"must be {limit}, got {shown(value)}.")
+    elif len(path) > MAX_DEPTH:
+        report.add(path[:2], f"nested deeper than {MAX_DEPTH} levels")
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            _check_values(str(key), path, report)
+            _check_values(inner, (*path, str(key)), report)
+    elif isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            _check_values(inner, (*path, number), report)

@@ -1,0 +1,158 @@
+"""The sections of a config file: what a user may write, with defaults and bounds.
+
+The options of models and datasets are not here: their constructors name them (see `signatures`). The docstrings of
+sections and fields appear in the JSON Schema, so that editors show them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+
+from research_eval.annotations import Choice, Count, Kernels, Natural, Positive, Range, Share, Weight, When
+from research_eval.datasets.kinds import DATASET_KINDS
+from research_eval.files import MAX_NAME
+from research_eval.registry import DISPATCHERS, TASKS, Registered
+
+
+class _Section(BaseModel):
+    """One object of the file: no other keys, no silent conversion (3 is no text, "3" no number), and read-only."""
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class OptimizerParams(_Section):
+    """The optimiser and what scales its gradients."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """Update rule."""
+    lr: Annotated[Positive, Range(3e-4, 1e-2, log=True)] = 1e-3
+    """Largest learning rate."""
+    weight_decay: Annotated[Weight, Range(1e-3, 0.3, log=True)] = 0.01
+    """Decay of weight matrices: decoupled for adamw, added to the gradient for sgd."""
+    grad_clip_norm: Positive | None = 1.0
+    """Gradients are scaled down to this norm; null for no clipping."""
+    aux_loss_coeff: Weight = 1.0
+    """Multiplies the model's whole auxiliary loss."""
+    router_lr_mult: Weight = 1.0
+    """Learning rate of routers relative to `lr`."""
+    expert_lr_mult: Weight = 1.0
+    """Learning rate of experts relative to `lr`."""
+    edge_lr_mult: Weight = 10.0
+    """Learning rate of the edge tables of scan experts relative to `lr`."""
+    momentum: Annotated[Share, Range(0.5, 0.95), When("name", "sgd")] = 0.9
+    """Momentum of sgd; an error with adamw."""
+
+    @field_validator("momentum")  # runs for a given value only, never for the default
+    @classmethod
+    def _only_for_sgd(cls, momentum: float, info: Any) -> float:
+        if info.data.get("name") == "adamw":
+            raise ValueError("must be left out unless name is 'sgd'")
+        return momentum
+
+
+class SchedulerParams(_Section):
+    """The learning rate over the steps."""
+
+    name: Annotated[Literal["none", "cosine_warmup", "wsd"], Choice("none", "cosine_warmup")] = "none"
+    """Course of the learning rate: constant, a linear rise and half a cosine, or rise, flat and linear fall."""
+    warmup_factor: Annotated[Share, Range(0.02, 0.2), When("name", "cosine_warmup", "wsd")] = 0.1
+    """Share of the steps that the rise takes."""
+    min_lr_factor: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Learning rate at the last step relative to the largest."""
+    decay_factor: Annotated[float, Field(gt=0, le=1)] = 1 / 3
+    """Share of the steps that the fall of wsd takes."""
+
+
+def _known_device(device: str) -> str:
+    """The name itself. Raises ValueError for a device that torch does not have; the run says if the machine has it."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", device):
+        raise ValueError("expected auto, cpu, cuda, cuda:N or mps")
+    return device
+
+
+class TrainingParams(_Section):
+    """How the training runs; none of it changes what is trained."""
+
+    device: Annotated[str, AfterValidator(_known_device)] = "auto"
+    """auto (the best one there is), cpu, cuda, cuda:N or mps."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Number format of the forward and backward pass; weights stay fp32."""
+    compile: bool = False
+    """Compile the model's blocks with torch.compile."""
+    gradient_accumulation_steps: Count = 1
+    """Batches whose gradients are averaged into one optimiser step."""
+    label_smoothing: Share = 0.0
+    """Share of each target that is spread evenly over the classes."""
+    ema_decay: Share = 0.0
+    """Decay of the moving average of the weights that is evaluated; 0 for no average."""
+    early_stopping_patience: Count | None = None
+    """Stop after so many epochs without a better validation score; null for never."""
+    eval_batch_size: Count | None = None
+    """Samples per batch in evaluation; null for the training batch size."""
+    checkpoint_every: Count | None = None
+    """Steps between checkpoints; null for one at the end of every epoch."""
+    log_every: Count = 50
+    """Steps between log lines."""
+    curriculum: Share = 0.0
+    """Share of the epochs over which the longest training sample admitted grows from the shortest to the longest."""
+    trace_routing: bool = False
+    """Write every validation sample's path and action probabilities after each epoch."""
+    test: bool = False
+    """Score the test splits once, after training."""
+    num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """CPU threads of torch; null for torch's own choice."""
+    kernels: Kernels = "auto"
+    """How experts are executed: auto (what suits the device), plain (with the padding), slices or grouped."""
+    dispatcher: Annotated[str, Registered(DISPATCHERS)] = "local"
+    """How rows reach the process that holds their expert: local (one process), or a dispatcher of your own."""
+    keep_memory: bool = False
+    """Linux: let the process keep freed memory instead of giving it back to the system after every step."""
+
+
+class ExperimentConfig(_Section):
+    """A checked config. `dataset_params` and `model_params` hold every parameter under its canonical name."""
+
+    model_type: str
+    """Key in MODELS_MAP: dense, moe, goe, goe_original or one of your own."""
+    dataset_type: Annotated[str, Registered(DATASET_KINDS)]
+    """Generated by a task, or read from files."""
+    dataset_name: Annotated[str, Field(max_length=MAX_NAME)]
+    """Key in SYNTHETIC_DATASETS, entry of REAL_WORLD_DATASETS, or any name beside `dataset_params.data_dir`."""
+    epochs: Count
+    """Passes over the training split."""
+    batch_size: Count
+    """Samples per batch."""
+    experiment_name: str = Field(
+        default_factory=lambda given: f"{given['model_type']}_{given['dataset_name']}",
+        min_length=1,
+        max_length=MAX_NAME,
+    )
+    """Name of the run in the results; the default is made of model_type and dataset_name."""
+    seed: Natural = 0
+    """Data, weights, batch order and noise all follow from it."""
+    dataset_params: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the dataset."""
+    model_params: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the model."""
+    optimizer_params: OptimizerParams = Field(default_factory=OptimizerParams)
+    scheduler_params: SchedulerParams = Field(default_factory=SchedulerParams)
+    training_params: TrainingParams = Field(default_factory=TrainingParams)
+    task: Annotated[str, Registered(TASKS)] | None = None
+    """What the model is trained for, a key in TASKS; null for the task that the dataset is made for."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The complete config for JSON; `config_from_dict` makes an equal config of it."""
+        config = self.model_dump(mode="json")
+        if self.optimizer_params.name != "sgd":
+            del config["optimizer_params"]["momentum"]
+        # Keys that are younger than stored runs are left out if they have their default, so that configs compare equal.
+        if self.task is None:
+            del config["task"]
+        if self.training_params.dispatcher == "local":
+            del config["training_params"]["dispatcher"]
+        return config

@@ -1,0 +1,212 @@
+"""Real text for classification: a local folder or file, several of them as one set, or the Hugging Face hub.
+
+The splits do not depend on the run's seed: a fixed seed draws the held-out validation rows and the subsets, so that
+runs with different seeds are compared on the same rows. The tokenizer is trained on the training rows only.
+
+S tokens in all  N samples  T steps of a path
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+from pydantic import Field
+from tokenizers import Tokenizer
+
+from research_eval.annotations import Choice, accept_flat_options
+from research_eval.datasets.text.cache import (
+    Arrays,
+    cached_arrays,
+    check_tokenizer,
+    check_tokens,
+    digest,
+    digest_texts,
+)
+from research_eval.datasets.text.hub import hub_copy
+from research_eval.datasets.text.source import TEXT_FIELDS, TextSource, source_name
+from research_eval.datasets.text.splits import Rows, folded, held_out, mixed, subset
+from research_eval.datasets.text.tokenizer import (
+    DEFAULT_TOKENIZER,
+    TokenizerSettings,
+    Truncation,
+    encode_texts,
+    train_tokenizer,
+)
+from research_eval.datasets.token_data import DataSplits, TokenData
+from research_eval.errors import ConfigError
+from research_eval.system.untrusted import user_path
+
+
+class TextDataset:
+    """A text classification set. Raises ConfigError for data that cannot be used.
+
+    `data_dir` is a folder with `train`, `validation` (or `valid`, `val`, `dev`) and `test` as .parquet, .csv or .jsonl
+    (shards `train-00000-of-00002.parquet` as well), or one file. Without it the set comes from the hub, once: the copy
+    stays in the cache. Validation rows come from the validation split, else a stratified tenth of train is held out.
+    A test split without labels is left out. `train_samples` and `val_samples` are random rows; a larger number
+    than there are takes all. `truncation="head_tail"` keeps the first quarter of `max_length` and the rest from the
+    end of the text. `cache_dir` defaults to the environment variable GOE_CACHE, else `.goe_cache`.
+
+    `sources` instead of `data_dir` mixes several folders or files: each keeps its own classes ("imdb/positive"), and
+    validation rows and subsets are taken from each. `groups` then holds every sample's source, and so does each of the
+    `path_length` steps of its `paths`. There is a test split if all sources have one.
+    """
+
+    VERSION = 1
+
+    def __init__(
+        self,
+        *,
+        dataset_name: str,
+        max_length: Annotated[int, Field(ge=1, le=65536), Choice(64, 128, 256)] = 256,
+        train_samples: Annotated[int, Field(ge=2)] | None = None,
+        val_samples: Annotated[int, Field(ge=1)] | None = None,
+        data_dir: str | None = None,
+        sources: Annotated[list[str], Field(min_length=2)] | None = None,
+        path_length: Annotated[int, Field(ge=0, le=65536)] = 0,
+        text_field: str | None = None,
+        label_field: str | None = None,
+        tokenizer_settings: TokenizerSettings = DEFAULT_TOKENIZER,
+        truncation: Truncation = "head",
+        cache_dir: str | None = None,
+    ) -> None:
+        self.dataset_name = dataset_name
+        self.max_length = max_length
+        self.subset_sizes = {"train": train_samples, "validation": val_samples}
+        if sources and data_dir:
+            raise ConfigError(f"data_dir={data_dir!r} and sources={sources} are both given: choose one of them")
+        if path_length and not sources:
+            raise ConfigError(f"path_length={path_length} gives the paths of a mix: name its sources")
+        self.data_dir = data_dir
+        self.sources = sources
+        self.path_length = path_length
+        self.source = TEXT_FIELDS.get(dataset_name, TextSource(dataset_name))
+        self.text_field, self.label_field = text_field, label_field
+        self.tokenizer_settings = tokenizer_settings
+        self.truncation: Truncation = truncation
+        self.cache = Path(cache_dir or os.environ.get("GOE_CACHE") or ".goe_cache")
+
+    def splits(self, seed: int = 0) -> DataSplits:
+        """Read, split, tokenise. The same rows for every `seed`."""
+        rows, label_names, groups = self._rows()
+        tokenizer = self._tokenizer(rows["train"].texts)
+        tokenizer_hash = digest(tokenizer.to_str())
+        data, truncated = {}, {}
+        for name, part in rows.items():
+            data[name], truncated[name] = self._encode(tokenizer, tokenizer_hash, part, groups.get(name))
+        train_texts = set(map(folded, rows["train"].texts))
+        return DataSplits(
+            train=data["train"],
+            validation=data["validation"],
+            test=data.get("test"),
+            vocab_size=tokenizer.get_vocab_size(),
+            num_classes=len(label_names),
+            label_names=label_names,
+            max_length=max(int(part.lengths.max()) for part in data.values()),
+            tokenizer=tokenizer,
+            fingerprint={
+                "version": self.VERSION,
+                "source": self._origin(),
+                "rows": {name: len(part.texts) for name, part in rows.items()},
+                "sha256": {name: digest(digest_texts(part.texts), part.labels) for name, part in rows.items()},
+                "tokenizer_sha256": tokenizer_hash,
+                "vocab_size": tokenizer.get_vocab_size(),
+                "train_validation_duplicates": sum(folded(text) in train_texts for text in rows["validation"].texts),
+                "truncated_share": truncated,
+            },
+        )
+
+    def _rows(self) -> tuple[dict[str, Rows], list[str], dict[str, NDArray[np.int64]]]:
+        """The rows of every split, the class names, and for a mix the source number of each row by split."""
+        if self.sources:
+            parts = {
+                source_name(source): self._chosen(user_path(source, "dataset_params.sources"))
+                for source in self.sources
+            }
+            if len(parts) < len(self.sources):
+                raise ConfigError(f"dataset_params.sources: two of {self.sources} have the same name. Rename a folder.")
+            return mixed(parts)
+        if self.data_dir:
+            path = user_path(self.data_dir, "dataset_params.data_dir")
+        else:
+            path = hub_copy(self.source, self.cache)
+        return *self._chosen(path), {}
+
+    def _origin(self) -> str:
+        """Where the texts come from, for the fingerprint."""
+        if self.sources:
+            return f"sources {', '.join(self.sources)}"
+        return f"data_dir {self.data_dir}" if self.data_dir else f"hub {self.source.hub}"
+
+    def _fields(self, path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The names that the text column and the label column may have. A source of a mix has its own."""
+        source = TEXT_FIELDS.get(source_name(path), TextSource("")) if self.sources else self.source
+        return (
+            (self.text_field,) if self.text_field else source.text_fields,
+            (self.label_field,) if self.label_field else source.label_fields,
+        )
+
+    def _chosen(self, path: Path) -> tuple[dict[str, Rows], list[str]]:
+        """The rows of every split after subsets are drawn, with validation rows, and the class names."""
+        rows, label_names = self.read(path)
+        if "validation" not in rows:
+            rows["train"], rows["validation"] = held_out(rows["train"], path)
+        for name, size in self.subset_sizes.items():
+            rows[name] = subset(rows[name], size, name, path)
+        if len(np.unique(rows["train"].labels)) < 2:
+            raise ConfigError(f"{path}: the training rows have one class only; a classifier needs two or more")
+        return rows, label_names
+
+    def read(self, path: Path) -> tuple[dict[str, Rows], list[str]]:
+        """The rows of every split as the files have them, and the class names."""
+        from research_eval.datasets.text.files import read_rows  # Arrow takes 0.15 s to import
+
+        return read_rows(path, *self._fields(path))
+
+    def _tokenizer(self, texts: list[str]) -> Tokenizer:
+        """The tokenizer of these texts, from the cache if it is there."""
+        settings = self.tokenizer_settings
+        options: dict[str, Any] = {  # their text is a part of the key: with other names, caches would be built anew
+            "kind": settings.tokenizer,
+            "vocab_size": settings.tokenizer_vocab_size,
+            "min_frequency": settings.min_frequency,
+            "lowercase": settings.lowercase,
+        }
+        key = digest(digest_texts(texts), json.dumps(options), tokenizers.__version__)
+
+        def build() -> Arrays:
+            serialised = train_tokenizer(texts, **options).to_str()
+            return {"tokenizer_json": np.frombuffer(serialised.encode(), np.uint8)}
+
+        arrays = cached_arrays(self.cache / f"tokenizer-{key}.npz", build, check_tokenizer)
+        return Tokenizer.from_str(arrays["tokenizer_json"].tobytes().decode())
+
+    def _encode(
+        self, tokenizer: Tokenizer, tokenizer_hash: str, rows: Rows, groups: NDArray[np.int64] | None
+    ) -> tuple[TokenData, float]:
+        """The split as tokens, and the share of its samples that were cut."""
+        key = digest(digest_texts(rows.texts), tokenizer_hash, f"{self.max_length} {self.truncation}")
+
+        def build() -> Arrays:
+            encoded = encode_texts(tokenizer, rows.texts, self.max_length, self.truncation)
+            return {"tokens": encoded.tokens, "offsets": encoded.offsets, "num_cut": np.array(encoded.num_cut)}
+
+        arrays = cached_arrays(
+            self.cache / f"tokens-{key}.npz",
+            build,
+            lambda arrays: check_tokens(arrays, len(rows.texts), tokenizer.get_vocab_size()),
+        )
+        paths_NT = (
+            np.repeat(groups[:, None], self.path_length, axis=1) if groups is not None and self.path_length else None
+        )
+        data = TokenData(arrays["tokens"], arrays["offsets"], rows.labels, paths_NT, groups)
+        return data, round(int(arrays["num_cut"]) / len(data), 6)
+
+
+accept_flat_options(TextDataset)

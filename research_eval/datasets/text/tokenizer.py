@@ -1,0 +1,131 @@
+"""Text -> token ids: training a tokenizer, and encoding with it.
+
+S tokens in all  N samples
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from research_eval.annotations import Range
+from research_eval.errors import ConfigError
+
+TokenizerKind = Literal["word", "wordpiece", "bpe"]
+Truncation = Literal["head", "head_tail"]
+
+PAD, UNK = "[PAD]", "[UNK]"
+UNK_ID = 1  # [PAD] is 0
+LINE_BREAK = r"<br\s*/?>"  # of web pages
+MAX_ALPHABET = 1000  # characters that WordPiece and BPE start from
+ENCODE_ROWS = 1000  # texts per call: bounds the memory held by encodings
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """What is trained as the tokenizer; the fields are options of `dataset_params`."""
+
+    tokenizer: TokenizerKind = "word"
+    tokenizer_vocab_size: Annotated[int, Field(ge=100, le=1_000_000)] = 20_000
+    min_frequency: Annotated[int, Field(ge=1), Range(1, 4)] = 2
+    lowercase: bool = True
+
+
+DEFAULT_TOKENIZER = TokenizerSettings()
+
+
+def train_tokenizer(
+    texts: Sequence[str], kind: TokenizerKind, vocab_size: int, min_frequency: int, lowercase: bool
+) -> Tokenizer:
+    """A tokenizer with [PAD] = 0 and [UNK] = 1. It replaces line breaks of web pages (`<br />`) by blanks.
+
+    The same texts give the same tokenizer in every process. Raises ConfigError if no word occurs `min_frequency` times.
+    """
+    normalizer = normalizers.Sequence(
+        [normalizers.Replace(Regex(LINE_BREAK), " "), normalizers.BertNormalizer(lowercase=lowercase)]
+    )
+    tokenizer, trainer = _untrained(texts, kind, vocab_size, min_frequency, normalizer)
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+    # A user's text may contain "[PAD]". A special token would match there, and 0 must stay padding, so the special
+    # tokens become plain entries of the vocabulary.
+    plain = Tokenizer.from_str(json.dumps({**json.loads(tokenizer.to_str()), "added_tokens": []}))
+    if plain.get_vocab_size() <= 2:
+        raise ConfigError(f"dataset_params.min_frequency={min_frequency}: no word is that frequent. Lower it.")
+    return plain
+
+
+def _untrained(
+    texts: Sequence[str], kind: TokenizerKind, vocab_size: int, min_frequency: int, normalizer: normalizers.Normalizer
+) -> tuple[Tokenizer, trainers.Trainer]:
+    """A tokenizer that knows only its unknown token, and the trainer that fills its vocabulary."""
+    options: dict[str, Any] = {"vocab_size": vocab_size, "min_frequency": min_frequency, "show_progress": False}
+    if kind == "word":
+        return Tokenizer(models.WordLevel(unk_token=UNK)), trainers.WordLevelTrainer(
+            **options, special_tokens=[PAD, UNK]
+        )
+    characters = _alphabet(texts, normalizer, limit=min(MAX_ALPHABET, vocab_size // 4))
+    options |= {"initial_alphabet": characters, "limit_alphabet": len(characters)}
+    # The library numbers characters inside (##x) or at the end (x</w>) of a word in the order of a hash table, which
+    # differs between processes, and it merges equally frequent pairs by number. As special tokens they get fixed
+    # numbers.
+    if kind == "wordpiece":
+        tokenizer = Tokenizer(models.WordPiece(unk_token=UNK))
+        tokenizer.decoder = decoders.WordPiece()
+        inner = [f"##{character}" for character in characters]
+        return tokenizer, trainers.WordPieceTrainer(**options, special_tokens=[PAD, UNK, *inner])
+    tokenizer = Tokenizer(models.BPE(unk_token=UNK, end_of_word_suffix="</w>"))
+    tokenizer.decoder = decoders.BPEDecoder()
+    last = [f"{character}</w>" for character in characters]
+    trainer = trainers.BpeTrainer(**options, special_tokens=[PAD, UNK, *last], end_of_word_suffix="</w>")
+    return tokenizer, trainer
+
+
+def _alphabet(texts: Sequence[str], normalizer: normalizers.Normalizer, limit: int) -> list[str]:
+    """The `limit` most frequent characters, in the order of their code points."""
+    counts: Counter[str] = Counter()
+    for character, count in Counter("".join(texts)).items():
+        for part in normalizer.normalize_str(character).split():
+            counts.update(dict.fromkeys(part, count))
+    by_frequency = sorted(counts, key=lambda character: (-counts[character], character))
+    return sorted(by_frequency[:limit])
+
+
+class EncodedTexts(NamedTuple):
+    """`tokens` [S]; sample i is `tokens[offsets[i]:offsets[i + 1]]`; `num_cut` samples were longer than allowed."""
+
+    tokens: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    num_cut: int
+
+
+def encode_texts(
+    tokenizer: Tokenizer, texts: Sequence[str], max_length: int, truncation: Truncation = "head"
+) -> EncodedTexts:
+    """Texts -> ids, cut to `max_length`; a text without tokens becomes one [UNK].
+
+    `head_tail` keeps the first quarter of `max_length` and the rest from the end (Sun et al., 2019).
+    """
+    head = max_length if truncation == "head" else max_length // 4
+    tail = max_length - head
+    tokens, lengths, num_cut = [np.zeros(0, np.int32)], [], 0
+    for start in range(0, len(texts), ENCODE_ROWS):
+        encodings = tokenizer.encode_batch_fast(texts[start : start + ENCODE_ROWS], add_special_tokens=False)
+        rows = [encoding.ids or [UNK_ID] for encoding in encodings]
+        num_cut += sum(len(row) > max_length for row in rows)
+        rows = [row if len(row) <= max_length else row[:head] + row[len(row) - tail :] for row in rows]
+        tokens.append(np.fromiter(chain.from_iterable(rows), np.int32))
+        lengths += [len(row) for row in rows]
+    offsets = np.zeros(len(texts) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return EncodedTexts(np.concatenate(tokens), offsets, num_cut)

@@ -1,0 +1,1 @@
+"""The decisions of routers: records, reports, alarms and trace files. No module here imports torch."""

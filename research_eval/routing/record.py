@@ -1,0 +1,188 @@
+"""Routing decisions as models push them, and a recorder that collects the decisions of one evaluation.
+
+Arrays may come from numpy or from torch. The recorder only indexes and sums them, and at the end joins them with the
+function that it received. This module therefore needs no torch, and arrays stay on their device until the record is
+read.
+
+B samples of a batch  S samples of an evaluation  D decisions  K experts per decision  T steps or layers
+A actions (the experts, then perhaps stopping)  N experts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from research_eval.routing.report import load_metrics, path_metrics
+
+Array = Any  # a numpy array or a torch tensor
+Join = Callable[[Sequence[Array]], NDArray[Any]]  # arrays of one kind -> one numpy array
+
+STOPPED = -1  # instead of an expert: the path of the sample has ended
+
+
+@dataclass(frozen=True)
+class RoutingRecord:
+    """The decisions of a model about one batch, at one step of a path or in one routed layer."""
+
+    step: int  # number of the step or the layer, from 0
+    experts_DK: Array  # int64; STOPPED for a sample whose path has ended
+    weights_DK: Array  # factor of each expert's output or change
+    sample_D: Array | None = None  # the decision's sample in the batch; None: decision d belongs to sample d
+    token_D: Array | None = None  # the decision's token in the sample; None: decisions about whole samples
+    probabilities_DA: Array | None = None  # of all actions, before any bias or noise
+    entropy_D: Array | None = None  # in nats, of the distribution used for the choice; 0 after the end
+    values_DA: Array | None = None  # action values Q, if the model has them
+
+
+class Recorder(Protocol):
+    """Receives a model's decisions. The model calls it in evaluation mode only."""
+
+    def begin_batch(self, num_samples: int) -> None:
+        """Start a new batch. The next records number its samples from 0."""
+
+    def push(self, record: RoutingRecord) -> None:
+        """Add the decisions of one step or layer."""
+
+
+class _Placed(NamedTuple):
+    """A record and the position of its batch in the evaluation."""
+
+    first: int  # number of the batch's first sample in the evaluation
+    record: RoutingRecord
+
+
+class _Shares(NamedTuple):
+    """The experts' shares in the tokens of a batch's samples, in one layer."""
+
+    first: int
+    step: int
+    total_BN: NDArray[np.float64]  # sum of each expert's weights over the tokens of a sample
+
+
+class EvaluationRecorder:
+    """Keeps the paths of all samples of one evaluation, and computes metrics from them.
+
+    Decisions about tokens are summed per sample as they arrive: the recorder keeps the share of each expert in a
+    sample's tokens. The expert with the largest share is the sample's expert in its path.
+    """
+
+    def __init__(self, num_experts: int, num_steps: int, join: Join = np.concatenate) -> None:
+        self.num_experts = num_experts
+        self.num_steps = num_steps
+        self.keep_probabilities = True  # False saves memory: probabilities and values are dropped
+        self._join = join
+        self.clear()
+
+    def clear(self) -> None:
+        """Discard everything that was recorded."""
+        self._num_samples = self._first = 0
+        self._records: list[_Placed] = []
+        self._shares: list[_Shares] = []
+        self._counts_TN = np.zeros((self.num_steps, self.num_experts), np.int64)
+        self._entropy: Any = 0.0
+        self._num_decisions = 0
+
+    def begin_batch(self, num_samples: int) -> None:
+        self._first = self._num_samples
+        self._num_samples += num_samples
+
+    def push(self, record: RoutingRecord) -> None:
+        if record.token_D is not None:
+            self._push_tokens(record)
+            return
+        if not self.keep_probabilities:
+            record = RoutingRecord(
+                record.step, record.experts_DK, record.weights_DK, record.sample_D, entropy_D=record.entropy_D
+            )
+        self._records.append(_Placed(self._first, record))
+
+    def _push_tokens(self, record: RoutingRecord) -> None:
+        """Add the token decisions of one layer to the loads, and their shares per sample."""
+        experts_DK, weights_DK = self._join([record.experts_DK]), self._join([record.weights_DK])
+        self._counts_TN[record.step] += np.bincount(experts_DK.ravel(), minlength=self.num_experts)
+        self._num_decisions += len(experts_DK)
+        if record.entropy_D is not None:
+            self._entropy = self._entropy + record.entropy_D.sum()
+        sample_D = self._join([record.sample_D])
+        num_samples = self._num_samples - self._first
+        cells_DK = sample_D[:, None] * self.num_experts + experts_DK
+        total = np.bincount(cells_DK.ravel(), weights_DK.ravel(), num_samples * self.num_experts)
+        total_BN = np.asarray(total, np.float64).reshape(num_samples, self.num_experts)
+        self._shares.append(_Shares(self._first, record.step, total_BN))
+
+    def is_about_tokens(self) -> bool:
+        """Whether the decisions are about tokens. A sample's path then holds its most used experts."""
+        return bool(self._shares)
+
+    def paths(self) -> NDArray[np.int64]:
+        """The expert of each sample at each step, [S, T]; STOPPED after the end."""
+        shares_STN = self.expert_shares()
+        if shares_STN is not None:
+            return shares_STN.argmax(-1).astype(np.int64)
+        paths_ST = np.full((self._num_samples, self.num_steps), STOPPED, np.int64)
+        self._fill(paths_ST, lambda record: record.experts_DK[:, 0])
+        return paths_ST
+
+    def expert_shares(self) -> NDArray[np.float32] | None:
+        """The weighted share of each expert in a sample's tokens, [S, T, N]; None for decisions about samples."""
+        if not self._shares:
+            return None
+        shares_STN = np.zeros((self._num_samples, self.num_steps, self.num_experts), np.float32)
+        for first, step, total_BN in self._shares:
+            shares_STN[first : first + len(total_BN), step] = total_BN / np.maximum(
+                total_BN.sum(1, keepdims=True), 1e-12
+            )
+        return shares_STN
+
+    def probabilities(self) -> NDArray[np.float32] | None:
+        """Probabilities of the actions, [S, T, A], 0 after the end; None if no record has any."""
+        return self._joined(lambda record: record.probabilities_DA)
+
+    def values(self) -> NDArray[np.float32] | None:
+        """Action values, [S, T, A], 0 after the end; None for a model without them."""
+        return self._joined(lambda record: record.values_DA)
+
+    def entropies(self) -> NDArray[np.float64]:
+        """Entropy of each decision in nats, [S, T]; 0 after the end."""
+        entropies_ST = np.zeros((self._num_samples, self.num_steps))
+        self._fill(entropies_ST, lambda record: record.entropy_D)
+        return entropies_ST
+
+    def metrics(self) -> dict[str, Any]:
+        """The metrics of `path_metrics`, or for token decisions those of `load_metrics`; empty without records."""
+        if self._shares:
+            entropy = float(self._entropy) / max(self._num_decisions, 1)
+            return {
+                **load_metrics(self._counts_TN),
+                "router_entropy": float(entropy / np.log(max(self.num_experts, 2))),
+            }
+        if not self._num_samples:
+            return {}
+        return path_metrics(self.paths(), self.entropies(), self.num_experts)
+
+    def _joined(self, part: Callable[[RoutingRecord], Array | None]) -> NDArray[np.float32] | None:
+        """One part of all records, [S, T, width], 0 if missing; None if no record has the part."""
+        widths = {found.shape[-1] for _, record in self._records if (found := part(record)) is not None}
+        if not widths:
+            return None
+        whole_STA = np.zeros((self._num_samples, self.num_steps, widths.pop()), np.float32)
+        self._fill(whole_STA, part)
+        return whole_STA
+
+    def _fill(self, target: NDArray[Any], part: Callable[[RoutingRecord], Array | None]) -> None:
+        """Copy one part of all records into `target`, with a single call of `join`."""
+        found = [(placed, array) for placed in self._records if (array := part(placed.record)) is not None]
+        if not found:
+            return
+        whole = self._join([array for _, array in found])
+        start = 0
+        for (first, record), array in found:
+            size = len(array)
+            rows = slice(first, first + size) if record.sample_D is None else first + self._join([record.sample_D])
+            target[rows, record.step] = whole[start : start + size]
+            start += size

@@ -1,0 +1,76 @@
+"""Routing traces on disk: for each epoch a Parquet file with a row per validation sample, and a JSON file of metrics.
+
+S samples  T steps of a path  A actions or experts
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from research_eval.errors import ConfigError
+from research_eval.files import write_atomically
+from research_eval.store.values import canonical_json
+
+ROUTING_FOLDER = "routing"
+
+
+@dataclass(frozen=True)
+class TracedEpoch:
+    """One row per validation sample, and all metrics of the epoch."""
+
+    epoch: int
+    samples: pa.Table
+    summary: dict[str, Any]
+
+
+def write_trace(folder: Path, columns: Mapping[str, NDArray[Any]], summary: dict[str, Any]) -> None:
+    """Write `epoch_0001.parquet` with the columns and `epoch_0001.json` with the summary.
+
+    The summary's "epoch" numbers the files. A column [S, T] holds paths, -1 after their end, and becomes lists without
+    these -1. A column [S, T, A] becomes lists of lists.
+    """
+    folder.mkdir(exist_ok=True)
+    kinds = {1: pa.array, 2: _paths, 3: _nested}
+    content = io.BytesIO()
+    table = pa.table({name: kinds[values.ndim](values) for name, values in columns.items()})
+    pq.write_table(table, content, compression="zstd")
+    stem = f"epoch_{summary['epoch']:04}"
+    write_atomically(folder / f"{stem}.json", canonical_json(summary).encode())
+    write_atomically(folder / f"{stem}.parquet", content.getvalue())  # last: the summary already exists
+
+
+def _paths(paths_ST: NDArray[np.int64]) -> pa.Array:
+    """Paths without the -1 after their end."""
+    taken_ST = paths_ST >= 0
+    offsets = np.append(0, taken_ST.sum(1).cumsum()).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, paths_ST[taken_ST])
+
+
+def _nested(values_STA: NDArray[np.float32]) -> pa.Array:
+    """Lists of lists, [T][A] per sample."""
+    samples, steps, actions = values_STA.shape
+    inner = pa.ListArray.from_arrays(np.arange(0, values_STA.size + 1, actions, dtype=np.int32), values_STA.ravel())
+    return pa.ListArray.from_arrays(np.arange(0, samples * steps + 1, steps, dtype=np.int32), inner)
+
+
+def read_trace(folder: Path) -> Iterator[TracedEpoch]:
+    """The traced epochs in a run's folder, in order.
+
+    Raises ConfigError if there are none.
+    """
+    files = sorted((folder / ROUTING_FOLDER).glob("epoch_*.parquet"))
+    if not files:
+        raise ConfigError(f"{folder}: no routing trace; train with training_params.trace_routing: true")
+    for file in files:
+        summary = json.loads(file.with_suffix(".json").read_text())
+        yield TracedEpoch(summary["epoch"], pq.read_table(file), summary)

@@ -1,0 +1,92 @@
+"""Device, data and model of a config, ready to train."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from research_eval.annotations import build
+from research_eval.config.construction import without_draws
+from research_eval.config.sections import ExperimentConfig
+from research_eval.config.signatures import context_arguments
+from research_eval.datasets.providers import load_splits
+from research_eval.datasets.token_data import DataSplits
+from research_eval.errors import ConfigError
+from research_eval.layers.block import compile_blocks
+from research_eval.layers.dispatch import Execution, set_execution
+from research_eval.models.base_model import EvaluableModel, adapt
+from research_eval.registry import DISPATCHERS, MODELS_MAP
+from research_eval.system.environment import check_fits
+from research_eval.tasks.base import task_of
+from research_eval.training.runtime import Runtime
+from research_eval.wording import largest_of
+
+log = logging.getLogger(__name__)
+
+
+class Prepared(NamedTuple):
+    """Everything that a training needs in addition to its config."""
+
+    runtime: Runtime
+    data: DataSplits
+    model: EvaluableModel
+
+
+def prepare(config: ExperimentConfig, data: DataSplits | None = None) -> Prepared:
+    """Choose the device, load the data (unless they are given) and build a freshly initialised model.
+
+    Raises ConfigError for options that do not fit the data or the machine.
+    """
+    options = config.training_params
+    runtime = Runtime(options.device, options.precision, options.num_threads, options.keep_memory)
+    if data is None:
+        data = load_splits(config.dataset_type, config.dataset_name, config.dataset_params, config.seed)
+    if options.test and data.test is None:  # fail now, and not after the training
+        raise ConfigError(f"training_params.test: {config.dataset_name} has no test split with labels: set it to false")
+    context = model_context(config, data)
+    check_model_fits(config.model_type, config.model_params, context, copies=4 if runtime.device.type == "cpu" else 1)
+    runtime.seed(config.seed, "init")  # the initial weights depend on the seed, and not on what ran before
+    model = adapt(create_model(config.model_type, config.model_params, context, runtime.device), config.model_type)
+    set_execution(model, Execution(options.kernels, DISPATCHERS.get_or_explain(options.dispatcher)()))
+    if options.compile:
+        compile_blocks(model)
+    return Prepared(runtime, data, model)
+
+
+def model_context(config: ExperimentConfig, data: DataSplits) -> dict[str, Any]:
+    """The constructor arguments that follow from the data. `num_classes` is the number of outputs of the task."""
+    return {
+        "vocab_size": data.vocab_size,
+        "num_classes": task_of(config.task, data).num_outputs(data),
+        "padding_idx": data.padding_idx,
+        "max_length": data.max_length,
+    }
+
+
+def create_model(model_type: str, params: dict[str, Any], context: dict[str, Any], device: torch.device) -> nn.Module:
+    """Build a model of `MODELS_MAP`. Its constructor receives `params` and those entries of `context` that it takes."""
+    cls = MODELS_MAP.get_or_explain(model_type)
+    model: nn.Module = build(cls, context_arguments(cls, {**context, "device": device}) | params)
+    return model.to(device)
+
+
+def check_model_fits(model_type: str, params: dict[str, Any], context: dict[str, Any], copies: int) -> None:
+    """Raise ConfigError if `copies` of the weights need more than the machine's memory.
+
+    Training on a CPU keeps four copies: weights, gradients and two moments. A class that does not inherit from
+    `EvaluableModel` is not checked. The model is built on torch's "meta" device, which allocates nothing.
+    """
+    cls = MODELS_MAP.get_or_explain(model_type)
+    if not issubclass(cls, EvaluableModel):
+        return
+    try:
+        with torch.device("meta"), without_draws():
+            model = build(cls, context_arguments(cls, {**context, "device": torch.device("meta")}) | params)
+    except Exception:  # meta tensors may not suffice; the real construction reports real errors
+        log.debug("%s: the size of the model is not known", model_type, exc_info=True)
+        return
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    check_fits(num_bytes * copies, f"model_params: {model_type} with {largest_of({**context, **params})}")

@@ -1,0 +1,121 @@
+"""All metrics of a finished training: validation, test, costs, routing and the automaton."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from research_eval.config.sections import ExperimentConfig
+from research_eval.datasets.kinds import dataset_kind
+from research_eval.datasets.token_data import Batches, DataSplits, TokenData
+from research_eval.models.base_model import EvaluableModel
+from research_eval.routing.automaton import certification_metrics
+from research_eval.system.untrusted import in_folder
+from research_eval.tasks.base import Evaluation, Task, task_of
+from research_eval.training.checkpoint import load_tensors, load_weights
+from research_eval.training.checkpointer import MODEL_FILE
+from research_eval.training.evaluate import evaluate, measure_flops, measure_latency
+from research_eval.training.routing_watch import alarm_metrics, regret_metrics, routing_metrics
+from research_eval.training.runtime import Runtime
+from research_eval.training.state import TrainingState
+
+AUTOMATON_FILE = "automaton.png"
+
+
+def score(
+    state: TrainingState,
+    model: EvaluableModel,
+    evaluation: Evaluation,
+    data: DataSplits,
+    config: ExperimentConfig,
+    runtime: Runtime,
+    folder: Path,
+) -> dict[str, Any]:
+    """All metrics of a finished training, by the names that the store saves.
+
+    The test split is scored once, at the end, with the best weights on validation.
+    """
+    task = task_of(config.task, data)
+    # Later entries replace earlier ones: the last evaluation is newer than the report of the last epoch.
+    metrics = dict(state.reports[-1]) if state.reports else {}
+    metrics |= model.get_model_specific_metrics()
+    metrics |= routing_metrics(model, evaluation, data.validation, data.num_classes, task)
+    metrics |= alarm_metrics(state.reports, config)
+    validation = Batches(data.validation, config.training_params.eval_batch_size or config.batch_size, runtime.device)
+    metrics |= {
+        "final_val_loss": evaluation.loss,
+        **{f"final_val_{name}": value for name, value in evaluation.scores.items()},
+        f"best_val_{task.selected_by}_across_epochs": state.best_score,
+        **_details("val", evaluation, data.validation),
+        **_costs(state, model, data, config, runtime, validation, task),
+    }
+    scored = {"": validation}  # prefix of a split's metrics -> its batches
+    if config.training_params.test and data.test is not None:
+        weights, _ = load_tensors(in_folder(folder, MODEL_FILE))
+        load_weights(model, weights, folder / MODEL_FILE)
+        for name, split in {"": data.test, **{f"{name}_": part for name, part in data.further_tests.items()}}.items():
+            scored[f"test_{name}"] = Batches(split, validation.batch_size, runtime.device)
+            test = evaluate(model, scored[f"test_{name}"], task.num_outputs(data), runtime, task)
+            values = {"loss": test.loss, **test.scores}
+            metrics |= {f"test_{name}{score}": value for score, value in values.items()}
+            metrics |= _details(f"test_{name}".rstrip("_"), test, split)
+    # If the test split was scored, the model has its best weights on validation from here on.
+    metrics |= _certification(model, config, folder)
+    if data.validation.paths is not None:
+        metrics |= regret_metrics(model, scored, task.num_outputs(data), runtime, task)
+    return metrics | {"peak_memory_mb": runtime.peak_memory_mb()}
+
+
+def _costs(
+    state: TrainingState,
+    model: EvaluableModel,
+    data: DataSplits,
+    config: ExperimentConfig,
+    runtime: Runtime,
+    validation: Batches,
+    task: Task,
+) -> dict[str, Any]:
+    """Epochs, seconds, parameters, FLOPs and latency.
+
+    `active_flops_per_sample` is the analytic figure, averaged over the lengths of the validation split.
+    """
+    # Rounded up: the last step of an epoch may have fewer samples.
+    steps_per_epoch = -(-len(data.train) // (config.batch_size * config.training_params.gradient_accumulation_steps))
+    forward_flops, training_flops = measure_flops(model, validation, runtime, task=task)
+    # One analytic count per distinct length, weighted by the number of its samples.
+    lengths, counts = np.unique(data.validation.lengths, return_counts=True)
+    analytic = [model.get_flops_per_sample(length) for length in lengths.tolist()]
+    costs = {
+        "epochs_completed": state.step // steps_per_epoch,
+        "training_duration_seconds": state.seconds,
+        "param_count": model.get_parameter_count(),
+        "active_param_count": model.get_active_parameter_count(),
+        "inference_flops_per_sample": forward_flops,
+        "train_flops": training_flops * len(data.train) * state.step / steps_per_epoch,
+        **measure_latency(model, validation, runtime),
+    }
+    if None not in analytic:  # the model knows its own FLOPs
+        costs["active_flops_per_sample"] = float(np.average(np.array(analytic, float), weights=counts))
+    return costs
+
+
+def _details(split: str, evaluation: Evaluation, data: TokenData) -> dict[str, list[Any]]:
+    """The task's lists, and the accuracy of each group of samples if the data have groups."""
+    details = {f"{split}_{name}": values for name, values in evaluation.details.items()}
+    if data.groups is not None and evaluation.correct_N is not None:
+        groups_N = data.groups[evaluation.rows_N]
+        details[f"{split}_acc_by_group"] = [
+            [int(group), float(evaluation.correct_N[groups_N == group].mean())] for group in np.unique(groups_N)
+        ]
+    return details
+
+
+def _certification(model: EvaluableModel, config: ExperimentConfig, folder: Path) -> dict[str, Any]:
+    """Compare the model's automaton with that of the task, and draw it; empty unless both are automata."""
+    learned = model.read_automaton()
+    task = dataset_kind(config.dataset_type).automaton(config.dataset_name, config.dataset_params)
+    if learned is None or task is None:
+        return {}
+    return certification_metrics(learned, task, folder / AUTOMATON_FILE, config.experiment_name)

@@ -1,0 +1,348 @@
+"""Reading the results database: one run, its metrics and time series, and lists of very many runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from research_eval.errors import ConfigError
+from research_eval.files import is_at_work
+from research_eval.store.database import Database
+from research_eval.store.filters import column_conditions, metric_of_run, number, runs_with_metric, status_condition
+from research_eval.store.records import COMPARISONS, EVERY_RUN, HistoryRow, MetricSummary, RunFilter, RunRecord, RunRow
+from research_eval.store.tables import JSON_COLUMNS, experiments_table, history_view, metrics_table
+from research_eval.store.values import canonical_json
+from research_eval.wording import nearest
+
+HEARTBEAT_TIMEOUT = timedelta(minutes=15)  # a run at work writes after every few dozen steps
+DEAD = "its process ended without saying why"
+
+IDS_PER_QUERY = 500  # SQLite accepts at least 999 parameters
+
+
+def is_dead(experiment_id: str, heartbeat: datetime | None) -> bool:
+    """Whether the process of a run that is stored as running has ended: no process holds the run's folder.
+
+    If the folder is on another machine, the heartbeat decides: it is too old, or too far in the future of a clock that
+    was set back.
+    """
+    at_work = is_at_work(experiment_id)
+    if at_work is not None:
+        return not at_work
+    return heartbeat is None or abs(datetime.now(UTC) - heartbeat) > HEARTBEAT_TIMEOUT
+
+
+def _on_dataset(query: sa.Select[Any], dataset_name: str | None) -> sa.Select[Any]:
+    """A query of metrics, restricted to the runs on a dataset unless that is None."""
+    if dataset_name is None:
+        return query
+    return query.join(experiments_table).where(experiments_table.c.dataset_name == dataset_name)
+
+
+class Queries(Database):
+    """The part of `Store` that reads. A run that is stored as running but dead is read as interrupted.
+
+    `Store` inherits it, so that users have one object, while this file holds nothing that writes. Every method opens a
+    transaction of its own, so two calls may see the database before and after the write of another process.
+    """
+
+    # One run
+
+    def _rows(self, query: sa.Select[Any]) -> list[dict[str, Any]]:
+        with self._engine.connect() as connection:
+            rows = [dict(row) for row in connection.execute(query).mappings()]
+        for row in rows:
+            if row.get("status") == "running" and is_dead(row["experiment_id"], row["heartbeat"]):
+                row.update(status="interrupted", error=row["error"] or DEAD)
+        return rows
+
+    def experiments(self) -> list[dict[str, Any]]:
+        """Every run, oldest first; keys are the columns of the table."""
+        return self._rows(sa.select(experiments_table).order_by(experiments_table.c.timestamp))
+
+    def experiment(self, experiment_id: str) -> dict[str, Any]:
+        """The run with this id, or the only run whose id begins so. Raises ConfigError if there is not exactly one."""
+        column = experiments_table.c.experiment_id
+        starts_so = sa.func.substr(column, 1, len(experiment_id)) == experiment_id  # LIKE has wildcards and folds case
+        found = self._rows(sa.select(experiments_table).where(starts_so).order_by(column)) if experiment_id else []
+        for row in found:
+            if row["experiment_id"] == experiment_id or len(found) == 1:
+                return row
+        if found:
+            shown = ", ".join(row["experiment_id"] for row in found[:5]) + (", ..." if len(found) > 5 else "")
+            raise ConfigError(f"experiment {experiment_id!r} is one of {len(found)} in {self.location}: {shown}")
+        known = [row["experiment_id"] for row in self._rows(sa.select(column).order_by(experiments_table.c.timestamp))]
+        near = nearest(experiment_id, known)
+        hint = (
+            f"Did you mean {near!r}?" if near else f"The newest are {', '.join(known[:-6:-1]) or 'none: it is empty'}."
+        )
+        raise ConfigError(f"no experiment {experiment_id!r} in {self.location}. {hint}")
+
+    def find_id(self, experiment_id: str) -> dict[str, Any] | None:
+        """The run with exactly this id."""
+        found = self._rows(sa.select(experiments_table).where(experiments_table.c.experiment_id == experiment_id))
+        return found[0] if found else None
+
+    def find_experiment(self, config: dict[str, Any]) -> dict[str, Any] | None:
+        """The newest run of exactly this config; trials of studies and replays of other runs do not count.
+
+        The canonical texts of the complete configs are compared, so a key more or less makes another config. A key that
+        is added later must therefore be absent from a config that has its default, or older runs are not found.
+        """
+        columns = experiments_table.c
+        found = self._rows(
+            sa.select(experiments_table)
+            .where(
+                columns.run_type == "json",
+                columns.parent_id.is_(None),
+                columns.full_config_json == canonical_json(config),
+            )
+            .order_by(columns.timestamp.desc())
+            .limit(1)
+        )
+        return found[0] if found else None
+
+    def children(self, experiment_id: str) -> list[str]:
+        """The ids of the runs whose parent this is, oldest first."""
+        table = experiments_table.c
+        query = sa.select(table.experiment_id).where(table.parent_id == experiment_id)
+        with self._engine.connect() as connection:
+            return list(connection.scalars(query.order_by(table.timestamp, table.experiment_id)))
+
+    def metrics(self, experiment_id: str) -> dict[str, Any]:
+        """Name -> float, or the list (or dict, or text) that was stored; in the order they were stored."""
+        query = (
+            sa.select(metrics_table)
+            .where(metrics_table.c.experiment_id == experiment_id)
+            .order_by(metrics_table.c.metric_id)
+        )
+        return {row["metric_name"]: row["metric_value"] for row in self._rows(query)}
+
+    def history(self, experiment_id: str, name: str | None = None) -> list[HistoryRow]:
+        """The points of one series, or of all, by step and then name."""
+        columns = history_view.c
+        query = sa.select(columns.step, columns.epoch, columns.name, columns.value).where(
+            columns.experiment_id == experiment_id
+        )
+        if name is not None:
+            query = query.where(columns.name == name)
+        with self._engine.connect() as connection:
+            return [HistoryRow(*row) for row in connection.execute(query.order_by(columns.step, columns.name))]
+
+    def records(self, experiment_ids: Sequence[str]) -> dict[str, RunRecord]:
+        """Id -> everything about the run, for those ids that are in this database; statuses as they are stored."""
+        with self._engine.connect() as connection:
+            return self._records(connection, experiment_ids)
+
+    def _records(self, connection: Connection, experiment_ids: Sequence[str]) -> dict[str, RunRecord]:
+        experiments, metrics, history = experiments_table, metrics_table, history_view
+        rows = connection.execute(sa.select(experiments).where(experiments.c.experiment_id.in_(experiment_ids)))
+        found = {row["experiment_id"]: RunRecord(dict(row), {}, []) for row in rows.mappings()}
+        values = (
+            sa.select(metrics.c.experiment_id, metrics.c.metric_name, metrics.c.metric_value)
+            .where(metrics.c.experiment_id.in_(found))
+            .order_by(metrics.c.metric_id)
+        )
+        for experiment_id, name, value in connection.execute(values):
+            found[experiment_id].metrics[name] = value
+        points = (
+            sa.select(history.c.experiment_id, history.c.step, history.c.epoch, history.c.name, history.c.value)
+            .where(history.c.experiment_id.in_(found))
+            .order_by(history.c.step, history.c.name)
+        )
+        for experiment_id, *point in connection.execute(points):
+            found[experiment_id].history.append(HistoryRow(*point))
+        return found
+
+    # All runs
+
+    def statuses(self) -> dict[str, str]:
+        """Id -> status of every run as it is stored: a dead run is still "running"."""
+        columns = experiments_table.c
+        with self._engine.connect() as connection:
+            query = sa.select(columns.experiment_id, columns.status).order_by(columns.experiment_id)
+            return dict(connection.execute(query).all())
+
+    def dead_runs(self) -> list[str]:
+        """The ids of runs that are stored as running and whose process has ended."""
+        columns = experiments_table.c
+        query = sa.select(columns.experiment_id, columns.heartbeat).where(columns.status == "running")
+        with self._engine.connect() as connection:
+            found = connection.execute(query)
+            return [experiment_id for experiment_id, heartbeat in found if is_dead(experiment_id, heartbeat)]
+
+    def dataset_names(self) -> list[str]:
+        """The datasets of all runs, by name."""
+        column = experiments_table.c.dataset_name
+        with self._engine.connect() as connection:
+            names = connection.scalars(sa.select(column).where(column.is_not(None)).distinct())
+            return sorted(names)
+
+    def has_metric(self, name: str, dataset_name: str | None = None) -> bool:
+        """Whether any run, or any run on a dataset, has a metric of this name."""
+        found = _on_dataset(sa.select(metrics_table.c.metric_id), dataset_name)
+        with self._engine.connect() as connection:
+            return bool(connection.scalar(sa.select(found.where(metrics_table.c.metric_name == name).exists())))
+
+    def metric_names(self, dataset_name: str | None = None) -> list[str]:
+        """The names of the metrics of all runs, or of the runs on a dataset, sorted."""
+        query = _on_dataset(sa.select(metrics_table.c.metric_name).distinct(), dataset_name)
+        with self._engine.connect() as connection:
+            return sorted(connection.scalars(query))
+
+    def metric_summaries(self, dataset_name: str | None = None) -> list[MetricSummary]:
+        """Every metric of all runs, or of the runs on a dataset, by name."""
+        name, value = metrics_table.c.metric_name, number(self._on_sqlite)
+        query = sa.select(name, sa.func.count(), sa.func.min(value), sa.func.max(value)).group_by(name)
+        query = _on_dataset(query, dataset_name)
+        with self._engine.connect() as connection:
+            return [MetricSummary(*row) for row in connection.execute(query.order_by(name))]
+
+    def runs(self, dataset_name: str, metrics: Sequence[str] = ()) -> list[RunRow]:
+        """The runs on a dataset, of every status, oldest first, with their values of these metrics.
+
+        The analysis reads all runs at once: one query, tuples instead of dicts, and only metrics that are numbers.
+        """
+        columns = experiments_table.c
+        values = [
+            sa.select(number(self._on_sqlite))
+            .where(metrics_table.c.experiment_id == columns.experiment_id, metrics_table.c.metric_name == name)
+            .limit(1)
+            .scalar_subquery()
+            .label(f"metric_{position}")
+            for position, name in enumerate(metrics)
+        ]
+        when = sa.type_coerce(columns.timestamp, sa.Text)  # not parsed: it is only compared
+        query = sa.select(
+            when,
+            columns.experiment_id,
+            sa.func.coalesce(columns.experiment_name, ""),
+            sa.func.coalesce(columns.model_type, ""),
+            columns.status,
+            columns.seed,
+            sa.func.coalesce(columns.full_config_json, ""),
+            columns.heartbeat,
+            *values,
+        ).where(columns.dataset_name == dataset_name)
+        with self._engine.connect() as connection:
+            found = list(connection.execute(query))
+        # Sorted here: to sort, a database would copy the long configs.
+        found.sort(key=lambda row: (row[0] is not None, row[0], row[1]))
+        runs = []
+        for row in found:
+            numbers = {name: value for name, value in zip(metrics, row[8:], strict=True) if value is not None}
+            run = RunRow._make((*row[1:7], numbers))
+            dead = run.status == "running" and is_dead(run.experiment_id, row[7])
+            runs.append(run._replace(status="interrupted") if dead else run)
+        return runs
+
+    # Lists of runs
+
+    def find_runs(
+        self,
+        wanted: RunFilter = EVERY_RUN,
+        *,
+        sort: str = "timestamp",
+        descending: bool = False,
+        limit: int | None = None,
+        with_json: bool = False,
+    ) -> list[dict[str, Any]]:
+        """The runs that `wanted` describes, sorted by a column or a metric; runs without a number there come last.
+
+        Runs with equal values are in the order of their ids. Config and environment are left out unless `with_json`.
+        """
+        table, ids = experiments_table, experiments_table.c.experiment_id
+        conditions = self._conditions(wanted)
+        order = self._order(sort, descending)
+        query = sa.select(*[column for column in table.columns if with_json or column.name not in JSON_COLUMNS])
+        if limit is None or limit > IDS_PER_QUERY:
+            return self._rows(query.where(*conditions).order_by(*order).limit(limit))
+        # A short list takes two queries. The first finds the ids in an index alone, because reading the long rows, or
+        # a metric of every run, is slow. The second reads the rows of these ids.
+        if sort in table.columns:
+            with self._engine.connect() as connection:
+                first = list(connection.scalars(sa.select(ids).where(*conditions).order_by(*order).limit(limit)))
+        else:
+            first = self._first_by_metric(sort, conditions, descending, limit)
+        rows = {row["experiment_id"]: row for row in self._rows(query.where(ids.in_(first)))}
+        return [rows[experiment_id] for experiment_id in first if experiment_id in rows]
+
+    def _order(self, sort: str, descending: bool) -> list[sa.ColumnElement[Any]]:
+        columns = experiments_table.columns
+        key: sa.ColumnElement[Any] = columns[sort] if sort in columns else metric_of_run(sort, self._on_sqlite)
+        if isinstance(key.type, sa.Text):
+            key = sa.collate(key, "BINARY" if self._on_sqlite else "C")  # the order of Python, on every database
+        return [sa.nulls_last(key.desc() if descending else key), columns.experiment_id]
+
+    def _first_by_metric(
+        self, name: str, conditions: Sequence[sa.ColumnElement[bool]], descending: bool, limit: int
+    ) -> list[str]:
+        """The ids of runs with a number in this metric, in its order, then of those without one."""
+        ids, value, same = experiments_table.c.experiment_id, number(self._on_sqlite), metrics_table.alias()
+        last = sa.select(sa.func.max(same.c.metric_id)).where(
+            same.c.experiment_id == metrics_table.c.experiment_id, same.c.metric_name == metrics_table.c.metric_name
+        )
+        with_number = (
+            sa.select(ids)
+            .join(metrics_table)
+            .where(metrics_table.c.metric_name == name, value.is_not(None), *conditions)
+            .where(metrics_table.c.metric_id == last.scalar_subquery())
+            .order_by(value.desc() if descending else value, ids)
+            .limit(limit)
+        )
+        with self._engine.connect() as connection:
+            first = list(connection.scalars(with_number))
+            if len(first) < limit:
+                rest = sa.select(ids).where(ids.not_in(first), *conditions).order_by(ids)
+                first += connection.scalars(rest.limit(limit - len(first)))
+        return first
+
+    def count_runs(self, wanted: RunFilter = EVERY_RUN) -> int:
+        """How many runs `wanted` describes."""
+        with self._engine.connect() as connection:
+            query = sa.select(sa.func.count()).select_from(experiments_table).where(*self._conditions(wanted))
+            return int(connection.scalar(query) or 0)
+
+    def _conditions(self, wanted: RunFilter) -> list[sa.ColumnElement[bool]]:
+        conditions = column_conditions(wanted)
+        if wanted.status is not None:
+            dead = self.dead_runs() if wanted.status in ("running", "interrupted") else []
+            conditions.append(status_condition(wanted.status, dead))
+        return conditions + [self._metric_condition(*comparison) for comparison in wanted.where]
+
+    def _metric_condition(self, name: str, sign: str, limit: float) -> sa.ColumnElement[bool]:
+        """Whether a run's metric fits the comparison.
+
+        PostgreSQL takes ten times as long as SQLite to look a metric up for every run. There the query begins at the
+        metrics, and if few fit, it names their runs, so that the index of the primary key finds them.
+        """
+        if self._on_sqlite:
+            fits: sa.ColumnElement[bool] = COMPARISONS[sign](metric_of_run(name, self._on_sqlite), limit)
+            return fits
+        query, is_last = runs_with_metric(name, sign, limit)
+        with self._engine.connect() as connection:
+            some = list(connection.scalars(query.limit(IDS_PER_QUERY + 1)))
+        ids = experiments_table.c.experiment_id
+        fits = ids.in_(query.where(is_last).correlate(None))
+        return fits if len(some) > IDS_PER_QUERY else fits & ids.in_(some)
+
+    def metrics_of(
+        self, experiment_ids: Sequence[str], names: Sequence[str] | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Id -> `metrics` of that run, or those of the given names; in few queries."""
+        found: dict[str, dict[str, Any]] = {experiment_id: {} for experiment_id in experiment_ids}
+        table = metrics_table.c
+        for start in range(0, len(experiment_ids), IDS_PER_QUERY):
+            query = sa.select(table.experiment_id, table.metric_name, table.metric_value).where(
+                table.experiment_id.in_(experiment_ids[start : start + IDS_PER_QUERY])
+            )
+            if names is not None:
+                query = query.where(table.metric_name.in_(names))
+            with self._engine.connect() as connection:
+                for experiment_id, name, value in connection.execute(query.order_by(table.metric_id)):
+                    found[experiment_id][name] = value
+        return found

@@ -1,0 +1,151 @@
+"""The results store: one row per run, its metrics and its time series; any number of processes may write.
+
+`tables` describes what the columns hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy.engine import Connection
+
+from research_eval.errors import ConfigError
+from research_eval.store.history import delete_history, put_history
+from research_eval.store.queries import DEAD, Queries
+from research_eval.store.records import STATUSES, HistoryRow, RunRecord
+from research_eval.store.tables import experiments_table, history_runs, metrics_table
+from research_eval.store.values import NormalMetrics, canonical_json, normal_metrics
+
+
+class Store(Queries):
+    """The results database. Every method is one short transaction, so any number of processes may write.
+
+    The class is a line of three, each in a file of its own: `Database` opens, `Queries` reads, `Store` writes. Only
+    `Store` is used; the other two exist so that each file has one job.
+    """
+
+    def start_experiment(
+        self,
+        *,
+        experiment_id: str,
+        run_type: str,
+        experiment_name: str,
+        model_type: str,
+        dataset_name: str,
+        dataset_type: str,
+        epochs: int,
+        batch_size: int,
+        seed: int,
+        config: dict[str, Any],
+        environment: dict[str, Any],
+        parent_id: str | None = None,
+    ) -> None:
+        """Insert a new run with status "running" and the present time."""
+        now = datetime.now(UTC)
+        row = {
+            "experiment_id": experiment_id,
+            "run_type": run_type,
+            "timestamp": now,
+            "experiment_name": experiment_name,
+            "model_type": model_type,
+            "dataset_name": dataset_name,
+            "dataset_type": dataset_type,
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "full_config_json": canonical_json(config),
+            "env_details_json": canonical_json(environment),
+            "status": "running",
+            "seed": seed,
+            "heartbeat": now,
+            "parent_id": parent_id,
+        }
+        with self._write() as connection:
+            connection.execute(experiments_table.insert(), row)
+
+    def _update(self, connection: Connection, experiment_id: str, **columns: Any) -> None:
+        """Set columns and renew the heartbeat. Raises ConfigError if there is no such run."""
+        updated = connection.execute(
+            experiments_table.update()
+            .where(experiments_table.c.experiment_id == experiment_id)
+            .values(heartbeat=datetime.now(UTC), **columns)
+        )
+        if updated.rowcount != 1:
+            raise ConfigError(f"no experiment {experiment_id!r} in {self.location}")
+
+    def update_environment(self, experiment_id: str, environment: dict[str, Any]) -> None:
+        """Replace the environment record."""
+        with self._write() as connection:
+            self._update(connection, experiment_id, env_details_json=canonical_json(environment))
+
+    def set_status(self, experiment_id: str, status: str, error: str | None = None) -> None:
+        """Set status and error together (no error clears the old one)."""
+        if status not in STATUSES:
+            raise ConfigError(f"status: unknown {status!r}. Known: {', '.join(STATUSES)}.")
+        with self._write(durable=True) as connection:
+            self._update(connection, experiment_id, status=status, error=error)
+
+    def mark_interrupted(self, experiment_id: str) -> bool:
+        """Store a dead run as interrupted; False if it is no longer stored as running."""
+        with self._write(durable=True) as connection:
+            updated = connection.execute(
+                experiments_table.update()
+                .where(experiments_table.c.experiment_id == experiment_id, experiments_table.c.status == "running")
+                .values(status="interrupted", error=DEAD)
+            )
+        return updated.rowcount == 1
+
+    def add_history(self, experiment_id: str, rows: Sequence[HistoryRow]) -> None:
+        """Add points and renew the heartbeat; a point that is written twice keeps its last value."""
+        with self._write() as connection:
+            self._update(connection, experiment_id)  # it also makes a second writer of this run wait
+            put_history(connection, {experiment_id: rows})
+
+    def truncate_history(self, experiment_id: str, after_step: int) -> None:
+        """Delete the points later than `after_step`: a resumed run writes them again."""
+        with self._write() as connection:
+            self._update(connection, experiment_id)
+            delete_history(connection, [experiment_id], after_step)
+
+    def finish_experiment(self, experiment_id: str, metrics: dict[str, Any]) -> None:
+        """Replace the run's metrics and set its status to "finished". Raises ConfigError for an unstorable metric."""
+        self.finish_normalised(experiment_id, normal_metrics(metrics))
+
+    def finish_normalised(self, experiment_id: str, metrics: NormalMetrics) -> None:
+        """`finish_experiment` for metrics that `normal_metrics` has returned, here or in another process."""
+        with self._write(durable=True) as connection:
+            self._update(connection, experiment_id, status="finished", error=None)
+            connection.execute(metrics_table.delete().where(metrics_table.c.experiment_id == experiment_id))
+            _insert_metrics(connection, {experiment_id: metrics})
+
+    def merge_records(
+        self, records: dict[str, RunRecord], replaces: Callable[[RunRecord, RunRecord], bool]
+    ) -> dict[str, RunRecord]:
+        """Enter runs of another store in one transaction; return the records that this store had of these ids.
+
+        A run that this store has too is replaced if `replaces(ours, theirs)`, and otherwise left unchanged.
+        """
+        with self._write() as connection:
+            ours = self._records(connection, list(records))
+            replaced = [key for key in ours if replaces(ours[key], records[key])]
+            delete_history(connection, replaced)
+            for table in (metrics_table, history_runs, experiments_table):  # rows that refer to a run go before it
+                connection.execute(table.delete().where(table.c.experiment_id.in_(replaced)))
+            entered = {key: records[key] for key in records if key not in ours or key in replaced}
+            if entered:
+                connection.execute(experiments_table.insert(), [record.experiment for record in entered.values()])
+            _insert_metrics(connection, {key: normal_metrics(record.metrics) for key, record in entered.items()})
+            put_history(connection, {key: record.history for key, record in entered.items()})
+        return ours
+
+
+def _insert_metrics(connection: Connection, metrics: dict[str, NormalMetrics]) -> None:
+    """Insert the metrics of some runs (id -> metrics), in their order."""
+    rows = [
+        {"experiment_id": experiment_id, "metric_name": name, "metric_value": value}
+        for experiment_id, values in metrics.items()
+        for name, value in values.items()
+    ]
+    if rows:
+        connection.execute(metrics_table.insert(), rows)

@@ -1,0 +1,117 @@
+"""What a study contains before its workers start: the points of a grid, and past runs that teach the sampler.
+
+Both functions may be called again when a study continues: they add only what the study does not have yet.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.trial import FrozenTrial
+
+from research_eval.config.check import config_from_dict
+from research_eval.errors import ConfigError
+from research_eval.seeding import derive_seed
+from research_eval.store.records import RunFilter
+from research_eval.store.store import Store
+from research_eval.studies.adapter import given_values
+from research_eval.studies.distributions import known_values
+from research_eval.studies.options import StudyOptions
+from research_eval.studies.proposals import over_budget
+from research_eval.studies.queue import TrialQueue
+from research_eval.system.untrusted import stored_object
+
+log = logging.getLogger(__name__)
+
+MAX_POINTS = 200_000  # of a grid; the points are listed in memory
+# Two runs that differ only in these keys of the config are equally good examples for a sampler.
+NOT_COMPARED = ("seed", "experiment_name", "training_params")
+
+
+def enqueue_grid(queue: TrialQueue) -> None:
+    """Fill the queue up to its budget with points of the grid.
+
+    A grid that is larger than the budget is sampled at random, always with the same points for the same seed. For a
+    grid that is smaller, the budget becomes the number of its points.
+    """
+    options = queue.options
+    with queue.lock():
+        trials = queue.own_trials()
+        missing = options.budget.n_trials - len(trials)
+        known = {_point(given_values(trial)) for trial in trials}
+        points = list(itertools.islice(options.space.grid(), MAX_POINTS))
+        is_sampled = len(points) > options.budget.n_trials
+        order = np.random.default_rng(derive_seed(options.seed, "grid")).permutation(len(points)).tolist()
+        num_entered = 0
+        for index in order if is_sampled else range(len(points)):
+            if num_entered >= missing:
+                break
+            if _point(points[index]) not in known and _may_be_trained(points[index], options):
+                queue.study.enqueue_trial(points[index])
+                num_entered += 1
+    if num_entered < missing:
+        total = len(trials) + num_entered
+        log.info("the grid has %d points: fewer than --n_trials %d", total, options.budget.n_trials)
+        queue.options = options.with_budget(n_trials=total)
+    elif is_sampled:
+        log.info("the grid has %s points, of which %d are drawn", f"{len(points):,}", options.budget.n_trials)
+
+
+def _point(params: dict[str, Any]) -> str:
+    """Equal texts for equal points."""
+    return json.dumps(params, sort_keys=True)
+
+
+def _may_be_trained(point: dict[str, Any], options: StudyOptions) -> bool:
+    """Whether the point makes a config that is valid and within the budgets."""
+    try:
+        config = config_from_dict(options.space.sample(known_values(point)), source="grid")
+        return over_budget(config, options) is None
+    except ConfigError:
+        return False
+
+
+def add_past_runs(queue: TrialQueue) -> None:
+    """Teach the sampler the finished runs of the results store that a trial of this study could have been."""
+    options, base = queue.options, queue.options.space.base
+    with queue.lock():
+        known = {trial.user_attrs.get("warm_start") for trial in queue.stored.trials()}
+        known |= {run for trial in queue.own_trials() for run in trial.user_attrs.get("experiment_ids", [])}
+        num_added = 0
+        with Store(options.db) as store:
+            rows = store.find_runs(RunFilter(base["dataset_name"], status="finished"), with_json=True)
+            rows = [row for row in rows if row["experiment_id"] not in known]
+            metrics = store.metrics_of([row["experiment_id"] for row in rows], options.objectives)
+        for row in rows:
+            past = _as_trial(row["full_config_json"], metrics[row["experiment_id"]], options)
+            if past is not None:
+                past.set_user_attr("warm_start", row["experiment_id"])
+                queue.study.add_trial(past)
+                num_added += 1
+    log.info("%d past runs fit the search space and teach the sampler", num_added)
+
+
+def _as_trial(config_json: str, metrics: dict[str, Any], options: StudyOptions) -> FrozenTrial | None:
+    """A past run as a finished trial; None if no trial of this study could have had its config."""
+    values = [value for name in options.objectives if isinstance(value := metrics.get(name), float)]
+    if len(values) < len(options.objectives) or not np.isfinite(values).all():
+        return None
+    try:
+        config = stored_object(config_json)
+        located = options.space.locate(config)
+        if located is None:
+            return None
+        params, distributions = located
+        wanted = config_from_dict(options.space.sample(known_values(params)), source="trial").to_dict()
+    except (ConfigError, ValueError, KeyError, TypeError, AttributeError):  # another program stored this config
+        return None
+    # The space has compared the searched values; the fixed ones, such as the number of epochs, have to agree too.
+    ignored = dict.fromkeys(NOT_COMPARED)
+    if {**wanted, **ignored} != {**config, **ignored}:
+        return None
+    return optuna.trial.create_trial(params=params, distributions=distributions, values=values)

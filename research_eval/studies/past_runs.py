@@ -1,0 +1,110 @@
+"""Past runs as the start of new configs: which are still valid, which compute the same, which are the best.
+
+Two configs with the same `identity` compute the same apart from the seed. Their runs are seeds of one experiment, so
+that their mean decides how good the config is, and neither of them is a new config for the other.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from research_eval.analysis.runs import OPERATIONAL
+from research_eval.config.check import config_from_dict
+from research_eval.config.sections import ExperimentConfig
+from research_eval.errors import ConfigError
+from research_eval.store.metrics import gain_sign
+from research_eval.store.records import RunRow
+from research_eval.store.values import canonical_json
+from research_eval.studies.perturbation import Config
+from research_eval.system.untrusted import stored_object
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """A run with its complete config and its value of the metric; NaN if it has none, or if it did not finish."""
+
+    run_id: str
+    config: Config
+    value: float
+
+    @property
+    def identity(self) -> str:
+        """Equal for runs that compute the same, apart from the seed."""
+        return identity(self.config)
+
+    @property
+    def task(self) -> str:
+        """Equal for runs on the same data, wherever the files are."""
+        params = self.config["dataset_params"]
+        return canonical_json({key: value for key, value in params.items() if key != "data_dir"})
+
+
+@dataclass(frozen=True)
+class Template:
+    """A past config that does well: its runs with different seeds (the newest of each seed), and their mean value."""
+
+    config: ExperimentConfig
+    runs: list[PastRun]
+    mean: float
+
+
+def past_runs(rows: Iterable[RunRow], metric: str) -> list[PastRun]:
+    """The runs whose configs the program still accepts, oldest first.
+
+    A stored config is complete, unless an earlier version of the program stored it. Then the defaults of the missing
+    parameters are filled in.
+    """
+    found: list[PastRun] = []
+    complete: set[str] = set()  # keys of configs that a check has found complete; a check is a hundred times slower
+    refused: list[str] = []
+    for row in rows:
+        config = stored_object(row.config_json)
+        if _keys(config) not in complete:
+            try:
+                checked = config_from_dict(config, source=f"run {row.experiment_id}").to_dict()
+            except ConfigError as error:
+                refused.append(str(error))
+                continue
+            if _keys(checked) == _keys(config):
+                complete.add(_keys(config))
+            config = checked
+        # A run that did not finish still counts as known, but its value must not rank a config.
+        value = row.metrics.get(metric, math.nan) if row.status == "finished" else math.nan
+        found.append(PastRun(row.experiment_id, config, value))
+    if refused:
+        log.warning("%d runs have configs that the program does not take, the first:\n%s", len(refused), refused[0])
+    return found
+
+
+def _keys(config: Config) -> str:
+    """The keys of a config and of its sections as one text."""
+    return canonical_json({key: sorted(value) if isinstance(value, dict) else None for key, value in config.items()})
+
+
+def identity(config: Config) -> str:
+    """A text that is equal for complete configs that compute the same, apart from the seed."""
+    kept = {key: value for key, value in config.items() if key not in ("seed", "experiment_name")}
+    training = {key: value for key, value in config["training_params"].items() if key not in OPERATIONAL}
+    return canonical_json({**kept, "training_params": training})
+
+
+def find_templates(past: Sequence[PastRun], metric: str, top_n: int) -> list[Template]:
+    """The `top_n` best different configs by the mean over their seeds, best first; of equal ones the older first."""
+    seeds: dict[str, dict[int, PastRun]] = {}
+    for run in past:
+        if math.isfinite(run.value):
+            seeds.setdefault(run.identity, {})[run.config["seed"]] = run
+    groups = [[by_seed[seed] for seed in sorted(by_seed)] for by_seed in seeds.values()]
+    means = [(fmean(run.value for run in runs), runs) for runs in groups]
+    ranked = sorted(means, key=lambda one: -gain_sign(metric) * one[0])
+    templates = [Template(config_from_dict(runs[0].config), runs, mean) for mean, runs in ranked[:top_n]]
+    tasks = {template.runs[0].task for template in templates}
+    if len(tasks) > 1:
+        log.warning("the best configs have %d different dataset_params: their scores do not compare", len(tasks))
+    return templates

@@ -1,0 +1,157 @@
+"""The queue of a study's trials: workers claim a trial, give it back, or finish it.
+
+The queue lies in Optuna's storage. Every worker, in this process or in another one, claims its next trial under one
+lock, so that the number of trials is exact. If a worker dies, another one continues its trial under the same number
+and from its checkpoint.
+
+The life of a trial:
+
+- waiting: a point of a grid that no worker has claimed yet. Other trials begin their life as running ones.
+- running, with a worker: the worker sends heartbeats. Without them the trial becomes stale after a minute.
+- running, without a worker: its worker was interrupted or died. The next claim takes it.
+- complete, pruned or failed: the end. No worker changes it any more.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from research_eval.errors import ConfigError
+from research_eval.studies.adapter import StoredStudy, StoredTrial, study_lock
+from research_eval.studies.options import StudyOptions
+from research_eval.studies.pruning import make_pruner
+from research_eval.studies.trials import Outcome
+from research_eval.wording import shown
+
+MAX_ATTEMPTS = 3  # a trial fails after so many workers died while they trained it
+SHOWN_SETTING = 200  # characters of a setting in a message
+
+
+class TrialQueue:
+    """A study as a worker sees it: what is to do, what is claimed, what is done.
+
+    Raises ConfigError for a study that was begun with other settings, or by another program.
+    """
+
+    def __init__(self, options: StudyOptions) -> None:
+        self.options = options
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        with self.lock():
+            self.stored = StoredStudy(options.storage, options.study_name, options.directions, make_pruner(options))
+            self._check_settings()
+
+    @property
+    def study(self) -> optuna.Study:
+        """Optuna's view of the study."""
+        return self.stored.study
+
+    def close(self) -> None:
+        """Give back the connections to the storage."""
+        self.stored.close()
+
+    def lock(self) -> AbstractContextManager[None]:
+        """The lock of the study. A process holds it while it adds or claims trials."""
+        return study_lock(self.options.storage, self.options.study_name)
+
+    def _check_settings(self) -> None:
+        """Compare the settings with those that the study was begun with; store them if the study is new."""
+        wanted, known = self.options.settings(), self.study.user_attrs.get("settings")
+        if known is None and self.stored.trials():
+            raise ConfigError(
+                f"--study_name: {self.options.study_name!r} in this storage was made by another program: choose another"
+            )
+        if known is None:
+            self.study.set_user_attr("settings", wanted)
+            return
+        changed = [name for name in wanted if wanted[name] != known.get(name)]
+        if changed:
+            text = functools.partial(shown, length=SHOWN_SETTING)
+            lines = [f"  {name}: {text(known.get(name))} -> {text(wanted[name])}" for name in changed]
+            raise ConfigError(
+                f"--study_name: study {self.options.study_name!r} was begun with other settings. Give the same ones "
+                "to continue it, or another name to begin a new one:\n" + "\n".join(lines)
+            )
+
+    def own_trials(self) -> list[FrozenTrial]:
+        """The trials that the budget counts: all but the past runs that teach the sampler."""
+        return [trial for trial in self.stored.trials() if "warm_start" not in trial.user_attrs]
+
+    def claim(self, worker: str) -> StoredTrial | None:
+        """A trial that belongs to `worker` from now on; None if there is none to do.
+
+        Trials that another worker left come first, then waiting ones, then a new one if the budget allows it.
+        """
+        with self.lock():
+            trials = self.own_trials()
+            stale = self.stored.stale_ids()
+            for trial in trials:
+                abandoned = self._abandoned(trial, stale)
+                if abandoned is not None:
+                    return self._assign(abandoned, worker, self._attempts_of(trial, stale))
+            for trial in trials:
+                if trial.state == TrialState.WAITING:
+                    return self._assign(self.stored.start(trial), worker, 1)
+            if len(trials) < self.options.budget.n_trials:
+                return self._assign(self.stored.create_trial(), worker, 1)
+        return None
+
+    def _abandoned(self, trial: FrozenTrial, stale: set[int]) -> StoredTrial | None:
+        """The trial, if it is running without a worker and may be continued. After too many attempts it fails here.
+
+        The caller holds the lock, so that no other worker is claiming the trial now: a running trial without a worker
+        was released, or its worker died between creating and claiming it.
+        """
+        if trial.state != TrialState.RUNNING:
+            return None
+        stored = self.stored.stored(trial)
+        if stored.trial_id not in stale and trial.user_attrs.get("worker"):
+            return None
+        if self._attempts_of(trial, stale) > MAX_ATTEMPTS:
+            self.finish(stored, Outcome("failed", reason=f"its worker died {MAX_ATTEMPTS} times"))
+            return None
+        return stored
+
+    def _attempts_of(self, trial: FrozenTrial, stale: set[int]) -> int:
+        """Which attempt at the trial the next one is. A stale trial costs one, because its worker died."""
+        begun: int = trial.user_attrs.get("attempts", 1)
+        return begun + (self.stored.stored(trial).trial_id in stale)
+
+    def _assign(self, trial: StoredTrial, worker: str, attempts: int) -> StoredTrial:
+        """Enter the worker. The heartbeat comes first, so that the trial does not look stale in between."""
+        self.stored.beat(trial)
+        trial.set_attribute("attempts", attempts)
+        trial.set_attribute("worker", worker)
+        return trial
+
+    def release(self, worker: str, died: bool) -> None:
+        """Let other workers continue the trials of a worker that has stopped."""
+        with self.lock():
+            for trial in self.own_trials():
+                if trial.state == TrialState.RUNNING and trial.user_attrs.get("worker") == worker:
+                    stored = self.stored.stored(trial)
+                    stored.set_attribute("attempts", trial.user_attrs.get("attempts", 1) + died)
+                    stored.set_attribute("worker", None)
+
+    def finish(self, trial: StoredTrial, outcome: Outcome) -> None:
+        """Store how a trial ended.
+
+        If another worker had counted this one as dead and has finished the trial, that result stays.
+        """
+        if trial.frozen().state.is_finished():
+            return
+        trial.set_attribute("status", outcome.status)
+        if outcome.reason:
+            trial.set_attribute("reason", outcome.reason)
+        trial.end(outcome.status, None if outcome.values is None else list(outcome.values))
+
+    def has_running_trials(self) -> bool:
+        """Whether some worker still trains a trial."""
+        return any(trial.state == TrialState.RUNNING for trial in self.own_trials())
+
+    def heartbeat(self, trial: StoredTrial) -> AbstractContextManager[None]:
+        """Show to the others that this worker trains the trial, as long as the block runs."""
+        return self.stored.heartbeat(trial)

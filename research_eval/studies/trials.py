@@ -1,0 +1,105 @@
+"""One trial of a study: choose its settings, train a run for each seed, and take the mean of their metrics.
+
+A worker may die at any moment, and another one then continues the trial. Therefore each decision is stored before its
+consequences begin: the settings before the first run, and the id of a run before the run starts. A run that exists
+already continues from its checkpoint, and one that is finished only returns its metrics.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from research_eval.config.check import config_from_dict
+from research_eval.config.sections import ExperimentConfig
+from research_eval.experiment import TrialRun, run
+from research_eval.runs.folder import new_id
+from research_eval.store.store import Store
+from research_eval.studies.adapter import StoredTrial
+from research_eval.studies.options import StudyOptions
+from research_eval.studies.proposals import choose_config
+from research_eval.studies.pruning import PruningCallback
+from research_eval.system.untrusted import stored_object
+from research_eval.training.checkpoint import delete_checkpoint
+from research_eval.training.checkpointer import CHECKPOINT_FILE
+from research_eval.training.state import Pruned
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a trial ended. A finished trial has `values`, one per objective; any other one has a reason."""
+
+    status: str
+    values: tuple[float, ...] | None = None
+    reason: str | None = None
+    exit_code: int = 0
+
+
+def train_trial(trial: StoredTrial, options: StudyOptions) -> Outcome:
+    """Choose the settings of a trial and train every seed.
+
+    A trial that was interrupted keeps its settings and continues from its checkpoint.
+    """
+    try:
+        config = choose_config(trial, options)
+    except Pruned as problem:
+        return Outcome("pruned", reason=str(problem))
+    return train_config(trial, options, config)
+
+
+def train_config(trial: StoredTrial, options: StudyOptions, config: ExperimentConfig) -> Outcome:
+    """Train the config with every seed; the values are the means over the seeds.
+
+    Any exception becomes the reason of a failed outcome, so that one bad trial does not end the study.
+    """
+    try:
+        trial.set_attribute("model_type", config.model_type)
+        results = []
+        for index in range(options.budget.seeds_per_trial):
+            outcome, metrics = _train_seed(trial, options, config, index)
+            if outcome is not None:
+                return outcome
+            missing = [name for name in options.objectives if name not in metrics]
+            if missing:
+                return Outcome("failed", reason=f"the run has no metric {missing[0]!r}")
+            results.append(metrics)
+        values = tuple(statistics.fmean(metrics[name] for metrics in results) for name in options.objectives)
+        if not all(map(math.isfinite, values)):
+            return Outcome("failed", reason=f"{', '.join(options.objectives)} = {values}: not finite")
+    except Exception as problem:
+        log.debug("trial failed", exc_info=True)
+        return Outcome("failed", reason=f"{type(problem).__name__}: {problem}")
+    return Outcome("finished", values)
+
+
+def _train_seed(
+    trial: StoredTrial, options: StudyOptions, config: ExperimentConfig, index: int
+) -> tuple[Outcome | None, dict[str, Any]]:
+    """Train the run with the `index`-th seed. Returns its metrics, or an outcome if the run did not finish."""
+    ids: list[str] = trial.attributes.get("experiment_ids", [])
+    if len(ids) <= index:
+        ids = [*ids, new_id()]
+        trial.set_attribute("experiment_ids", ids)
+    seeded = config.model_copy(update={"seed": config.seed + index})
+    with Store(options.db) as store:
+        known = store.find_id(ids[index])
+    if known is not None:  # a run that was begun continues with its own settings of threads and device
+        seeded = config_from_dict(stored_object(known["full_config_json"]), source=f"run {ids[index]}")
+    callback = PruningCallback(trial, options, seeded, judges=index == 0)
+    result = run(
+        seeded,
+        db=options.db,
+        quiet=True,
+        parent_id=ids[0] if index else None,
+        trial=TrialRun(options.study_name, trial.number, ids[index], callback.epoch_end),
+    )
+    if result.status != "interrupted":
+        delete_checkpoint(result.folder / CHECKPOINT_FILE)  # the checkpoints of hundreds of trials would fill the disk
+    if result.status == "finished":
+        return None, result.metrics
+    return Outcome(result.status, reason=result.error, exit_code=result.exit_code), {}

@@ -1,0 +1,1 @@
+"""Task kinds: the objective that a model is trained for. One file per kind."""

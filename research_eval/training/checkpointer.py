@@ -1,0 +1,113 @@
+"""Saves a training so that it continues exactly, and keeps its best weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+
+from research_eval.errors import ConfigError
+from research_eval.models.base_model import EvaluableModel
+from research_eval.training.checkpoint import (
+    checkpoint_exists,
+    flatten_optimizer,
+    generator_states,
+    load_checkpoint,
+    load_weights,
+    previous_checkpoint,
+    restore_generators,
+    restore_optimizer,
+    save_checkpoint,
+    save_tensors,
+)
+from research_eval.training.state import TrainingState, state_from
+
+CHECKPOINT_FILE = "checkpoint.safetensors"
+MODEL_FILE = "model.safetensors"
+
+
+class Checkpointer:
+    """Reads and writes the checkpoint and the best weights of one run, as files in its folder.
+
+    It keeps references to the objects of the training, and reads their current state at every save.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: EvaluableModel,
+        average: AveragedModel | None,
+        optimizer: torch.optim.Optimizer,
+        schedule: LambdaLR,
+    ) -> None:
+        self._path = folder / CHECKPOINT_FILE
+        self._best = folder / MODEL_FILE
+        self._model, self._average = model, average
+        self._optimizer, self._schedule = optimizer, schedule
+
+    def save(self, state: TrainingState) -> None:
+        """Write weights, weight average, optimiser moments, generator states and the training state.
+
+        The names in the file begin with "model/", "average/", "optimizer/" or "generator/".
+        """
+        generators, generator_values = generator_states()
+        tensors = {f"model/{name}": tensor for name, tensor in self._model.state_dict().items()}
+        if self._average is not None:
+            tensors |= {f"average/{name}": tensor for name, tensor in self._average.state_dict().items()}
+        tensors |= {f"optimizer/{name}": tensor for name, tensor in flatten_optimizer(self._optimizer).items()}
+        tensors |= {f"generator/{name}": tensor for name, tensor in generators.items()}
+        save_checkpoint(self._path, tensors, {"state": asdict(state), "generators": generator_values})
+
+    def save_best(self, scored: EvaluableModel, step: int, score: tuple[str, float]) -> None:
+        """Write the weights with the best score so far.
+
+        `scored` is the model that was evaluated, so these are averaged weights if the run keeps an average. `score` is
+        the name of the score and its value.
+        """
+        name, value = score
+        save_tensors(self._best, scored.state_dict(), {"step": step, f"val_{name}": value})
+
+    def restore(self, total_steps: int) -> TrainingState:
+        """Load the checkpoint and return its state; without a checkpoint, return the state of a new training.
+
+        Weights, moments, generators and the schedule are restored in place. Raises ConfigError for a damaged checkpoint
+        or one of another run.
+        """
+        if not checkpoint_exists(self._path):
+            return TrainingState()
+        tensors, values = load_checkpoint(self._path)
+
+        def part(prefix: str) -> dict[str, torch.Tensor]:
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+        load_weights(self._model, part("model/"), self._path)
+        if self._average is not None:
+            load_weights(self._average, part("average/"), self._path)
+        try:
+            restore_optimizer(self._optimizer, part("optimizer/"))
+            state = state_from(values["state"])
+            restore_generators(part("generator/"), values["generators"])
+        except (ValueError, TypeError, LookupError, RuntimeError, AttributeError, OverflowError) as error:
+            raise ConfigError(
+                f"{self._path}: not a checkpoint of this run: {error}. Run the experiment again."
+            ) from error
+        if state.step > total_steps:  # a longer training wrote it
+            raise ConfigError(f"{self._path}: is at step {state.step} of {total_steps}. Run the experiment again.")
+        self._set_learning_rate(state.step)
+        return state
+
+    def _set_learning_rate(self, step: int) -> None:
+        """Move the schedule to a step. LambdaLR is a pure function of the step, so the checkpoint need not hold it."""
+        schedule, groups = self._schedule, self._optimizer.param_groups
+        schedule.last_epoch = step  # LambdaLR calls its steps epochs
+        for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = base * factor(step)
+        schedule._last_lr = [group["lr"] for group in groups]
+
+
+def drop_previous(folder: Path) -> None:
+    """Delete the checkpoint before the last one; a finished run does not need it."""
+    previous_checkpoint(folder / CHECKPOINT_FILE).unlink(missing_ok=True)
