@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from research_eval.cli import analyze, doctor, export, init_db, merge, predict, replay, run, runs, suggest, tune
+from research_eval.cli import run, tune
 from research_eval.cli.common import guarded, is_imported_by_a_process_of_ours, parse_or_suggest
 from research_eval.errors import ConfigError
 
@@ -31,20 +31,26 @@ class Command:
     description: str
 
 
-# In the order of the help text. A new subcommand is a new module with these two functions and a line here.
-COMMANDS = (
-    Command("run", run.add_arguments, run.run_command, run.DESCRIPTION),
-    Command("tune", tune.add_arguments, tune.tune_command, tune.DESCRIPTION),
-    Command("analyze", analyze.add_arguments, analyze.analyze_command, analyze.DESCRIPTION),
-    Command("suggest", suggest.add_arguments, suggest.suggest_command, suggest.DESCRIPTION),
-    Command("runs", runs.add_arguments, runs.runs_command, runs.DESCRIPTION),
-    Command("export", export.add_arguments, export.export_command, export.DESCRIPTION),
-    Command("merge", merge.add_arguments, merge.merge_command, merge.DESCRIPTION),
-    Command("replay", replay.add_arguments, replay.replay_command, replay.DESCRIPTION),
-    Command("doctor", doctor.add_arguments, doctor.doctor_command, doctor.DESCRIPTION),
-    Command("init-db", init_db.add_arguments, init_db.init_db_command, init_db.DESCRIPTION),
-    Command("predict", predict.add_arguments, predict.predict_command, predict.DESCRIPTION),
-)
+def commands() -> tuple[Command, ...]:
+    """The subcommands in the order of the help text. A new one is a new module with two functions and a line here.
+
+    They are imported here, because the script `main.py` needs only two of them and answers sooner without the others.
+    """
+    from research_eval.cli import analyze, doctor, export, init_db, merge, predict, replay, runs, suggest
+
+    return (
+        Command("run", run.add_arguments, run.run_command, run.DESCRIPTION),
+        Command("tune", tune.add_arguments, tune.tune_command, tune.DESCRIPTION),
+        Command("analyze", analyze.add_arguments, analyze.analyze_command, analyze.DESCRIPTION),
+        Command("suggest", suggest.add_arguments, suggest.suggest_command, suggest.DESCRIPTION),
+        Command("runs", runs.add_arguments, runs.runs_command, runs.DESCRIPTION),
+        Command("export", export.add_arguments, export.export_command, export.DESCRIPTION),
+        Command("merge", merge.add_arguments, merge.merge_command, merge.DESCRIPTION),
+        Command("replay", replay.add_arguments, replay.replay_command, replay.DESCRIPTION),
+        Command("doctor", doctor.add_arguments, doctor.doctor_command, doctor.DESCRIPTION),
+        Command("init-db", init_db.add_arguments, init_db.init_db_command, init_db.DESCRIPTION),
+        Command("predict", predict.add_arguments, predict.predict_command, predict.DESCRIPTION),
+    )
 
 
 def goe(argv: list[str] | None = None) -> int:
@@ -55,7 +61,7 @@ def goe(argv: list[str] | None = None) -> int:
         prog="goe", description="Train and compare dense, MoE and Graph-of-Experts models."
     )
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in COMMANDS:
+    for command in commands():
         text = command.description
         subparser = subparsers.add_parser(command.name, help=text, description=text, allow_abbrev=False)
         subparser.set_defaults(command=command.run)
