@@ -67,25 +67,16 @@ def _training_bar(console: Console) -> Bar:
     return Bar(*columns, console=console)
 
 
-class Progress:
-    """A bar on a terminal, log lines elsewhere.
+class _Bars:
+    """Progress bars of one or more trainings, while a `with` block lasts; none without a terminal, or if quiet."""
 
-    If `quiet`, it shows nothing but warnings. If not `warns`, it drops the warnings.
-    """
-
-    def __init__(self, epochs: int, quiet: bool = False, warns: bool = True) -> None:
-        self._epochs = epochs
+    def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
-        self._warns = warns
         self._console = Console(stderr=True)
         self._bar: Bar | None = None
-        self._task = TaskID(0)
-        self._total = 1
-        self._first = (0, 0.0)  # step and time at the start of this process
-        self._last_line = 0.0
 
     def __enter__(self) -> Self:
-        """Start the bar if standard error is a terminal."""
+        """Start the bars if standard error is a terminal."""
         if self._console.is_terminal and not self._quiet:
             self._bar = _training_bar(self._console)
             self._bar.__enter__()
@@ -94,9 +85,25 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the bar, also after an exception, so that the terminal's cursor comes back."""
+        """End the bars, also after an exception, so that the terminal's cursor comes back."""
         if self._bar is not None:
             self._bar.__exit__(kind, error, trace)
+
+
+class Progress(_Bars):
+    """A bar on a terminal, log lines elsewhere.
+
+    If `quiet`, it shows nothing but warnings. If not `warns`, it drops the warnings.
+    """
+
+    def __init__(self, epochs: int, quiet: bool = False, warns: bool = True) -> None:
+        super().__init__(quiet)
+        self._epochs = epochs
+        self._warns = warns
+        self._task = TaskID(0)
+        self._total = 1
+        self._first = (0, 0.0)  # step and time at the start of this process
+        self._last_line = 0.0
 
     def start(self, step: int, total: int) -> None:
         self._total = total
@@ -161,32 +168,16 @@ class RelayedProgress:
         self._send(("log", (level, text)))
 
 
-class PooledProgress:
+class PooledProgress(_Bars):
     """The progress of several trainings at the same time: one bar each on a terminal, otherwise lines with names."""
 
     def __init__(self, names: Sequence[str], epochs: int, quiet: bool = False) -> None:
+        super().__init__(quiet)
         self._names = names
         self._epochs = epochs
-        self._quiet = quiet
-        self._console = Console(stderr=True)
-        self._bar: Bar | None = None
         self._tasks: dict[int, TaskID] = {}
         self._totals: dict[int, int] = {}
         self._last_lines: dict[int, float] = {}  # of steps, by training
-
-    def __enter__(self) -> Self:
-        """Start the bars if standard error is a terminal."""
-        if self._console.is_terminal and not self._quiet:
-            self._bar = _training_bar(self._console)
-            self._bar.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """End the bars, also after an exception."""
-        if self._bar is not None:
-            self._bar.__exit__(kind, error, trace)
 
     def show(self, number: int, kind: str, content: Any) -> None:
         """What training `number` has relayed."""
