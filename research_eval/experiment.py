@@ -19,6 +19,7 @@ from research_eval.runs.scores import score
 from research_eval.store.pending import merge_pending
 from research_eval.store.store import Store
 from research_eval.store.values import normal_metrics
+from research_eval.system.best_effort import attempted
 from research_eval.system.progress import Display, Progress
 from research_eval.training.checkpointer import drop_previous
 from research_eval.training.fit import fit
@@ -35,27 +36,30 @@ def run(
     parent_id: str | None = None,
     trial: TrialRun | None = None,
     progress: Display | None = None,
+    to_csv: bool = True,
 ) -> Result:
     """Train, score and store one experiment; `resume` continues the newest run of the same config.
 
-    The screen shows the progress, unless it goes to a `progress` of the caller. Raises ConfigError before any work for
-    what the user has to change. A run that diverges, is pruned or interrupted is a Result with that status; every other
-    problem is stored as failed and raised.
+    The screen shows the progress, unless it goes to a `progress` of the caller. `to_csv` adds the run, unless it is a
+    trial, to the CSV file. Raises ConfigError before any work for what the user has to change. A run that diverges, is
+    pruned or interrupted is a Result with that status; every other problem is stored as failed and raised. After the
+    result is stored, a problem is only a warning.
     """
     with Store(db) as store:
         merge_pending(store)
         entry = RunEntry(store, config, resume, parent_id, trial)
-        finished = entry.result_if_finished()
+        finished = entry.result_if_finished(to_csv)
         if finished is not None:
             return finished
-        prepared = prepare(config)
+        prepared = prepare(config, entry.data)
+        entry.check_data(prepared.data)
         log.info("%s: %s", config.dataset_name, prepared.data.summary())
         with claimed_folder(entry.experiment_id) as folder:
             entry.begin(prepared.runtime, prepared.data, folder)
             save_description(folder, config, prepared.data)
             with nullcontext(progress) if progress else Progress(config.epochs, quiet, warns=trial is None) as screen:
                 watch = None if trial is None else trial.watch
-                journal = Journal(store, entry.experiment_id, screen, watch)
+                journal = Journal(store, entry.experiment_id, screen, watch, entry.wants_csv_row(to_csv))
                 return _train_and_store(entry.experiment_id, folder, config, prepared, journal)
 
 
@@ -84,6 +88,8 @@ def _train_and_store(
         return result
     result = Result(experiment_id, "finished", metrics, folder)
     journal.end(config, result, stored)
-    drop_previous(folder)
-    draw_pictures(result, state.reports, config, data)
+    with attempted(log, f"run {experiment_id}: the checkpoint before the last one stays"):
+        drop_previous(folder)
+    with attempted(log, f"run {experiment_id}: no pictures"):
+        draw_pictures(result, state.reports, config, data)
     return result

@@ -1,6 +1,7 @@
 """Name -> class. A new file registers its own class, so that no list has to be edited.
 
-A registry finds files in the package that it belongs to, and in the folders that GOE_EXTENSIONS names.
+A registry finds files in the package that it belongs to, entries in `main.py` and in `datasets/providers.py`, and files
+in the folders that GOE_EXTENSIONS names.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from research_eval.wording import hint
 if TYPE_CHECKING:
     from pydantic_core import CoreSchema
 
+# The two modules into which users write entries. A registry imports them when it is read, so that every process knows
+# the entries: other scripts and workers too. If `main.py` runs as a script, it is executed twice, with equal entries.
+EDITED = ("research_eval.datasets.providers", "research_eval.main")
 EXTENSIONS_VARIABLE = "GOE_EXTENSIONS"
 EXTENSION_PREFIX = "goe_extension_"  # of the names of modules that are extensions
 
@@ -31,7 +35,7 @@ T = TypeVar("T", bound=type)  # what a registry holds, such as `type[DatasetKind
 
 
 class Registry(MutableMapping[str, T], Generic[T]):
-    """A mutable mapping that imports the modules of `package`, and the extensions, when it is first read.
+    """A mutable mapping that imports the modules of `package`, what users edit, and the extensions, when first read.
 
     Writing (`registry["name"] = cls`, `@registry.register("name")`) imports nothing, so the command line can be built
     without torch. `field` is the key of the config that holds such a name; messages begin with it.
@@ -63,6 +67,8 @@ class Registry(MutableMapping[str, T], Generic[T]):
                 package = importlib.import_module(self._package)
                 for module in sorted(info.name for info in pkgutil.iter_modules(package.__path__)):
                     importlib.import_module(f"{self._package}.{module}")
+                for module in EDITED:
+                    importlib.import_module(module)
                 load_extensions()
             except BaseException:
                 self._discovered = False

@@ -29,6 +29,7 @@ from research_eval.analysis.comparison import compare
 from research_eval.analysis.report import hyperparameters
 from research_eval.analysis.result_plots import draw_cost_plot
 from research_eval.analysis.runs import Group, Results, load_results, with_all_metrics
+from research_eval.analysis.statistics import SHARE, mean_interval
 from research_eval.analysis.summary import Options
 from research_eval.analysis.tables import Table, is_score, short_number
 from research_eval.analyze_results import main
@@ -266,16 +267,14 @@ def test_the_best_of_each_model_type_is_that_of_the_slow_way(lab: Lab, metric: s
         spent[model] = spent.get(model, 0) + 1
         if status == "finished":
             scores.setdefault((model, lr), {})[run_seed] = values[metric]
-    means = {
-        place: fmean(finite)
-        for place, found in scores.items()
-        if (finite := [value for value in found.values() if math.isfinite(value)])
-    }
+    finite = {place: [value for value in found.values() if math.isfinite(value)] for place, found in scores.items()}
     choose = max if metric == "final_val_f1" else min
     expected = {}
     for model in sorted(spent):
-        own = {lr: mean for (name, lr), mean in means.items() if name == model}
-        expected[model] = choose(own.items(), key=lambda item: item[1])
+        own = {lr: values for (name, lr), values in finite.items() if name == model}
+        most = max(map(len, own.values()))
+        means = {lr: fmean(values) for lr, values in own.items() if values and len(values) >= min(3, most)}
+        expected[model] = choose(means.items(), key=lambda item: item[1])
     assert lab.analyze("--metric_to_optimize", metric).code == 0
     rows = lab.rows(f"parity_summary_table_best_{metric.replace('_', '')}.csv")
     assert [row["model_type"] for row in rows] == list(expected)
@@ -288,6 +287,48 @@ def test_the_best_of_each_model_type_is_that_of_the_slow_way(lab: Lab, metric: s
             sum(int(value) for name, value in row.items() if re.fullmatch("trials_(?!spent).*", name))
             == spent[row["model_type"]]
         )
+
+
+@pytest.mark.parametrize("metric", ["final_val_f1", "final_val_loss"])
+def test_a_lucky_seed_does_not_beat_a_group_and_the_table_says_so(lab: Lab, metric: str) -> None:
+    """In the lab the loss is 1 - F1, so that both metrics have the same order."""
+    rng = random.Random(0)
+    luck = [lab.add(0.8 + 0.1 * rng.random(), optimizer_params={"lr": 1e-4 * (1 + trial)}) for trial in range(30)]
+    lucky = lab.add(0.97, seed=3, optimizer_params={"lr": 0.5}, metrics=COSTS)
+    steady = [lab.add(0.7 + seed / 100, seed=seed, epochs=3, metrics=COSTS, curve=True) for seed in range(5)]
+    lab.add(0.6, model="moe", metrics=COSTS)
+    lab.add(0.5, model="moe", seed=1, epochs=3, metrics=COSTS)
+    done = lab.analyze("--metric_to_optimize", metric, "--run_all")
+    dense, moe = lab.rows(f"parity_summary_table_best_{metric.replace('_', '')}.csv")
+    assert dense["experiment_ids"].split() == steady
+    assert moe["num_seeds"] == "1", "nothing has three seeds there"
+    way, mean = ("higher", "0.9700") if metric == "final_val_f1" else ("lower", "0.03")
+    note = f"dense: a config with 1 seed has a {way} mean ({mean}, run {lucky}), which may be luck. "
+    note += "It was passed over: train it with 3 seeds or more."
+    for text in (done.out, lab.text("parity_report.html")):
+        assert note in text
+        assert text.count("passed over") == 1
+    _, _, listed = lab.text("parity_report.html").partition('<table id="listed">')
+    first = re.search(r'class="number" data-value="([\d.]+)"', listed)
+    assert first is not None
+    assert float(first[1]) == pytest.approx(0.72 if metric == "final_val_f1" else 0.28), "first in the list"
+    results = lab.results("final_val_f1", "param_count")
+    found = points.points_of(results, *results.tasks, "param_count", points.Score.of(results, metric), 0.95)
+    on_front = [point.group.runs[0].experiment_id for point in found if point.on_front]
+    assert on_front == [steady[0]], "it is not on the front, and dominates nothing"
+    assert [point.group.runs[0].experiment_id for point in found if not point.competes] == [lucky]
+    assert len(luck) == 30
+
+
+def test_two_seeds_are_enough_where_nothing_has_three(lab: Lab) -> None:
+    lab.add(0.9)
+    for seed in (0, 1):
+        lab.add(0.5, seed=seed, epochs=3)
+    assert "It was passed over" in lab.analyze().out
+    assert lab.rows()[0]["num_seeds"] == "2"
+    lab.add(0.9, seed=1)
+    assert "passed over" not in lab.analyze().out
+    assert float(lab.rows()[0]["final_val_f1"]) == 0.9
 
 
 def test_a_test_score_is_shown_and_never_chosen_by(lab: Lab) -> None:
@@ -320,23 +361,36 @@ def test_the_table_shows_seeds_interval_solve_rate_and_trials(lab: Lab) -> None:
     lab.add(seed=4, status="diverged")
     done = lab.analyze()
     row = lab.rows()[0]
-    half = 3.182446 * 0.288675 / 2  # t quantile, standard deviation, root of 4
-    assert float(row["final_val_f1_low"]) == pytest.approx(0.75 - half, rel=1e-5)
-    assert float(row["final_val_f1_high"]) == pytest.approx(0.75 + half, rel=1e-5)
+    # t quantile, standard deviation, root of 4. Both ends of Wilson's interval solve (p - mean)^2 = weight p (1 - p).
+    weight = (3.182446 * 0.288675 / 2) ** 2 / (0.75 * 0.25)
+    for end in ("low", "high"):
+        share = float(row[f"final_val_f1_{end}"])
+        assert (share - 0.75) ** 2 == pytest.approx(weight * share * (1 - share), rel=1e-5)
     assert (row["solved"], row["num_seeds"], row["seeds"], row["seeds_lost"]) == ("2", "4", "0 1 2 3", "1")
     assert float(row["solve_rate_low"]) == pytest.approx(0.1500, abs=1e-4)
     assert float(row["solve_rate_high"]) == pytest.approx(0.8500, abs=1e-4)
     assert float(row["param_count"]) == 12345
     (line,) = [line for line in done.out.splitlines() if line.startswith("dense ")]
     assert re.split(r"  +", line) == [
-        *("dense", "4", "0.7500", "[0.2907, 1.2093]", "2/4", "[0.15, 0.85]", "0.4500", "12.3k"),
+        *("dense", "4", "0.7500", "[0.2759, 0.9594]", "2/4", "[0.15, 0.85]", "0.4500", "12.3k"),
         "5 (4 finished, 1 diverged)",
     ]
     assert "1 more of the chosen config's seeds ended without a result" in done.out
     narrow = lab.analyze("--confidence", "0.5", "--solved_at", "0.4")
     assert float(lab.rows()[0]["final_val_f1_low"]) > 0.6
     assert lab.rows()[0]["solved"] == "4"
-    assert "50 % t-interval" in narrow.out
+    assert "50 % interval" in narrow.out
+
+
+def test_no_solved_seed_of_five_has_a_rate(lab: Lab) -> None:
+    for seed in range(5):
+        lab.add(0.5 + seed / 100, seed=seed)
+    done = lab.analyze()
+    (line,) = [line for line in done.out.splitlines() if line.startswith("dense ")]
+    assert re.split(r"  +", line)[4:6] == ["0/5", "[0.00, 0.43]"]
+    row = lab.rows()[0]
+    assert (row["solved"], row["solve_rate_low"]) == ("0", "0.0")
+    assert float(row["solve_rate_high"]) == pytest.approx(0.4345, abs=1e-4)
 
 
 @pytest.mark.parametrize("stuck", [1.0, 0.5])
@@ -366,7 +420,9 @@ def test_one_and_two_seeds_have_no_interval(lab: Lab) -> None:
     done = lab.analyze()
     assert "no interval" in done.out
     row = lab.rows()[0]
-    assert (row["num_seeds"], row["final_val_f1_low"], row["solved"]) == ("2", "", "")
+    assert (row["num_seeds"], row["final_val_f1_low"]) == ("2", "")
+    assert (row["solved"], row["solve_rate_low"]) == ("0", "0.0"), "the file has every figure"
+    assert "solved" not in done.out, "0 of 2 tells nothing"
 
 
 def test_a_loss_is_not_solved(lab: Lab) -> None:
@@ -691,7 +747,7 @@ def test_points_are_means_with_intervals_and_a_front(lab: Lab) -> None:
         ("goe", 500.0, True),
     ]
     assert found[0].score == pytest.approx(0.7)
-    assert found[0].interval == pytest.approx((0.7 - 4.302653 * 0.1 / 3**0.5, 0.7 + 4.302653 * 0.1 / 3**0.5))
+    assert found[0].interval == pytest.approx(mean_interval([0.6, 0.7, 0.8], bounds=SHARE))
     assert found[1].interval is None
     assert points.is_wide([1, 11])
     assert not points.is_wide([1, 10])
@@ -717,7 +773,7 @@ def test_learning_curves_are_means_where_all_seeds_have_a_point(lab: Lab) -> Non
     assert curve is not None
     assert curve.epochs == [1, 2, 3]
     assert curve.mean == pytest.approx([0.11, 0.21, 0.31])
-    assert curve.intervals[0] == pytest.approx((0.11 - 4.302653 * 0.01 / 3**0.5, 0.11 + 4.302653 * 0.01 / 3**0.5))
+    assert curve.intervals[0] == pytest.approx(mean_interval([0.1, 0.11, 0.12], bounds=SHARE))
     assert [len(epochs) for epochs, _ in curve.seeds] == [4, 4, 3]
     assert points.curve_of(lab.store, group, "val_loss", 0.95) is None
 

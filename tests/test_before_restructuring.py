@@ -29,6 +29,7 @@ IS_SAME_MACHINE = EXPECTED["machine"] == machine()
 TOLERANCE = 0.0 if IS_SAME_MACHINE else 1e-4
 INTERRUPTED = {expected["name"]: run_id for run_id, expected in EXPECTED["interrupted"].items()}
 PADDED = ("inference_flops_per_sample", "train_flops")  # they count the padding, which fits the vectors of the CPU
+WHOLE = ("dense", "looped")  # models whose products were all counted
 STARTUP_TRIALS = 10  # the sampler draws them at random; later ones depend on the scores of all before
 CHECKS = (
     "database",
@@ -53,10 +54,11 @@ def _unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(name="_here")
 def _copy(unpacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy of it as the working directory."""
+    """A copy of it as the working directory, with the tables of the present program."""
     monkeypatch.delenv("GOE_DB", raising=False)
     shutil.copytree(unpacked, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
+    Store(DATABASE).close()
 
 
 def goe(*arguments: str) -> Ended:
@@ -98,7 +100,9 @@ def test_an_interrupted_run_ends_as_if_nothing_had_happened(name):
     result = run(config_from_dict(stored_config(run_id)), db=DATABASE, resume=True, quiet=True)
     assert (result.status, result.experiment_id) == ("finished", run_id)
     found, wanted = outcome(run_id), EXPECTED["interrupted"][run_id]
-    metrics = {name: value for name, value in wanted["metrics"].items() if IS_SAME_MACHINE or name not in PADDED}
+    left_out = set() if IS_SAME_MACHINE else set(PADDED)
+    left_out |= set() if name in WHOLE else {"train_flops"} | ({PADDED[0]} if name == "lstm" else set())
+    metrics = {metric: value for metric, value in wanted["metrics"].items() if metric not in left_out}
     assert not differences(found["metrics"], metrics, "metrics")
     assert not differences(found["history"], wanted["history"], "history")
     assert set(found["files"]) >= set(wanted["files"])

@@ -1,5 +1,6 @@
 """The store must keep what it was given, on SQLite and on PostgreSQL, for many writers at once."""
 
+import codecs
 import csv
 import json
 import math
@@ -11,6 +12,7 @@ import sys
 import tempfile
 from collections import Counter
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 
 import alembic.autogenerate
@@ -352,7 +354,7 @@ def test_many_runs_are_read_with_the_numbers_among_their_metrics(db):
         store.finish_experiment("other", {"f1": 0.9, "only": 1.0})
         first, second = store.runs("parity", [*values, "missing"])
         numbers = {name: value for name, value in values.items() if name in ("f1", "zero", "it's")}
-        assert first == ("b", "a name", "dense", "finished", 1, '{"a": 1}', first.metrics)
+        assert first == ("b", "a name", "dense", "finished", 1, '{"a": 1}', first.metrics, None)
         assert {name: value for name, value in first.metrics.items() if name != "inf"} == numbers
         assert (second.experiment_id, second.status, second.metrics) == ("a", "running", {}), "oldest first"
         assert store.runs("parity'") == []
@@ -468,6 +470,29 @@ def test_a_version_one_database_is_upgraded_but_not_read(tmp_path):
     with Store(str(path)) as store:
         assert store.schema_version == db_utils.SCHEMA_VERSION
         assert len(store.experiments()) == 2
+
+
+def test_the_fourth_migration_fills_the_data_and_marks_old_counts(db):
+    """Text gets the hash that new runs on the same data have; other data stay unknown."""
+    hashes = {"train": "a", "validation": "b"}
+    with Store(db) as store:
+        text = {"dataset_type": "real_world", "dataset_name": "reviews"}
+        start(store, "text", **text, environment={"data": {"sha256": hashes}}, model_type="moe")
+        start(store, "bare", **text, environment={"data": "none"}, model_type="lstm")
+        start(store, "made", environment={"data": {"sha256": hashes}})
+        for name in ("text", "bare", "made"):
+            store.finish_experiment(name, {"train_flops": 2.0, "final_val_f1": 0.5})
+    engine = sa.create_engine(database_url(db))
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE experiments DROP COLUMN data_sha256")
+        connection.exec_driver_sql(f"UPDATE {db_utils.VERSION_TABLE} SET version_num = '0003'")
+    engine.dispose()
+    with Store(db) as store:
+        assert store.schema_version == db_utils.SCHEMA_VERSION
+        assert store.find_id("text")["data_sha256"] == sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+        assert [store.find_id(name)["data_sha256"] for name in ("bare", "made")] == [None, None]
+        assert store.metrics("text") == store.metrics("bare") == {"train_flops_v1": 2.0, "final_val_f1": 0.5}
+        assert store.metrics("made") == {"train_flops": 2.0, "final_val_f1": 0.5}
 
 
 def test_a_database_of_a_newer_program_is_refused(db):
@@ -755,7 +780,8 @@ def test_a_file_that_others_touched_is_continued(tmp_path):
     append_csv(path, {"id": "b", "f1": 2})
     assert [line.split(",") for line in path.read_text("utf-8-sig").split()] == [["id", "f1"], ["a", "1"], ["b", "2"]]
     append_csv(path, {"id": "c", "new": 3})
-    assert [row["id"] for row in read_csv(path)] == ["a", "b", "c"]
+    assert path.read_bytes().startswith(codecs.BOM_UTF8), "spreadsheets need the mark"
+    assert path.read_text("utf-8-sig").split() == ["id,f1,new", "a,1,", "b,2,", "c,,3"]
 
 
 def test_a_failed_rewrite_leaves_the_old_file(tmp_path, monkeypatch):

@@ -887,6 +887,36 @@ def test_a_model_follows_given_paths_and_then_its_router_again(
     assert torch.equal(again[0], own[0])
 
 
+@every_halt
+@pytest.mark.parametrize("visits", [1, 3])
+@pytest.mark.parametrize(("route", "mode"), [("learned", mode) for mode in MODES] + [("hash", "gate")])
+def test_its_own_recorded_path_gives_its_own_prediction(
+    route: str, mode: str, visits: int, halt: str, build_model: Build, ids_BL: torch.Tensor, labels_B: torch.Tensor
+) -> None:
+    """To the bit, also where the balance bias overturns the likeliest expert, and where visits or halting end paths."""
+    if route == "hash" and halt in ("ponder", "action"):
+        pytest.skip("a route without a router cannot decide about stopping")
+    many_BL, labels_B = ids_BL.repeat(8, 1).flip(0), labels_B.repeat(8)
+    many_BL = torch.where(many_BL != 0, 1 + (many_BL + torch.arange(len(many_BL)).unsqueeze(1)) % 12, 0)
+    model = wake(build(build_model, mode, halt, route=route, max_visits=visits))
+    if route == "learned":
+        with torch.no_grad():
+            model.balance.bias.copy_(torch.randn_like(model.balance.bias))
+            if halt in ("ponder", "action"):
+                stop_biases(model).add_(2.0)
+    if halt == "confidence":
+        threshold_of(model).fill_(0.4)
+    model.eval().start_recording()
+    own_BC = logits_of(model, batch_of(many_BL, labels_B))
+    paths_BT = torch.from_numpy(model.recorded_paths())
+    assert len(paths_BT.unique(dim=0)) > 3
+    model.follow(torch.arange(model.num_experts).expand(paths_BT.shape[1], -1))
+    model.start_recording()
+    forced_BC = logits_of(model, batch_of(many_BL, labels_B, paths_BT))
+    assert torch.equal(torch.from_numpy(model.recorded_paths()), paths_BT)
+    assert torch.equal(forced_BC, own_BC)
+
+
 # ------------------------------------------------------------------------------------------------------ confident exits
 
 

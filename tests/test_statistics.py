@@ -13,6 +13,8 @@ from scipy import stats
 
 from research_eval.analysis.statistics import (
     FEWEST,
+    SHARE,
+    Interval,
     half_width,
     holm,
     mean_interval,
@@ -41,6 +43,64 @@ def test_wilson_intervals_cover_the_rate(seeds: int) -> None:
     holds = (low[:, None] <= rates) & (rates <= high[:, None])
     coverage = (stats.binom.pmf(np.arange(seeds + 1)[:, None], seeds, rates) * holds).sum(0)
     assert 0.92 <= coverage.mean() <= 0.98
+
+
+@pytest.mark.parametrize(
+    ("mean", "size", "least"),
+    [(0.5, 20, 0.93), (0.9, 20, 0.93), (0.9, 100, 0.93), (0.99, 20, 0.79), (0.99, 100, 0.92)],
+)
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+def test_intervals_of_shares_stay_inside_and_cover_no_worse_than_students(
+    mean: float, size: float, least: float, seeds: int
+) -> None:
+    """`size` is the sum of both parameters of the beta distribution. At 0.99 a few seeds hide its long tail."""
+    samples = np.random.default_rng(seeds).beta(mean * size, (1 - mean) * size, (2000, seeds)).tolist()
+    covered = {}
+    for bounds in (None, SHARE):
+        intervals = [mean_interval(sample, bounds=bounds) for sample in samples]
+        covered[bounds] = np.mean([one is not None and one.low <= mean <= one.high for one in intervals])
+        if bounds is not None:
+            assert all(one is not None and 0 < one.low < one.high < 1 for one in intervals)
+    assert covered[SHARE] >= max(least, covered[None] - 0.003), "but for chance"
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
+@pytest.mark.parametrize("values", [[0.9, 0.95, 1.0], [0.0, 0.0, 0.0, 0.1], [0.0, 1.0, 1.0]])
+def test_the_interval_of_a_share_is_its_definition(values: list[float], confidence: float) -> None:
+    """All means that a test with their own variance does not refuse: found here by bisection from the mean outwards."""
+    mean, half = np.mean(values), stats.sem(values) * stats.t.ppf((1 + confidence) / 2, len(values) - 1)
+    trials = mean * (1 - mean) / half**2  # the effective number over the squared quantile
+    found = mean_interval(values, confidence, SHARE)
+    assert found is not None
+    for end, place in zip((0.0, 1.0), found, strict=True):
+        inside, outside = mean, end
+        for _ in range(100):
+            tried = (inside + outside) / 2
+            is_inside = (tried - mean) ** 2 <= tried * (1 - tried) / trials
+            inside, outside = (tried, outside) if is_inside else (inside, tried)
+        assert place == pytest.approx(inside)
+    mirrored = mean_interval([1 - value for value in values], confidence, SHARE)
+    assert mirrored == pytest.approx((1 - found.high, 1 - found.low))
+    percent = mean_interval([100 * value for value in values], confidence, Interval(0.0, 100.0))
+    assert percent == pytest.approx((100 * found.low, 100 * found.high))
+
+
+def test_bounds_matter_near_them_only() -> None:
+    middle = [0.50, 0.51, 0.52]
+    assert mean_interval(middle, bounds=SHARE) == pytest.approx(mean_interval(middle), abs=1e-3)
+    percent = [93.0, 94.0, 95.0]
+    assert mean_interval(percent, bounds=SHARE) == mean_interval(percent), "values outside: these are not the bounds"
+    assert mean_interval([1.0] * 5, bounds=SHARE) is None
+    assert mean_interval([0.9, 1.0], bounds=SHARE) is None
+    assert mean_interval([0.0, 0.0, 5e-324], bounds=SHARE) is None, "rounding is no spread"
+    assert mean_interval([0.0, 1.0, 1.0], 1 - 1e-12, SHARE) == pytest.approx((0, 1), abs=1e-9)
+
+
+def test_one_and_nought_are_a_rate() -> None:
+    """Of 0 and 1 the mean is a rate; the interval differs from Wilson's by Student's quantile and N - 1 alone."""
+    values = [0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0]
+    confidence = 2 * stats.norm.cdf(stats.t.ppf(0.975, 7) * math.sqrt(8 / 7)) - 1
+    assert mean_interval(values, bounds=SHARE) == pytest.approx(wilson_interval(6, 8, confidence))
 
 
 @pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
@@ -81,6 +141,13 @@ def test_an_interval_is_finite_and_holds_the_mean(values: list[float]) -> None:
         assert all(map(math.isfinite, interval))
 
 
+@given(st.lists(st.floats(0, 1), max_size=8))
+def test_an_interval_of_shares_holds_the_mean_and_lies_between_0_and_1(values: list[float]) -> None:
+    interval = mean_interval(values, bounds=SHARE)
+    if interval is not None:
+        assert 0 <= interval.low < np.mean(values) < interval.high <= 1
+
+
 # ---------------------------------------------------------------------------------------------------------- paired
 
 
@@ -98,6 +165,19 @@ def test_paired_differences_are_those_of_scipy() -> None:
     other_way = paired_difference(second, first)
     assert (other_way.mean, other_way.effect_size) == pytest.approx((-0.03, -found.effect_size))
     assert other_way.p_value == pytest.approx(found.p_value)
+
+
+def test_differences_of_shares_are_cut_where_none_can_be() -> None:
+    first, second = [1.0, 0.9, 1.0], [0.0, 0.5, 0.1]
+    plain, cut = paired_difference(first, second), paired_difference(first, second, bounds=SHARE)
+    assert plain.interval is not None
+    assert cut.interval is not None
+    assert plain.interval.high > 1
+    assert cut.interval == (plain.interval.low, 1)
+    assert (cut.mean, cut.p_value, cut.effect_size) == (plain.mean, plain.p_value, plain.effect_size)
+    assert paired_difference(second, first, bounds=SHARE).interval == (-1, pytest.approx(-plain.interval.low))
+    losses = [9.0, 1.0, 2.0], [0.5, 0.0, 8.0]
+    assert paired_difference(*losses, bounds=SHARE) == paired_difference(*losses)
 
 
 def test_pairing_takes_out_what_the_seeds_have_in_common() -> None:

@@ -69,6 +69,7 @@ def row(experiment_id: str, **changes: Any) -> dict[str, Any]:
         "error": None,
         "heartbeat": datetime.now(UTC) if changes.get("status") == "running" else START,
         "parent_id": None,
+        "data_sha256": None,
     } | changes
 
 

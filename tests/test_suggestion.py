@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -205,9 +206,33 @@ def test_the_seeds_of_a_config_are_one_template_with_their_mean(store: Store) ->
     enter(store, small_config(model_params={"num_layers": 2}, seed=9), 0.5, run_type="optuna_trial")
     found = ask(store, top_n=3, num_variations_per_config=1)
     assert [suggestion.source for suggestion in found] == [
+        "from run run0 (final_val_f1 0.4333, mean of 3 seeds)",  # the others may be luck: see the next test
         "from run run3 (final_val_f1 0.55, mean of 2 seeds)",
-        "from run run0 (final_val_f1 0.4333, mean of 3 seeds)",
     ]
+
+
+@pytest.mark.parametrize("metric", ["final_val_f1", "final_val_loss"])
+def test_a_lucky_seed_comes_after_the_configs_with_enough_seeds(
+    metric: str, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    sign = 1 if metric == "final_val_f1" else -1
+    caplog.set_level(logging.INFO, "research_eval")
+
+    def enter_config(layers: int, *values: float) -> None:
+        for seed, value in enumerate(values):
+            enter(store, small_config(model_params={"num_layers": layers}, seed=seed), sign * value, metric=metric)
+
+    def ranked() -> list[str]:
+        return sources(ask(store, metric_name=metric, top_n=4, num_variations_per_config=1))
+
+    enter_config(1, 0.99)
+    enter_config(2, 0.98, 0.5)
+    assert ranked() == ["run1", "run0"], "two seeds are the most that a config has"
+    enter_config(3, 0.6, 0.6, 0.6)
+    enter_config(4, 0.7, 0.7, 0.7, 0.7, 0.7)
+    caplog.clear()
+    assert ranked() == ["run6", "run3", "run0", "run1"]
+    assert f"run run0 has the best {metric}, but 1 seed(s) only" in caplog.text
 
 
 def test_only_finished_runs_with_a_number_are_templates(store: Store) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from research_eval.analysis.runs import Group, Results
 from research_eval.analysis.statistics import PairedDifference, holm, paired_difference
 from research_eval.analysis.summary import Options
-from research_eval.analysis.tables import Table, interval_text, metric_text
+from research_eval.analysis.tables import Table, bounds_of, interval_text, metric_text
 from research_eval.errors import ConfigError
 from research_eval.store.metrics import direction
 
@@ -77,18 +77,18 @@ def _compared(label: str, first: Group, second: Group, options: Options) -> Comp
         first,
         second,
         seeds,
-        _paired(scores, seeds, options.confidence),
-        _paired(tests, seeds, options.confidence) if tested else None,
+        _paired(scores, seeds, options.metric, options.confidence),
+        _paired(tests, seeds, options.test_metric, options.confidence) if tested else None,
         None,
     )
 
 
 def _paired(
-    scores: Sequence[dict[int | str, float]], seeds: Sequence[int | str], confidence: float
+    scores: Sequence[dict[int | str, float]], seeds: Sequence[int | str], metric: str, confidence: float
 ) -> PairedDifference:
     """The statistics of the pairs: one pair for each of these seeds."""
     first, second = ([one[seed] for seed in seeds] for one in scores)
-    return paired_difference(first, second, confidence)
+    return paired_difference(first, second, confidence, bounds_of(metric))
 
 
 # ---------------------------------------------------------------------------------------------------------- as text

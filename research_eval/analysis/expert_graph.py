@@ -91,7 +91,7 @@ def draw_expert_graph(metrics: dict[str, Any], path: Path, title: str) -> None:
 
 def _draw_flow(axes: Any, layout: Layout, flow_NN: Array, column: int, colours: list[Any]) -> None:
     """Draw the edges between two columns."""
-    from matplotlib.patches import FancyArrowPatch
+    from research_eval.system.drawing import FancyArrowPatch
 
     least = HAIR * layout.samples if layout.is_crowded else 1
     for source, target in np.argwhere(flow_NN >= least).tolist():

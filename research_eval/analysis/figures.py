@@ -6,7 +6,6 @@ helpers, so that equal things look equal in every picture.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,6 @@ from research_eval.wording import shortened
 
 INK, PALE = "#222222", "#8A8A8A"  # text and important lines; frames and minor marks
 GRID = "#E6E6E6"
-DPI = 130
 # plotly's name of a marker -> matplotlib's. The styles of model types (`points.styles`) use plotly's names.
 MATPLOTLIB_MARKERS = {
     "circle": "o",
@@ -39,31 +37,20 @@ def figure_for(
     """Yield a figure and its axes; save the figure to `path` when the block ends without an exception.
 
     `width` and `height` are in inches. `beside` lists suffixes such as ".svg"; the figure is also saved under `path`
-    with each of them. `options` go to `matplotlib.pyplot.subplots`. The drawing needs no display, and equal data give
-    an equal file.
+    with each of them. `options` go to `Figure.subplots`. The drawing needs no display, and equal data give an equal
+    file.
     """
-    import matplotlib
+    from research_eval.system.drawing import encoded, new_figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(width, height), constrained_layout=True, **options)
-    try:
-        yield figure, axes
-        for file in (path, *(path.with_suffix(suffix) for suffix in beside)):
-            picture = io.BytesIO()
-            # Without these two settings an SVG file holds the time of day and random identifiers.
-            metadata = {"Date": None} if file.suffix == ".svg" else None
-            with matplotlib.rc_context({"svg.hashsalt": path.stem}):
-                figure.savefig(picture, format=file.suffix[1:], dpi=DPI, metadata=metadata)
-            write_atomically(file, picture.getvalue())
-    finally:
-        plt.close(figure)
+    figure, axes = new_figure(width, height, **options)
+    yield figure, axes
+    for file in (path, *(path.with_suffix(suffix) for suffix in beside)):
+        write_atomically(file, encoded(figure, file.suffix[1:], path.stem))
 
 
 def expert_colours(num_experts: int) -> list[Any]:
     """One colour per expert: a palette of clearly different colours for up to ten, a continuous scale for more."""
-    from matplotlib import colormaps
+    from research_eval.system.drawing import colormaps
 
     if num_experts <= DISTINCT_COLOURS:
         return [colormaps["tab10"](expert) for expert in range(num_experts)]

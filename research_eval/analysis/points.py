@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from research_eval.analysis.runs import Group, Results
+from research_eval.analysis.runs import Group, Results, with_enough_seeds
 from research_eval.analysis.statistics import Interval, mean_interval, pareto_front
+from research_eval.analysis.tables import bounds_of
 from research_eval.store.metrics import DEFAULT_METRIC, gain_sign, score_of_epoch
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class Point:
     cost: float
     score: float
     interval: Interval | None
+    competes: bool  # whether it has enough seeds to be on the front
     on_front: bool
 
 
@@ -126,14 +128,22 @@ def panels(results: Results) -> list[str]:
 
 
 def points_of(results: Results, task: str, cost: str, score: Score, confidence: float) -> list[Point]:
-    """All configs of a task that have both a score and this cost; each knows whether it is on the Pareto front."""
+    """All configs of a task that have both a score and this cost; each knows whether it is on the Pareto front.
+
+    The front is chosen like a best config: a config with too few seeds is neither on it nor above it.
+    """
     found = []
     for group in results.of_task(task):
         value, price = group.mean(score.metric), group.mean(cost)
         if value is not None and price is not None:
-            found.append((group, price, value, mean_interval(group.values(score.metric), confidence)))
-    front = set(pareto_front([price for _, price, _, _ in found], [score.sign * value for _, _, value, _ in found]))
-    return [Point(*one, number in front) for number, one in enumerate(found)]
+            interval = mean_interval(group.values(score.metric), confidence, bounds_of(score.metric))
+            found.append((group, price, value, interval))
+    # Groups are compared by identity: equal groups do not exist, and comparing their runs would be slow.
+    able = set(map(id, with_enough_seeds([group for group, *_ in found], score.metric)))
+    rivals = [number for number, (group, *_) in enumerate(found) if id(group) in able]
+    costs, gains = [found[number][1] for number in rivals], [score.sign * found[number][2] for number in rivals]
+    front = {rivals[place] for place in pareto_front(costs, gains)}
+    return [Point(*one, id(one[0]) in able, number in front) for number, one in enumerate(found)]
 
 
 def is_wide(values: Sequence[float]) -> bool:
@@ -158,6 +168,6 @@ def curve_of(store: Store, group: Group, series: str, confidence: float) -> Curv
         group,
         epochs,
         [fmean(column) for column in values],
-        [mean_interval(column, confidence) for column in values],
+        [mean_interval(column, confidence, bounds_of(series)) for column in values],
         [(list(points), list(points.values())) for points in seeds],
     )

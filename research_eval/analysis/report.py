@@ -21,11 +21,19 @@ from typing import TYPE_CHECKING, Any
 from research_eval.analysis.comparison import Comparison, comparison_table
 from research_eval.analysis.figures import label
 from research_eval.analysis.points import COST_LABELS, Curve, Point, Score, is_wide, panels, points_of, styles
-from research_eval.analysis.runs import OPERATIONAL, Group, Results, described, differences, flat
+from research_eval.analysis.runs import (
+    OPERATIONAL,
+    Group,
+    Results,
+    described,
+    differences,
+    flat,
+    with_enough_seeds,
+)
 from research_eval.analysis.statistics import mean_interval
 from research_eval.analysis.summary import COSTS, SHOWN_COSTS, Options, Row, rate_texts, spread_text
 from research_eval.analysis.summary import summary_table as summary_table_of
-from research_eval.analysis.tables import interval_text, metric_text, one_line, short_number
+from research_eval.analysis.tables import bounds_of, interval_text, metric_text, one_line, short_number
 from research_eval.files import RUNS_FOLDER, file_stem
 from research_eval.store.metrics import gain_sign
 from research_eval.system.untrusted import stored_object
@@ -173,7 +181,8 @@ def _hovers(groups: Sequence[Group], score: Score, options: Options) -> list[str
     for group, values in zip(groups, hyperparameters(groups), strict=True):
         scores = group.values(score.metric)
         mean = metric_text(group.mean(score.metric), score.metric)
-        spread = interval_text(mean_interval(scores, options.confidence), score.metric)
+        interval = mean_interval(scores, options.confidence, bounds_of(score.metric))
+        spread = interval_text(interval, score.metric)
         costs = (
             f"{COSTS[cost]} {short_number(group.mean(cost))}" for cost in COST_LABELS if group.mean(cost) is not None
         )
@@ -243,7 +252,7 @@ class Cell:
 
 def _card(results: Results, row: Row, options: Options) -> dict[str, Any]:
     """The score of a model type in large letters, with a few facts; facts without a value are left out."""
-    solved, rate = rate_texts(row.score)
+    solved, rate = rate_texts(row.score) if row.score.has_telling_rate else ("", "")
     facts = {
         f"{100 * options.confidence:g} % interval": spread_text(row.score, options.metric),
         "seeds": str(len(row.score.values)),
@@ -264,18 +273,20 @@ def _listed(results: Results, options: Options) -> dict[str, Any]:
     """The best configs of all model types, as a table that the reader can sort."""
     sign = gain_sign(options.metric)
     scored = [(mean, group) for group in results.groups if (mean := group.mean(options.metric)) is not None]
-    scored.sort(key=lambda one: -sign * one[0])
+    able = set(map(id, with_enough_seeds(results.groups, options.metric)))  # the others follow
+    scored.sort(key=lambda one: (id(one[1]) not in able, -sign * one[0]))
     tasks = len(results.tasks) > 1
     groups = [group for _, group in scored[:MAX_LISTED]]
     columns = ["model", *["task"] * tasks, options.metric, "interval", "seeds", *(COSTS[cost] for cost in SHOWN_COSTS)]
     rows = []
     for group, values in zip(groups, hyperparameters(groups), strict=True):
-        mean, interval = group.mean(options.metric), mean_interval(group.values(options.metric), options.confidence)
+        mean, values_of_seeds = group.mean(options.metric), group.values(options.metric)
+        interval = mean_interval(values_of_seeds, options.confidence, bounds_of(options.metric))
         cells = [Cell(group.model_type, group.model_type)]
         cells += [Cell(results.tasks[group.task], results.tasks[group.task])] * tasks
         cells += [Cell(metric_text(mean, options.metric), _sortable(mean))]
         cells += [Cell(interval_text(interval, options.metric), _sortable(interval and interval.low))]
-        cells += [Cell(str(len(group.values(options.metric))), len(group.values(options.metric)))]
+        cells += [Cell(str(len(values_of_seeds)), len(values_of_seeds))]
         cells += [Cell(short_number(group.mean(cost)), _sortable(group.mean(cost))) for cost in SHOWN_COSTS]
         cells += [Cell(text := described(values), text), Cell(group.name, group.name)]
         rows.append(cells)

@@ -128,7 +128,7 @@ def _axes(panel: Any, costs: Sequence[float], scores: Sequence[float], is_share:
 
     The axis of a share, such as F1, ends near 0 and 1; the axis of any other score has no known ends.
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    from research_eval.system.drawing import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     # matplotlib's own ticks on a log scale may be a single power of ten, which says too little.
     if is_wide(costs):
@@ -155,7 +155,7 @@ def _axes(panel: Any, costs: Sequence[float], scores: Sequence[float], is_share:
 
 def _point_legend(figure: Any, points: Sequence[Point], looks: Mapping[str, Style], confidence: float) -> None:
     """One entry per model type with its numbers of configs and runs, then the front and the bars."""
-    from matplotlib.lines import Line2D
+    from research_eval.system.drawing import Line2D
 
     handles = []
     for name in sorted({point.group.model_type for point in points}):
@@ -164,10 +164,11 @@ def _point_legend(figure: Any, points: Sequence[Point], looks: Mapping[str, Styl
         text = f"{label(name, NAME_LENGTH)}: N = {configs}, {runs}"
         marker = MATPLOTLIB_MARKERS[looks[name].marker]
         handles.append(Line2D([], [], linestyle="", marker=marker, color=looks[name].colour, label=text))
-    front = "Pareto front (the others are pale)"
+    all_compete = all(point.competes for point in points)
+    front = "Pareto front (the others are pale)" if all_compete else "Pareto front, enough seeds only"
     handles.append(Line2D([], [], color=INK, linewidth=1.1, linestyle=(0, (5, 3)), label=front))
     if any(point.interval for point in points):
-        text = f"bar: {100 * confidence:g} % t-interval over seeds"
+        text = f"bar: {100 * confidence:g} % interval over seeds"
         handles.append(Line2D([], [], color=PALE, marker="|", markersize=9, linewidth=1.3, label=text))
     _legend(figure, handles)
 
@@ -272,7 +273,7 @@ def _limit(panel: Any, curves: Sequence[Curve]) -> None:
 
 def _curve_legend(figure: Any, curves: Sequence[Curve], looks: Mapping[str, Style], confidence: float) -> None:
     """One entry per model type with its number of seeds, then the thin lines and the bands."""
-    from matplotlib.lines import Line2D
+    from research_eval.system.drawing import Line2D
 
     handles = []
     for name in sorted({curve.group.model_type for curve in curves}):
@@ -283,6 +284,6 @@ def _curve_legend(figure: Any, curves: Sequence[Curve], looks: Mapping[str, Styl
         handles.append(Line2D([], [], color=looks[name].colour, marker=marker, linewidth=2, markersize=5, label=text))
     handles.append(Line2D([], [], color=PALE, linewidth=0.8, label="one seed"))
     if any(any(curve.intervals) for curve in curves):
-        text = f"band: {100 * confidence:g} % t-interval"
+        text = f"band: {100 * confidence:g} % interval"
         handles.append(Line2D([], [], color=PALE, linewidth=7, alpha=0.3, label=text))
     _legend(figure, handles)

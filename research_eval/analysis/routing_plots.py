@@ -68,9 +68,7 @@ def draw_load(loads_ETN: Sequence[Sequence[Sequence[float]]], path: Path, title:
 
 def _expert_key(figure: Any, panel: Any, colours: list[Any]) -> None:
     """Show beside the panel which colour belongs to which expert."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import ListedColormap, Normalize
-    from matplotlib.patches import Patch
+    from research_eval.system.drawing import ListedColormap, Normalize, Patch, ScalarMappable
 
     if len(colours) <= LEGEND:
         patches = [Patch(color=colour, label=str(expert)) for expert, colour in enumerate(colours)]

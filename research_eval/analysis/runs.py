@@ -1,11 +1,12 @@
-"""The runs on one dataset, grouped: runs of one config with different seeds are a group.
+"""The runs on one dataset, grouped: runs of one config on the same data with different seeds are a group.
 
-Runs with equal dataset parameters are runs on the same task. Scores compare within a task only.
+Runs with equal dataset parameters and equal data are runs on the same task. Scores compare within a task only.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from functools import lru_cache
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from research_eval.analysis.statistics import FEWEST
 from research_eval.store.metrics import gain_sign
 from research_eval.system.untrusted import stored_object
 
@@ -21,9 +23,12 @@ if TYPE_CHECKING:
     from research_eval.store.records import RunRow
     from research_eval.store.store import Store
 
+log = logging.getLogger(__name__)
+
 # Two configs that differ only in these training parameters are the same experiment: the parameters say how a run is
 # watched and where it is computed, not what is computed.
 OPERATIONAL = ("device", "num_threads", "log_every", "checkpoint_every", "trace_routing", "test")
+DATA_DIGITS = 8  # of a hash, in keys and labels
 LOST = ("failed", "diverged", "interrupted")  # statuses of runs that ended without a result
 
 
@@ -91,20 +96,58 @@ class Results:
         return [group for group in self.groups if group.task == task]
 
     def best(self, metric: str) -> list[Group]:
-        """The group with the best mean, for each task and model type.
+        """The group with the best mean, for each task and model type; `with_enough_seeds` says which groups can win.
 
         Of equally good groups the one with more seeds wins, then the older one.
         """
-        sign = gain_sign(metric)
-        leaders: dict[tuple[str, str], tuple[tuple[float, int], Group]] = {}
-        for group in self.groups:
-            values = group.values(metric)
-            if values:
-                place, rank = (group.task, group.model_type), (sign * fmean(values), len(values))
-                if place not in leaders or rank > leaders[place][0]:
-                    leaders[place] = rank, group
+        leaders = _leaders(with_enough_seeds(self.groups, metric), metric)
         order = list(self.tasks)
-        return [leaders[place][1] for place in sorted(leaders, key=lambda place: (order.index(place[0]), place[1]))]
+        return [leaders[place] for place in sorted(leaders, key=lambda place: (order.index(place[0]), place[1]))]
+
+    def passed_over(self, best: Sequence[Group], metric: str) -> list[tuple[Group, Group]]:
+        """Pairs of a group in `best` and one with too few seeds that has a better mean.
+
+        The second has the best mean of all groups of its task and model type.
+        """
+        leaders = _leaders(self.groups, metric)
+        pairs = [(one, leaders[one.task, one.model_type]) for one in best]
+        return [(one, leader) for one, leader in pairs if leader.mean(metric) != one.mean(metric)]
+
+
+def enough_seeds(most: int) -> int:
+    """How many seeds a config needs to be the best one, if the one with the most seeds has this many.
+
+    A single seed may win by luck. So a config with fewer than three does not beat one with three or more, and if none
+    has three, only those with the most compete.
+    """
+    return min(FEWEST, most)
+
+
+def with_enough_seeds(groups: Sequence[Group], metric: str) -> list[Group]:
+    """The groups that can be the best of their task and model type: those with a mean and `enough_seeds`."""
+    most: Counter[tuple[str, str]] = Counter()
+    counts = [len(group.values(metric)) for group in groups]
+    for group, count in zip(groups, counts, strict=True):
+        place = group.task, group.model_type
+        most[place] = max(most[place], count)
+    return [
+        group
+        for group, count in zip(groups, counts, strict=True)
+        if count and count >= enough_seeds(most[group.task, group.model_type])
+    ]
+
+
+def _leaders(groups: Sequence[Group], metric: str) -> dict[tuple[str, str], Group]:
+    """Task and model type -> the group with the best mean, however many seeds it has."""
+    sign = gain_sign(metric)
+    leaders: dict[tuple[str, str], tuple[tuple[float, int], Group]] = {}
+    for group in groups:
+        values = group.values(metric)
+        if values:
+            place, rank = (group.task, group.model_type), (sign * fmean(values), len(values))
+            if place not in leaders or rank > leaders[place][0]:
+                leaders[place] = rank, group
+    return {place: group for place, (_, group) in leaders.items()}
 
 
 def load_results(store: Store, dataset_name: str, metrics: Sequence[str] = ()) -> Results:
@@ -112,8 +155,8 @@ def load_results(store: Store, dataset_name: str, metrics: Sequence[str] = ()) -
     seeds: dict[tuple[str, str, str], dict[int | str, RunRow]] = {}
     ended: dict[tuple[str, str, str], set[int | str]] = {}
     spent: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)
-    for row in store.runs(dataset_name, metrics):
-        task, config = keys(row)
+    rows = store.runs(dataset_name, metrics)
+    for row, (task, config) in zip(rows, keys_by_data(rows), strict=True):
         place = (row.model_type, task, config)
         spent[task, row.model_type][row.status] += 1
         if row.status == "finished":
@@ -151,17 +194,18 @@ def _seed(run: RunRow) -> int | str:
 # ----------------------------------------------------------------------------------------------------- equal configs
 
 
-def keys(row: RunRow) -> tuple[str, str]:
+def keys(row: RunRow, with_place: bool = True) -> tuple[str, str]:
     """Two keys of a run: equal task keys mean the same task, equal experiment keys the same config but for the seed.
 
+    `with_place` makes the place of the data a part of the experiment key.
     The stored text of a config is canonical, so that this function can cut out the parts that do not matter. That is
     ten times faster than parsing. Any other text is parsed and brought into the canonical form first.
     """
-    found = _cut(row.config_json, row.experiment_name, row.seed)
+    found = _cut(row.config_json, row.experiment_name, row.seed, with_place)
     if found is not None:
         return found
     config = _parsed(row.config_json)
-    found = _cut(json.dumps(config, sort_keys=True), config.get("experiment_name"), config.get("seed"))
+    found = _cut(json.dumps(config, sort_keys=True), config.get("experiment_name"), config.get("seed"), with_place)
     if found is not None:
         return found
     rest = {key: value for key, value in config.items() if key not in ("seed", "experiment_name")}
@@ -169,7 +213,7 @@ def keys(row: RunRow) -> tuple[str, str]:
     return task or "{}", json.dumps(rest, sort_keys=True) if config else row.config_json
 
 
-def _cut(text: str, name: Any, seed: Any) -> tuple[str, str] | None:
+def _cut(text: str, name: Any, seed: Any, with_place: bool) -> tuple[str, str] | None:
     """Both keys of a canonical config; None for any other text.
 
     The parts are searched from the end and around unique neighbours, because user texts may contain any of them.
@@ -181,7 +225,45 @@ def _cut(text: str, name: Any, seed: Any) -> tuple[str, str] | None:
     if not (found_seed and found_name and found_data and found_type):
         return None
     task, watched = _task_key(data), _training_key(training[:-1])
-    return None if task is None or watched is None else (task, f"{start}{data}{end}{after}{watched}")
+    if task is None or watched is None:
+        return None
+    return task, f"{start}{data if with_place else task}{end}{after}{watched}"
+
+
+def keys_by_data(rows: Sequence[RunRow]) -> list[tuple[str, str]]:
+    """The `keys` of the runs. If runs on the same task had data with other content, the task key tells them apart.
+
+    Runs whose data are unknown, from an earlier program, count as runs on the data of the others, unless these differ.
+    Where the content of all data of a task is known, their place does not matter.
+    """
+    found = [keys(row) for row in rows]
+    unknown = {task for row, (task, _) in zip(rows, found, strict=True) if row.data_sha256 is None}
+    found = [
+        keys(row, with_place=False) if task not in unknown and '"data_dir": "' in row.config_json else (task, config)
+        for row, (task, config) in zip(rows, found, strict=True)
+    ]
+    contents: dict[str, dict[str, None]] = {}  # task -> the hashes of its data, oldest first
+    for row, (task, _) in zip(rows, found, strict=True):
+        if row.data_sha256 is not None:
+            contents.setdefault(task, {})[row.data_sha256] = None
+    several = {task: known for task, known in contents.items() if len(known) > 1}
+    for known in several.values():
+        log.warning(
+            "the data have changed between runs with the same dataset_params: runs on data of %d different contents "
+            "are kept apart (%s, oldest first)",
+            len(known),
+            ", ".join(f"data={content[:DATA_DIGITS]}" for content in known),
+        )
+    return [
+        (_with_data(task, row.data_sha256) if task in several else task, config)
+        for row, (task, config) in zip(rows, found, strict=True)
+    ]
+
+
+@lru_cache(maxsize=4096)
+def _with_data(task: str, data_sha256: str | None) -> str:
+    """The key of a task, with the beginning of the hash of its data."""
+    return json.dumps({**_parsed(task), "data": (data_sha256 or "unknown")[:DATA_DIGITS]}, sort_keys=True)
 
 
 @lru_cache(maxsize=4096)

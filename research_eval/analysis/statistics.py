@@ -24,6 +24,9 @@ class Interval(NamedTuple):
     high: float
 
 
+SHARE = Interval(0.0, 1.0)  # the bounds of accuracy and F1
+
+
 def no_spread(values: Sequence[float], scale: float | None = None) -> bool:
     """Whether all values are the same up to rounding.
 
@@ -40,12 +43,34 @@ def half_width(values: Sequence[float], confidence: float = CONFIDENCE) -> float
     return _t_quantile(confidence, len(values) - 1) * stdev(values) / math.sqrt(len(values))
 
 
-def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval | None:
-    """Student's t-interval of the mean; None for fewer than `FEWEST` values, or for values without spread."""
-    if len(values) < FEWEST or no_spread(values):
+def mean_interval(
+    values: Sequence[float], confidence: float = CONFIDENCE, bounds: Interval | None = None
+) -> Interval | None:
+    """The interval of the mean; None for fewer than `FEWEST` values, or for values without spread.
+
+    Without `bounds` it is Student's t-interval. With `bounds` that hold all values it is Wilson's, which lies within
+    them: the mean counts as a rate of as many trials as would give it this standard error (their "effective" number,
+    Korn and Graubard, 1998), with Student's quantile in place of the normal one. docs/LOG.md has the coverage of both.
+
+    >>> [round(bound, 3) for bound in mean_interval([0.96, 0.99, 1.0], bounds=SHARE)]
+    [0.832, 0.999]
+    """
+    if not _is_within(values, bounds):
+        bounds = None  # such as an accuracy in percent
+    scale = None if bounds is None else bounds.high - bounds.low
+    if len(values) < FEWEST or no_spread(values, scale):
         return None
     mean, half = fmean(values), half_width(values, confidence)
-    return Interval(mean - half, mean + half)
+    if bounds is None or scale is None:
+        return Interval(mean - half, mean + half)
+    rate = (mean - bounds.low) / scale  # neither 0 nor 1, because the values have a spread
+    low, high = _wilson(rate, (half / scale) ** 2 / (rate * (1 - rate)))
+    return Interval(bounds.low + scale * low, bounds.low + scale * high)
+
+
+def _is_within(values: Sequence[float], bounds: Interval | None) -> bool:
+    """Whether there are bounds, and they hold all values."""
+    return bounds is not None and all(bounds.low <= value <= bounds.high for value in values)
 
 
 def wilson_interval(successes: int, trials: int, confidence: float = CONFIDENCE) -> Interval:
@@ -55,11 +80,16 @@ def wilson_interval(successes: int, trials: int, confidence: float = CONFIDENCE)
     [0.5655, 1.0]
     """
     z = NormalDist().inv_cdf((1 + confidence) / 2)
-    rate, weight = successes / trials, z * z / trials
-    centre = (rate + weight / 2) / (1 + weight)
-    half = z * math.sqrt(rate * (1 - rate) / trials + weight / trials / 4) / (1 + weight)
-    low = 0.0 if successes == 0 else centre - half  # exactly 0, because rounding would leave a tiny number
-    return Interval(low, 1.0 if successes == trials else centre + half)
+    return _wilson(successes / trials, z * z / trials)
+
+
+def _wilson(rate: float, weight: float) -> Interval:
+    """Wilson's interval of a rate; `weight` is the squared quantile over the number of trials.
+
+    Its ends solve (p - rate)^2 = weight p (1 - p). In this form rounding moves neither of them out of 0 and 1.
+    """
+    width = weight / 2 + math.sqrt(weight * rate * (1 - rate) + weight * weight / 4)
+    return Interval(rate * rate / (rate + width), 1 - (1 - rate) ** 2 / (1 - rate + width))
 
 
 @dataclass(frozen=True)
@@ -75,9 +105,15 @@ class PairedDifference:
 
 
 def paired_difference(
-    first: Sequence[float], second: Sequence[float], confidence: float = CONFIDENCE
+    first: Sequence[float],
+    second: Sequence[float],
+    confidence: float = CONFIDENCE,
+    bounds: Interval | None = None,
 ) -> PairedDifference:
-    """Compare two sequences whose values form pairs, such as the scores of two configs with equal seeds."""
+    """Compare two sequences whose values form pairs, such as the scores of two configs with equal seeds.
+
+    With `bounds` that hold all scores, the t-interval is cut where no difference of such scores can be.
+    """
     differences = [a - b for a, b in zip(first, second, strict=True)]
     pairs = len(differences)
     if not pairs:
@@ -89,10 +125,14 @@ def paired_difference(
         return PairedDifference(pairs, mean, note="every seed has the same difference: no interval, no test")
     freedom = pairs - 1
     effect = mean / stdev(differences)
+    interval = mean_interval(differences, confidence)
+    if interval is not None and bounds is not None and _is_within((*first, *second), bounds):
+        width = bounds.high - bounds.low
+        interval = Interval(max(interval.low, -width), min(interval.high, width))
     return PairedDifference(
         pairs,
         mean,
-        mean_interval(differences, confidence),
+        interval,
         effect * _hedges(freedom),
         2 * _t_tail(abs(effect) * math.sqrt(pairs), freedom),
     )

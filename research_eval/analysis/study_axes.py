@@ -121,7 +121,7 @@ def round_numbers(low: float, high: float, log: bool) -> list[float]:
     On a log scale these are powers of ten, with 3 or with 2 and 5 times them if there are fewer than three powers; a
     short log scale gets the numbers of a linear one.
     """
-    from matplotlib.ticker import MaxNLocator
+    from research_eval.system.drawing import MaxNLocator
 
     if low == high:
         return [low]

@@ -7,8 +7,10 @@ T trials  A axes  X points along a line
 
 from __future__ import annotations
 
+import logging
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,9 @@ from research_eval.analysis.study_importance import values_of
 from research_eval.analysis.study_pages import write_pages
 from research_eval.analysis.study_texts import model_label, objective_label
 from research_eval.analysis.tables import metric_text
+from research_eval.system.best_effort import reason_of
+
+log = logging.getLogger(__name__)
 
 BOLD = 20  # at most so many lines of a panel are bold, because the eye can follow no more
 MARKS = {  # status of a trial without a value: marker and colour
@@ -44,7 +49,10 @@ MARKS = {  # status of a trial without a value: marker and colour
 
 
 def draw_study(charts: StudyCharts, folder: Path) -> list[Path]:
-    """All pictures, PNG and HTML, in `folder`; returns their paths. The charts needs a finished trial."""
+    """All pictures, PNG and HTML, in `folder`; a warning names those that cannot be drawn.
+
+    Returns the paths. The charts needs a finished trial. Raises OSError if there can be no such folder.
+    """
     folder.mkdir(exist_ok=True)
     pictures: dict[str, Callable[[StudyCharts, Path], None]] = {
         "history": draw_history,
@@ -53,12 +61,23 @@ def draw_study(charts: StudyCharts, folder: Path) -> list[Path]:
     }
     if len(charts.objectives) > 1:
         pictures["pareto"] = draw_pareto
-    written = []
-    for name, draw in pictures.items():
+
+    def drawn(name: str) -> list[Path]:
         path = folder / f"{name}.png"
-        draw(charts, path)
-        written.append(path)
-    return written + write_pages(charts, folder, list(pictures))
+        pictures[name](charts, path)
+        return [path]
+
+    parts = {f"{name}.png": partial(drawn, name) for name in pictures}
+    parts["the web pages"] = partial(write_pages, charts, folder, list(pictures))
+    written, problems = [], []
+    for name, part in parts.items():
+        try:
+            written += part()
+        except Exception as problem:  # the study is stored, and the other pictures can be drawn
+            problems.append(f"{name} ({reason_of(problem)})")
+    if problems:
+        log.warning("%s: not drawn: %s", folder, ", ".join(problems))
+    return written
 
 
 # ---------------------------------------------------------------------------------------------------------- history
@@ -135,7 +154,7 @@ def _draw_best(panel: Any, charts: StudyCharts, index: int) -> None:
 
 def _mark_handles(charts: StudyCharts) -> list[Any]:
     """The entries of the legend for the statuses that occur, and for the line of the best value."""
-    from matplotlib.lines import Line2D
+    from research_eval.system.drawing import Line2D
 
     there = {record.status for record in charts.own}
     handles = [
@@ -210,7 +229,7 @@ def draw_parallel_coordinates(charts: StudyCharts, path: Path) -> None:
 
 def _draw_lines(panel: Any, lines: ParallelCoordinates) -> None:
     """Draw the bad trials first and faint, the best ones last and bold."""
-    from matplotlib.collections import LineCollection
+    from research_eval.system.drawing import LineCollection
 
     at_TA = np.array([lines.places(axis) for axis in lines.axes]).T
     # Between two axes a line follows a smooth curve: lines that meet on an axis stay distinguishable after it.
@@ -247,14 +266,14 @@ def _draw_axes(panel: Any, lines: ParallelCoordinates) -> None:
 
 def _colour_map() -> Any:
     """From the colour of the worst trial to that of the best."""
-    from matplotlib.colors import LinearSegmentedColormap
+    from research_eval.system.drawing import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("goodness", COLOURS)
 
 
 def _colour_bar(figure: Any, panels: Any, charts: StudyCharts, lines: ParallelCoordinates) -> None:
     """Explain the colours of the lines: values of the first objective."""
-    from matplotlib.cm import ScalarMappable
+    from research_eval.system.drawing import ScalarMappable
 
     bar = figure.colorbar(ScalarMappable(cmap=_colour_map()), ax=panels, fraction=0.02, pad=0.02, aspect=40)
     bar.set_ticks([at for at, _ in lines.legend], labels=[text for _, text in lines.legend], fontsize=8)
@@ -321,7 +340,7 @@ def _number_front(panel: Any, charts: StudyCharts, index: int) -> None:
 
 def _apply(panel: Any, which: str, scale: Scale) -> None:
     """Set limits, ticks and grid of one axis. `which` is "x" or "y"."""
-    from matplotlib.ticker import NullLocator
+    from research_eval.system.drawing import NullLocator
 
     axis = panel.xaxis if which == "x" else panel.yaxis
     if scale.log:
@@ -341,7 +360,7 @@ def _heading(figure: Any, heading: str, below: str) -> None:
 
 def _model_handles(charts: StudyCharts) -> list[Any]:
     """The entries of the legend for the model types, with their numbers of finished trials."""
-    from matplotlib.lines import Line2D
+    from research_eval.system.drawing import Line2D
 
     return [
         Line2D(

@@ -6,6 +6,7 @@ the best of few, and the test score, by which nothing is chosen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -13,7 +14,7 @@ from typing import Any
 
 from research_eval.analysis.runs import Group, Results
 from research_eval.analysis.statistics import FEWEST, Interval, mean_interval, no_spread, wilson_interval
-from research_eval.analysis.tables import Table, interval_text, is_score, metric_text, short_number
+from research_eval.analysis.tables import Table, bounds_of, interval_text, is_score, metric_text, short_number
 from research_eval.store.metrics import DEFAULT_METRIC, direction, score_of_epoch
 
 # Metric of a cost -> its title in tables. The tables for people show a few of them, the CSV file shows all.
@@ -63,23 +64,24 @@ class Estimate:
         """Whether several seeds have one and the same value, so that there is no spread to estimate."""
         return len(self.values) > 1 and no_spread(self.values)
 
+    @property
+    def has_telling_rate(self) -> bool:
+        """Whether the solve rate tells a reader something: one or two unsolved seeds do not."""
+        return self.solved is not None and (self.solved > 0 or self.saturated or len(self.values) >= FEWEST)
+
 
 def estimate(group: Group, metric: str, confidence: float, solved_at: float) -> Estimate:
-    """Estimate a metric over the seeds of a group.
-
-    The solve rate is included if a seed has solved the task, or if all seeds are stuck at one value.
-    """
+    """Estimate a metric over the seeds of a group. A score has a solve rate, also if no seed has solved the task."""
     values = group.values(metric)
     if not values:
         return Estimate([], None, None, None, None)
     solved = sum(value >= solved_at for value in values)
-    shown = is_score(metric) and (solved > 0 or (len(values) > 1 and no_spread(values)))
     return Estimate(
         values,
         fmean(values),
-        mean_interval(values, confidence),
-        solved if shown else None,
-        wilson_interval(solved, len(values), confidence) if shown else None,
+        mean_interval(values, confidence, bounds_of(metric)),
+        solved if is_score(metric) else None,
+        wilson_interval(solved, len(values), confidence) if is_score(metric) else None,
     )
 
 
@@ -120,16 +122,16 @@ def summary_table(results: Results, rows: Sequence[Row], options: Options) -> Ta
     """The table for people; `summary_csv` is for programs."""
     percent = f"{100 * options.confidence:g} %"
     tests = any(row.test.values for row in rows)
-    rates = any(row.score.solved is not None for row in rows)
+    rates = any(row.score.has_telling_rate for row in rows)
     tasks = len(results.tasks) > 1
-    columns = ["model", *["task"] * tasks, "seeds", options.metric, f"{percent} t-interval"]
+    columns = ["model", *["task"] * tasks, "seeds", options.metric, f"{percent} interval"]
     columns += [f"solved (≥ {options.solved_at:g})", f"{percent} Wilson"] * rates
     columns += [options.test_metric] * tests + [COSTS[name] for name in SHOWN_COSTS] + ["trials spent"]
     cells = []
     for row in rows:
         line = [row.group.model_type, *[results.tasks[row.group.task]] * tasks, str(len(row.score.values))]
         line += [metric_text(row.score.mean, options.metric), spread_text(row.score, options.metric)]
-        # Columns without any value are left out of the table, see above.
+        # Columns that would tell nothing are left out of the table, see above.
         line += rate_texts(row.score) if rates else []
         line += [_test_text(row, options.test_metric)] * tests
         line += [short_number(row.costs[name]) for name in SHOWN_COSTS] + [spent_text(row.spent)]
@@ -139,7 +141,7 @@ def summary_table(results: Results, rows: Sequence[Row], options: Options) -> Ta
         columns,
         cells,
         left=("model", "task", "trials spent"),
-        notes=_notes(rows, options),
+        notes=_notes(results, rows, options),
     )
 
 
@@ -175,13 +177,14 @@ def _test_text(row: Row, metric: str) -> str:
     return metric_text(row.test.mean, metric) + f" ({len(row.test.values)} seeds)" * missing
 
 
-def _notes(rows: Sequence[Row], options: Options) -> list[str]:
+def _notes(results: Results, rows: Sequence[Row], options: Options) -> list[str]:
     """What a reader has to know to interpret the table correctly."""
     way = "highest" if direction(options.metric) == "maximize" else "lowest"
     notes = [
         f"Chosen by the {way} mean of {options.metric} over the seeds of a config. The best of many tries looks better "
         "than it is: compare the trials spent, and train the choice again with fresh seeds.",
     ]
+    notes += _passed_over(results, rows, options)
     if any(row.test.values for row in rows):
         notes.append(f"{options.test_metric} is shown for the chosen config; nothing was chosen by it.")
     if any(len(row.score.values) < FEWEST for row in rows):
@@ -195,6 +198,24 @@ def _notes(rows: Sequence[Row], options: Options) -> list[str]:
                 f"{row.group.model_type}: {row.group.lost} more of the chosen config's seeds ended without a result; "
                 "its scores leave them out."
             )
+    return notes
+
+
+def _passed_over(results: Results, rows: Sequence[Row], options: Options) -> list[str]:
+    """For each config with a better mean that has too few seeds to be chosen: which run it is, and what to do."""
+    way = "higher" if direction(options.metric) == "maximize" else "lower"
+    notes = []
+    for chosen, better in results.passed_over([row.group for row in rows], options.metric):
+        label = results.tasks[chosen.task]
+        place = chosen.model_type + f" ({label})" * bool(label)
+        values = better.values(options.metric)
+        run = next(run for run in better.runs if math.isfinite(run.metrics.get(options.metric, math.nan)))
+        seeds = f"{len(values)} seed{'s' * (len(values) > 1)}"
+        mean = metric_text(better.mean(options.metric), options.metric)
+        notes.append(
+            f"{place}: a config with {seeds} has a {way} mean ({mean}, run {run.experiment_id}), which may be luck. "
+            f"It was passed over: train it with {FEWEST} seeds or more."
+        )
     return notes
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from research_eval.analysis.statistics import Interval
+from research_eval.analysis.statistics import SHARE, Interval
 from research_eval.wording import printable
 
 UNPRINTABLE = "\N{REPLACEMENT CHARACTER}"
@@ -109,6 +109,11 @@ def is_score(metric: str) -> bool:
     (True, False)
     """
     return bool(_SCORE.search(metric))
+
+
+def bounds_of(metric: str) -> Interval | None:
+    """Between which values a metric lies; None if it has no bounds, or none that are known."""
+    return SHARE if is_score(metric) else None
 
 
 def short_number(value: float | None) -> str:

@@ -22,6 +22,7 @@ from research_eval.cli.common import DB_HELP, DEFAULT_HELP, add_flag, guarded, n
 from research_eval.errors import ConfigError
 from research_eval.files import file_stem, write_atomically
 from research_eval.store.metrics import DEFAULT_METRIC, check_selectable, direction
+from research_eval.system.best_effort import print_product
 from research_eval.wording import did_you_mean
 
 if TYPE_CHECKING:
@@ -94,9 +95,11 @@ def analyze_command(arguments: argparse.Namespace) -> int:
         if arguments.dataset_name is not None:
             _check_known("--dataset_name", [arguments.dataset_name], store.dataset_names(), store.location)
         if arguments.list_metrics:
-            print(_metrics_table(store, arguments.dataset_name).text())
+            text = _metrics_table(store, arguments.dataset_name).text()
             if not _wanted(arguments):
+                print_product(f"{text}\n")
                 return 0
+            print(text)  # the files are worth writing even if nobody reads this
         _analyze(arguments, store, pairs)
     return 0
 
@@ -187,7 +190,7 @@ def _warn(results: Results, best: Sequence[Group], metric: str) -> None:
 
     if len(results.tasks) > 1:
         log.warning(
-            "%s was run with %d different dataset_params, which are different tasks: they are kept apart, "
+            "%s was run with %d different dataset_params or data, which are different tasks: they are kept apart, "
             "and scores of different tasks are not comparable",
             one_line(results.dataset_name),
             len(results.tasks),

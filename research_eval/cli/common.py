@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from research_eval.errors import ConfigError, signal_of
+from research_eval.system.best_effort import OutputLost, best_effort_output
 from research_eval.system.untrusted import message, steers
 from research_eval.wording import did_you_mean, printable
 
@@ -30,6 +31,12 @@ def add_flag(parser: argparse._ActionsContainer, name: str, **options: Any) -> N
 
 def parse_or_suggest(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line. For an unknown flag the program ends with exit code 2 and names the nearest known one."""
+    with best_effort_output():
+        return _parsed(parser, argv)
+
+
+def _parsed(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The checked flags."""
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [f"--{name.replace('_', dash)}" for name in vars(arguments) for dash in "_-"]
@@ -67,8 +74,15 @@ def guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.Na
     """Run a command and return its exit code. Expected errors become messages on stderr.
 
     A mistake of the user has exit code 2. A failure around the program (a disk, a network, the memory) has exit code 1.
-    Any other exception is a bug of the program and keeps its traceback.
+    Any other exception is a bug of the program and keeps its traceback. A terminal, a pipe or a disk that does not
+    accept what is printed changes nothing, unless it is what the user has asked for (`print_product`).
     """
+    with best_effort_output():
+        return _guarded(command, arguments, quiet)
+
+
+def _guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace, quiet: bool) -> int:
+    """What `guarded` does while output may fail."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Printable("%(message)s"))
     logging.basicConfig(handlers=[handler], force=True)
@@ -76,6 +90,8 @@ def guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.Na
     logging.getLogger("research_eval").setLevel(logging.WARNING if quiet else logging.INFO)
     try:
         return command(arguments)
+    except OutputLost as lost:
+        return lost.exit_code
     except ConfigError as error:
         print(message(error), file=sys.stderr)
         return 2

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 
 from research_eval.cli.common import DB_HELP, add_flag
-from research_eval.cli.text import print_text
 from research_eval.wording import printable
 
 DESCRIPTION = "check database, runs, checkpoints and environment; repair what is safe"
@@ -28,6 +27,6 @@ def doctor_command(arguments: argparse.Namespace) -> int:
 
     exit_code = 0
     for finding in examine(arguments.db, arguments.repair):
-        print_text(printable(str(finding)) + "\n")
+        print(printable(str(finding)), flush=True)
         exit_code |= finding.level == PROBLEM
     return int(exit_code)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 
 from research_eval.cli.common import DB_HELP
+from research_eval.system.best_effort import print_product
 
 DESCRIPTION = "answers of a trained model to your own text"
 
@@ -28,5 +29,5 @@ def predict_command(arguments: argparse.Namespace) -> int:
 
     texts = [arguments.text] if arguments.text is not None else read_texts(arguments.file)
     for prediction in predict(arguments.run, texts, db=arguments.db, device=arguments.device):
-        print(prediction)
+        print_product(f"{prediction}\n")
     return 0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from research_eval.cli.common import DB_HELP, add_flag
 from research_eval.cli.filters import RUN_HELP
-from research_eval.cli.text import changes_lines, differences_lines, print_text
+from research_eval.cli.text import changes_lines, differences_lines
 from research_eval.wording import printable
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def replay_command(arguments: argparse.Namespace) -> int:
     from research_eval.studies.replay import replay
 
     done = replay(arguments.run, db=arguments.db, device=arguments.device, quiet=arguments.quiet)
-    print_text(replay_report(done))
+    print(replay_report(done), end="")
     if done.result.status != "finished":
         return done.result.exit_code or 1
     return int(arguments.tolerance is not None and done.exceeds(arguments.tolerance))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from research_eval.cli.common import DB_HELP, add_flag
 from research_eval.errors import ConfigError
 from research_eval.store.metrics import DEFAULT_METRIC
+from research_eval.system.best_effort import attempted, print_product
 
 if TYPE_CHECKING:
     from research_eval.config.sections import ExperimentConfig
@@ -112,7 +113,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         from research_eval.runs.dry_run import describe
 
-        print(describe(configs[0]))
+        print_product(f"{describe(configs[0])}\n")
         return 0
     from research_eval.studies.seeds import run_all
 
@@ -120,8 +121,9 @@ def run_command(arguments: argparse.Namespace) -> int:
     exit_code = 0
     results = run_all(configs, db=arguments.db, resume=arguments.resume, quiet=arguments.quiet)
     for config, result in results:
-        print(summary(config, result))
         exit_code = max(exit_code, result.exit_code)
+        with attempted(log, f"run {result.experiment_id}: {result.status}, but its summary is not printed"):
+            print(summary(config, result))
     return exit_code
 
 

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from research_eval.cli.common import DB_HELP, DEFAULT_HELP, add_flag, names_of
 from research_eval.cli.filters import FILTERS, RUN_HELP, add_filters, filter_of
-from research_eval.cli.text import changes_lines, differences_lines, number, pairs, print_table, print_text, short
+from research_eval.cli.text import changes_lines, differences_lines, number, pairs, print_table, short
 from research_eval.errors import ConfigError
 from research_eval.files import file_stem
+from research_eval.system.best_effort import print_product
 from research_eval.wording import printable
 
 if TYPE_CHECKING:
@@ -79,9 +80,9 @@ def runs_command(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--{given[0]}: chooses runs for the list, not for `{action}`: leave it out")
     with Store(arguments.db, read_only=True) as store:
         if action == "show":
-            print_text(describe(store, *runs))
+            print_product(describe(store, *runs))
         elif action == "diff":
-            print_text(compare(store, *runs))
+            print_product(compare(store, *runs))
         else:
             _list(store, arguments)
     return 0
@@ -114,7 +115,7 @@ def _list(store: Store, arguments: argparse.Namespace) -> None:
     if arguments.json:
         from research_eval.store.values import strict_json
 
-        print_text("".join(strict_json({**row, **_times(row)}) + "\n" for row in rows))
+        print_product("".join(strict_json({**row, **_times(row)}) + "\n" for row in rows))
     elif rows:
         print_table(*runs_table(rows, list(shown)))
     if len(rows) == limit and (total := store.count_runs(wanted)) > limit:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import sys
 from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING, Any
 
+from research_eval.system.best_effort import print_product
 from research_eval.wording import printable, shortened
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ def print_table(header: list[str], rows: list[list[str]], numbers: set[int]) -> 
 
     console = Console()
     if not console.is_terminal:
-        print_text("\n".join(aligned(header, rows, numbers)) + "\n")
+        print_product("\n".join(aligned(header, rows, numbers)) + "\n")
         return
     hidden = _hidden(header, rows, console.width)
     if hidden:
@@ -115,6 +114,7 @@ def print_table(header: list[str], rows: list[list[str]], numbers: set[int]) -> 
         cells[1].stylize(STATUS_COLOURS.get(row[1], ""))
         table.add_row(*(cells[index] for index in shown))
     console.print(table)
+    print_product("")  # has it arrived?
 
 
 def _hidden(header: list[str], rows: list[list[str]], width: int) -> list[int]:
@@ -130,15 +130,6 @@ def _hidden(header: list[str], rows: list[list[str]], width: int) -> list[int]:
             hidden.append(header.index(name))
             del widths[hidden[-1]]
     return hidden
-
-
-def print_text(text: str) -> None:
-    """Write to stdout. It is no error if the reader, such as `head`, closes the pipe early."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python reports an error at its exit
 
 
 def changes_lines(found: Sequence[Change], left: str, right: str) -> list[str]:

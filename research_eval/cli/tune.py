@@ -19,6 +19,7 @@ from research_eval.cli.run import add_common_arguments
 from research_eval.errors import ConfigError
 from research_eval.files import MAX_NAME
 from research_eval.store.metrics import check_selectable, check_spelling
+from research_eval.system.best_effort import print_product
 from research_eval.wording import hint
 
 if TYPE_CHECKING:
@@ -252,7 +253,7 @@ def tune_command(arguments: argparse.Namespace) -> int:
     """Run the study; with --dry_run only print what it would search."""
     options = study_options(arguments)
     if arguments.dry_run:
-        print(options.space.describe())
+        print_product(f"{options.space.describe()}\n")
         return 0
     from research_eval.studies.tune import tune
 

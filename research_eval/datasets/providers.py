@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 import torch
@@ -30,10 +32,19 @@ source.real_world_names = lambda: REAL_WORLD_DATASETS
 
 
 def load_splits(dataset_type: str, dataset_name: str, dataset_params: dict[str, Any], seed: int) -> DataSplits:
-    """The splits of any dataset. Raises ConfigError for unknown types and names, and for unusable data."""
+    """The splits of any dataset. Raises ConfigError for unknown types and names, and for unusable data.
+
+    If the fingerprint has hashes of the splits but no `data_sha256`, that follows from them. Generated splits change
+    with the seed, so for them the kind itself has to give a hash that does not.
+    """
     kind = dataset_kind(dataset_type)
     kind.check_name(dataset_name, dataset_params)
-    return kind.splits(dataset_name, dataset_params, seed)
+    splits = kind.splits(dataset_name, dataset_params, seed)
+    hashes = splits.fingerprint.get("sha256")
+    if hashes and not kind.generated:
+        whole = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()  # as in migration 0004
+        splits.fingerprint.setdefault("data_sha256", whole)
+    return splits
 
 
 def get_synthetic_data_loaders(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,9 +20,12 @@ from research_eval.errors import ConfigError
 from research_eval.registry import SYNTHETIC_DATASETS
 from research_eval.seeding import derive_seed
 
+log = logging.getLogger(__name__)
+
 SPLITS = ("train", "validation", "test")
 SMALL_SPACE = 1000  # inputs per sample; above it, fewer than 0.1 % of independent draws coincide by chance
 ROUNDS = 64  # attempts to draw new inputs; very rare inputs may be missed
+PROBE_SAMPLES = 64  # enough to tell one generator from another
 SAME_DATA = 16  # equal samples in a row that cannot be chance
 
 
@@ -89,6 +93,7 @@ def synthetic_splits(dataset_name: str, dataset_params: dict[str, Any], seed: in
             "seed": seed,
             "sampling": sampling,
             "sha256": {name: _sha256(split) for name, split in splits.items()},
+            "data_sha256": _probe_sha256(dataset_name, dataset_params),
             "distinct_inputs": dict(zip(SPLITS, (len(np.unique(part.keys)) for part in drawn), strict=True)),
             "train_validation_duplicates": duplicates,
             "train_validation_duplicate_share": duplicates / len(validation),
@@ -216,6 +221,23 @@ def _keys(ids_NL: NDArray[np.integer[Any]]) -> NDArray[np.uint64]:
     for ids_N in ids_NL.T:
         keys_N += ids_N.astype(np.uint64) * (rng.integers(2**64, dtype=np.uint64) | np.uint64(1))
     return keys_N
+
+
+def _probe_sha256(dataset_name: str, dataset_params: dict[str, Any]) -> str | None:
+    """Hash of a few samples from a fixed seed: the same for every run's seed, another one for another generator.
+
+    None for a generator that does not repeat itself, or that cannot make so few samples.
+    """
+    hashes = []
+    try:
+        for _ in range(2):
+            values: set[Any] = set()
+            drawn = _draw(_build(dataset_name, dataset_params, seed=0), PROBE_SAMPLES, _seed(0), values)
+            hashes.append(_sha256(drawn.token_data(sorted(values))))
+    except Exception:  # a user's generator may raise anything
+        log.debug("no probe of %s", dataset_name, exc_info=True)
+        return None
+    return hashes[0] if hashes[0] == hashes[1] else None
 
 
 def _sha256(data: TokenData) -> str:

@@ -1,4 +1,4 @@
-"""Tables: look up an entry in one of several random tables. A test of capacity, to be learned by heart.
+"""Tables: look up an entry in one of several random tables. A test of how fast a model learns by heart.
 
 A sample is [table, row, column]. Tables are ids 1..num_tables, rows the next `table_size` ids, columns the
 `table_size` after those; the label is the entry, 0..table_size - 1. The entries come from `task_seed` and are the same

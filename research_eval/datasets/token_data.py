@@ -80,7 +80,8 @@ class DataSplits:
     tokenizer: Tokenizer | None = None
     fingerprint: dict[str, Any] = field(default_factory=dict)
     """Identifies the data in the results. Each kind chooses its keys. Other code reads `sha256` by split (a resumed run
-    refuses other data) and `train_validation_duplicates`."""
+    refuses other data), `data_sha256` (one hash that is the same for every seed: runs on other data are kept apart) and
+    `train_validation_duplicates`."""
     further_tests: dict[str, TokenData] = field(default_factory=dict)  # longer samples, unseen combinations, ...
     task: str = CLASSIFICATION  # the task of models, by its name in the registry of tasks
 

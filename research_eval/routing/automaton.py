@@ -5,12 +5,18 @@ N rows  S states  T tokens  M walkers  K nodes
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from research_eval.files import write_atomically
+from research_eval.system.best_effort import attempted
+
+log = logging.getLogger(__name__)
 
 NONE = -1  # no transition, no answer, no pair before
 DRAWN_STATES = 150  # with more states the arrows of a picture are not distinguishable
@@ -162,7 +168,7 @@ def _reachable(automaton: Automaton) -> list[int]:
 def certification_metrics(
     model: WalkerAutomaton, task: Automaton, picture: Path | None = None, title: str = "", limit: int = 200_000
 ) -> dict[str, Any]:
-    """Compare a model with its task and draw the model's minimised automaton to `picture`.
+    """Compare a model with its task and draw the model's minimised automaton to `picture`, if that is possible.
 
     The metrics are `certified` (1 or 0), `counterexample` (list of ids, or None), `joint_states`, `wrong_pairs` and
     `minimal_states`. Above the limit of pairs there is only `joint_states`.
@@ -172,7 +178,8 @@ def certification_metrics(
         return {"joint_states": found.joint_states}
     smallest = minimise(found.walked)
     if picture is not None and len(smallest.answers_S) <= DRAWN_STATES:
-        draw_automaton(smallest, picture, title)
+        with attempted(log, f"{picture}: not drawn"):  # the numbers of a run do not depend on its picture
+            draw_automaton(smallest, picture, title)
     return {
         "certified": int(found.equal),
         "counterexample": found.counterexample,
@@ -187,21 +194,16 @@ def draw_automaton(automaton: Automaton, path: Path, title: str) -> None:
 
     With more than LABELLED_STATES states, only colours distinguish the tokens.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import FancyArrowPatch
+    from research_eval.system.drawing import FancyArrowPatch, Line2D, colormaps, encoded, new_figure
 
     num_states, num_tokens = automaton.transitions_ST.shape
     names = list(automaton.tokens) or [str(token + 1) for token in range(num_tokens)]
     labelled = num_states <= LABELLED_STATES
-    colours, answer_colours = plt.get_cmap("tab10"), plt.get_cmap("Pastel1")
+    colours, answer_colours = colormaps["tab10"], colormaps["Pastel1"]
     angles = np.pi / 2 - 2 * np.pi * np.arange(num_states) / num_states
     places = np.column_stack([np.cos(angles), np.sin(angles)]) * (0 if num_states == 1 else 1)
     size = 7.0 if labelled else 9.0
-    figure, axes = plt.subplots(figsize=(size + 1.2, size), constrained_layout=True)
+    figure, axes = new_figure(size + 1.2, size)
     radius = 16.0 if labelled else 5.0  # points
     for source in range(num_states):
         tokens_to: dict[int, list[int]] = {}
@@ -268,8 +270,7 @@ def draw_automaton(automaton: Automaton, path: Path, title: str) -> None:
     axes.set_aspect("equal")
     axes.axis("off")
     axes.set_title(f"{title}\n{num_states} states; the start has the thick rim".strip(), parse_math=False, fontsize=10)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    write_atomically(path, encoded(figure, "png", path.stem))
 
 
 def _around(place: NDArray[np.float64], angle: float, distance: float) -> NDArray[np.float64]:

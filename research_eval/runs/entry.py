@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from research_eval.config.sections import ExperimentConfig
+from research_eval.datasets.providers import load_splits
 from research_eval.datasets.token_data import DataSplits
 from research_eval.errors import ConfigError
 from research_eval.files import run_folder
 from research_eval.runs.folder import new_id
 from research_eval.runs.journal import Result, Watch, csv_row, start_row
-from research_eval.store.csv_file import CSV_FILE, append_csv
+from research_eval.store.csv_file import append_if_possible, csv_accepts_rows
 from research_eval.store.pending import with_retries
 from research_eval.store.store import Store
 from research_eval.system.environment import environment_record
@@ -24,25 +26,30 @@ from research_eval.training.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
+NO_SPLIT = "none"  # instead of a hash
+
 
 @dataclass(frozen=True)
 class TrialRun:
     """A run that belongs to a study's trial, under an id that the study has stored before. A resume keeps this id.
 
     `watch` receives the number of every evaluated epoch and its scores (`val_loss` and those of the task). It may raise
-    Pruned.
+    Pruned. `check_data` receives the fingerprint of the data before the training. It raises ConfigError for data that
+    differ from those of other trials.
     """
 
     study: str
     number: int
     experiment_id: str
     watch: Watch
+    check_data: Callable[[dict[str, Any]], None] = lambda _: None
 
 
 class RunEntry:
     """Finds the row that a run continues, or creates a new one.
 
-    With `resume`, it is the newest row of the same config; with a `trial`, the row with the trial's id.
+    With `resume`, it is the newest row of the same config on the same data; with a `trial`, the row with the trial's
+    id. `data` are the splits, if the search for a row had to load them.
     """
 
     def __init__(
@@ -55,22 +62,70 @@ class RunEntry:
     ) -> None:
         self._store, self._config, self._resume = store, config, resume
         self._parent_id, self._trial = parent_id, trial
-        self._known = store.find_experiment(config.to_dict()) if resume else None
+        self.data: DataSplits | None = None
+        self._known = self._row_to_resume() if resume else None
         if trial is not None:
             self._known = store.find_id(trial.experiment_id)
         ids = (self._known["experiment_id"] if self._known else None, trial.experiment_id if trial else None)
         self.experiment_id: str = next((name for name in ids if name), None) or new_id()
 
-    def result_if_finished(self) -> Result | None:
-        """The result of a run that is already finished; None if there is something left to do."""
+    def _row_to_resume(self) -> dict[str, Any] | None:
+        """The newest row of this config whose data are the present ones. Says so if there are only rows on other data.
+
+        An unfinished run on other data is returned all the same: `begin` refuses to continue its training.
+        """
+        config = self._config
+        rows = self._store.find_experiments(config.to_dict())
+        if not rows:
+            return None
+        newest = rows[0]
+        try:
+            self.data = load_splits(config.dataset_type, config.dataset_name, config.dataset_params, config.seed)
+        except ConfigError as problem:
+            if newest["status"] != "finished":
+                raise
+            log.warning(
+                "run %s: its data cannot be compared with the present ones: %s", newest["experiment_id"], problem
+            )
+            return newest
+        for row in rows:
+            if changed_split(row, self.data) is None:
+                return row
+        if newest["status"] != "finished":
+            return newest
+        split, now, then = changed_split(newest, self.data) or ("", "", "")
+        log.warning(
+            "run %s of this config is finished, but its data were other ones (%s split: sha256 %s, now %s): a new run "
+            "is trained on the present data",
+            *(newest["experiment_id"], split, then[:12], now[:12]),
+        )
+        return None
+
+    def result_if_finished(self, to_csv: bool = True) -> Result | None:
+        """The result of a run that is already finished; None if there is something left to do.
+
+        Unless it is a trial, `to_csv` adds its row to the CSV file if the file lacks it.
+        """
         if self._known is None or self._known["status"] != "finished":
             return None
         name = self.experiment_id
         log.info("run %s of this config is finished: nothing to resume", name)
         result = Result(name, "finished", self._store.metrics(name), run_folder(name))
-        if self._trial is None:  # the row may be missing, for example after a full disk
-            append_csv(CSV_FILE, csv_row(self._config, result), unless_known=("experiment_id", "status"))
+        if to_csv and self._trial is None:  # the row may be missing, for example after a full disk
+            append_if_possible(csv_row(self._config, result), unless_known=("experiment_id", "status"))
         return result
+
+    def check_data(self, data: DataSplits) -> None:
+        """Raise ConfigError if the run belongs to a trial whose study had other data."""
+        if self._trial is not None:
+            self._trial.check_data(data.fingerprint)
+
+    def wants_csv_row(self, to_csv: bool) -> bool:
+        """Whether the CSV file gets a row at the end: not for a trial, and not if the file cannot be continued.
+
+        A warning says the latter now, not after hours of training.
+        """
+        return to_csv and self._trial is None and csv_accepts_rows()
 
     def begin(self, runtime: Runtime, data: DataSplits, folder: Path) -> None:
         """Mark the run as running in the store. Raises ConfigError if it started on other data.
@@ -96,17 +151,27 @@ class RunEntry:
 
 
 def check_same_data(known: dict[str, Any], data: DataSplits) -> None:
-    """Raise ConfigError if a run started on other data, by the hashes of its splits.
+    """Raise ConfigError if a run started on other data. A test split may come or go: no training reads it."""
+    changed = changed_split(known, data)
+    if changed is not None and NO_SPLIT not in changed:
+        split, now, then = changed
+        raise ConfigError(
+            f"run {known['experiment_id']}: its {split} split is not what it was begun on (sha256 {now[:12]}, then "
+            f"{then[:12]}). Put the data back as they were, or start a new run without --resume."
+        )
 
-    A row without hashes, from an older version, passes.
+
+def changed_split(known: dict[str, Any], data: DataSplits) -> tuple[str, str, str] | None:
+    """A split that differs from the one that a run had, with both hashes (now, then); None if no split differs.
+
+    In a row without hashes, from an older version, none differs.
     """
     try:
         hashes = dict(json.loads(known["env_details_json"])["data"]["sha256"])
     except (ValueError, TypeError, LookupError, RecursionError):
-        return  # the row has no hashes
-    for split, now in data.fingerprint.get("sha256", {}).items():
-        if split in hashes and hashes[split] != now:
-            raise ConfigError(
-                f"run {known['experiment_id']}: its {split} split is not what it was begun on (sha256 {now[:12]}, then "
-                f"{str(hashes[split])[:12]}). Put the data back as they were, or start a new run without --resume."
-            )
+        return None
+    now = data.fingerprint.get("sha256", {})
+    for split in dict.fromkeys([*now, *hashes]) if now else ():
+        if hashes.get(split) != now.get(split):
+            return split, str(now.get(split, NO_SPLIT)), str(hashes.get(split, NO_SPLIT))
+    return None

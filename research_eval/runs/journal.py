@@ -11,6 +11,7 @@ from typing import Any
 
 from research_eval.config.sections import ExperimentConfig
 from research_eval.errors import signal_of
+from research_eval.store.metrics import FLOPS_VERSION
 from research_eval.store.pending import RunWriter, Write
 from research_eval.store.records import HistoryRow
 from research_eval.store.store import Store
@@ -84,7 +85,9 @@ def csv_row(config: ExperimentConfig, result: Result) -> dict[str, Any]:
     }
     # Lists stay out of the table: they are in the store only.
     numbers = {name: value for name, value in result.metrics.items() if isinstance(value, int | float)}
-    return row | numbers
+    # Lines of earlier versions of the program lack this number: their FLOPs were counted by other rules.
+    counted = {"flops_version": FLOPS_VERSION} if "train_flops" in numbers else {}
+    return row | numbers | counted
 
 
 def ending_of(problem: BaseException, experiment_id: str, folder: Path) -> Result | None:
@@ -109,8 +112,11 @@ class Journal:
     It implements `Observer` of the training loop.
     """
 
-    def __init__(self, store: Store, experiment_id: str, progress: Display, watch: Watch | None = None) -> None:
+    def __init__(
+        self, store: Store, experiment_id: str, progress: Display, watch: Watch | None = None, to_csv: bool = True
+    ) -> None:
         self.watch = watch
+        self._to_csv = to_csv
         self._experiment_id = experiment_id
         self._writer = RunWriter(store, experiment_id)
         self._progress = progress
@@ -156,11 +162,11 @@ class Journal:
             log.warning("run %s: its failure could not be stored: %s", self._experiment_id, another)
 
     def end(self, config: ExperimentConfig, result: Result, stored: NormalMetrics | None = None) -> None:
-        """Write the run's end to the store. The CSV file gets a row, unless the run is a trial or may continue.
+        """Write the run's end to the store. With `to_csv` the CSV file gets a row, unless the run may continue.
 
         `stored` holds the normalised metrics of a finished run. Without it, only the status is stored.
         """
         writes: list[Write] = [("status", [result.status, result.error]) if stored is None else ("metrics", stored)]
-        if self.watch is None and result.status != "interrupted":
+        if self._to_csv and self.watch is None and result.status != "interrupted":
             writes.append(("csv", csv_row(config, result)))
         self._writer.end(*writes)

@@ -15,6 +15,11 @@ from research_eval.wording import nearest
 Direction = Literal["maximize", "minimize"]
 
 DEFAULT_METRIC = "final_val_f1"
+
+# The version of the rules that count FLOPs of trainings. Version 1 left out the weight gradients of experts and the
+# products of LSTM kernels; where that made a difference, the metric of older runs is called `train_flops_v1`.
+FLOPS_VERSION = 2
+OLD_COUNTS = ("train_flops_v1",)  # no new run has them
 USUAL = (  # every finished run has these, and a choice may use them; models add their own
     *("final_val_f1", "final_val_acc", "final_val_loss", "best_val_f1_across_epochs"),
     *("param_count", "active_param_count", "inference_flops_per_sample", "train_flops", "peak_memory_mb"),

@@ -22,10 +22,11 @@ import filelock
 from research_eval.errors import ConfigError
 from research_eval.files import LOCK_FILE, RUNS_FOLDER, run_folder, sync_folder
 from research_eval.store.connection import StoreUnavailable
-from research_eval.store.csv_file import CSV_FILE, append_csv
+from research_eval.store.csv_file import append_if_possible
 from research_eval.store.records import HistoryRow
 from research_eval.store.store import Store
 from research_eval.store.values import NormalMetrics
+from research_eval.system.best_effort import attempted
 from research_eval.system.untrusted import read_limited
 
 log = logging.getLogger(__name__)
@@ -166,20 +167,21 @@ def _apply(store: Store, experiment_id: str, kind: str, value: Any, again: bool 
     elif kind == "status":
         store.set_status(experiment_id, *value)
     elif kind == "csv":
-        append_csv(CSV_FILE, value, unless_known=("experiment_id", "status") if again else ())
+        append_if_possible(value, unless_known=("experiment_id", "status") if again else ())
     else:
         raise ConfigError(f"unknown entry {kind!r}")
 
 
 def _apply_file(store: Store, experiment_id: str, path: Path, again: bool = False) -> None:
-    """Execute all writes in the file, then delete it."""
+    """Execute all writes in the file, then delete it. A file that stays is executed again later, which does no harm."""
     for line in read_limited(path, MAX_BYTES, "what a run leaves").splitlines():
         try:
             kind, value = json.loads(line)
         except json.JSONDecodeError:
             continue  # a crash has cut the line off, so its write was never confirmed to the run
         _apply(store, experiment_id, kind, value, again)
-    _delete(path)
+    with attempted(log, f"{path}: everything in it is stored, but it cannot be deleted"):
+        _delete(path)
 
 
 def _append(path: Path, writes: Sequence[Write], durable: bool = False) -> None:

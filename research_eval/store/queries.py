@@ -88,13 +88,17 @@ class Queries(Database):
         return found[0] if found else None
 
     def find_experiment(self, config: dict[str, Any]) -> dict[str, Any] | None:
-        """The newest run of exactly this config; trials of studies and replays of other runs do not count.
+        """The newest run of exactly this config, on any data; see `find_experiments`."""
+        return next(iter(self.find_experiments(config)), None)
+
+    def find_experiments(self, config: dict[str, Any]) -> list[dict[str, Any]]:
+        """The runs of exactly this config, newest first; trials of studies and replays of other runs do not count.
 
         The canonical texts of the complete configs are compared, so a key more or less makes another config. A key that
         is added later must therefore be absent from a config that has its default, or older runs are not found.
         """
         columns = experiments_table.c
-        found = self._rows(
+        return self._rows(
             sa.select(experiments_table)
             .where(
                 columns.run_type == "json",
@@ -102,9 +106,7 @@ class Queries(Database):
                 columns.full_config_json == canonical_json(config),
             )
             .order_by(columns.timestamp.desc())
-            .limit(1)
         )
-        return found[0] if found else None
 
     def children(self, experiment_id: str) -> list[str]:
         """The ids of the runs whose parent this is, oldest first."""
@@ -226,6 +228,7 @@ class Queries(Database):
             columns.seed,
             sa.func.coalesce(columns.full_config_json, ""),
             columns.heartbeat,
+            columns.data_sha256,
             *values,
         ).where(columns.dataset_name == dataset_name)
         with self._engine.connect() as connection:
@@ -234,8 +237,8 @@ class Queries(Database):
         found.sort(key=lambda row: (row[0] is not None, row[0], row[1]))
         runs = []
         for row in found:
-            numbers = {name: value for name, value in zip(metrics, row[8:], strict=True) if value is not None}
-            run = RunRow._make((*row[1:7], numbers))
+            numbers = {name: value for name, value in zip(metrics, row[9:], strict=True) if value is not None}
+            run = RunRow._make((*row[1:7], numbers, row[8]))
             dead = run.status == "running" and is_dead(run.experiment_id, row[7])
             runs.append(run._replace(status="interrupted") if dead else run)
         return runs

@@ -46,6 +46,7 @@ class RunRow(NamedTuple):
     seed: int | None  # None in a database that an earlier program made
     config_json: str
     metrics: dict[str, float]
+    data_sha256: str | None = None  # None if it is unknown
 
 
 class MetricSummary(NamedTuple):

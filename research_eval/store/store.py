@@ -60,6 +60,7 @@ class Store(Queries):
             "seed": seed,
             "heartbeat": now,
             "parent_id": parent_id,
+            "data_sha256": _data_sha256(environment),
         }
         with self._write() as connection:
             connection.execute(experiments_table.insert(), row)
@@ -77,7 +78,8 @@ class Store(Queries):
     def update_environment(self, experiment_id: str, environment: dict[str, Any]) -> None:
         """Replace the environment record."""
         with self._write() as connection:
-            self._update(connection, experiment_id, env_details_json=canonical_json(environment))
+            columns = {"env_details_json": canonical_json(environment), "data_sha256": _data_sha256(environment)}
+            self._update(connection, experiment_id, **columns)
 
     def set_status(self, experiment_id: str, status: str, error: str | None = None) -> None:
         """Set status and error together (no error clears the old one)."""
@@ -138,6 +140,13 @@ class Store(Queries):
             _insert_metrics(connection, {key: normal_metrics(record.metrics) for key, record in entered.items()})
             put_history(connection, {key: record.history for key, record in entered.items()})
         return ours
+
+
+def _data_sha256(environment: dict[str, Any]) -> str | None:
+    """The hash of a run's data, from its environment record; None if that does not have it."""
+    data = environment.get("data")
+    found = data.get("data_sha256") if isinstance(data, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def _insert_metrics(connection: Connection, metrics: dict[str, NormalMetrics]) -> None:

@@ -8,6 +8,8 @@
   "-Infinity"; reading turns them into numbers again.
 - `history.value` is NULL for NaN. `history` is a view: its points are stored under the numbers of a run and of a name.
 - `full_config_json` is canonical (`canonical_json`), so equal configs are equal text.
+- `data_sha256` is the same for all runs on the same data, whatever their seeds; NULL if it is unknown. The config and
+  this hash together are what identifies a run.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import sqlalchemy as sa
 
 from research_eval.store.column_types import MetricValue, NanAsNull, Text, UtcDateTime
 
-SCHEMA_VERSION = "0003"  # the newest file in migrations/versions
+SCHEMA_VERSION = "0004"  # the newest file in migrations/versions
 VERSION_TABLE = "goe_schema_version"  # own name: Optuna keeps its `alembic_version` in the same database
 NUM_OLD_COLUMNS = 11  # `experiments` had this many columns before there was a schema version
 JSON_COLUMNS = ("full_config_json", "env_details_json")  # long, so lists of runs leave them out
@@ -42,6 +44,7 @@ experiments_table = sa.Table(
     sa.Column("error", Text()),
     sa.Column("heartbeat", UtcDateTime),
     sa.Column("parent_id", Text()),
+    sa.Column("data_sha256", Text()),
     sa.Index("ix_experiments_dataset_name_model_type", "dataset_name", "model_type"),
     # A covering index: a list of runs reads it alone, and not the rows with their long JSON.
     sa.Index(

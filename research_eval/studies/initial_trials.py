@@ -19,11 +19,13 @@ from research_eval.errors import ConfigError
 from research_eval.seeding import derive_seed
 from research_eval.store.records import RunFilter
 from research_eval.store.store import Store
+from research_eval.store.values import canonical_json
 from research_eval.studies.adapter import given_values
 from research_eval.studies.distributions import known_values
 from research_eval.studies.options import StudyOptions
 from research_eval.studies.proposals import over_budget
 from research_eval.studies.queue import TrialQueue
+from research_eval.studies.study_data import present_sha256
 from research_eval.system.untrusted import stored_object
 
 log = logging.getLogger(__name__)
@@ -87,13 +89,31 @@ def add_past_runs(queue: TrialQueue) -> None:
             rows = store.find_runs(RunFilter(base["dataset_name"], status="finished"), with_json=True)
             rows = [row for row in rows if row["experiment_id"] not in known]
             metrics = store.metrics_of([row["experiment_id"] for row in rows], options.objectives)
+        present: dict[str, str | None] = {}
+        num_left_out = 0
         for row in rows:
             past = _as_trial(row["full_config_json"], metrics[row["experiment_id"]], options)
-            if past is not None:
+            if past is not None and _has_other_data(row, present):
+                num_left_out += 1
+            elif past is not None:
                 past.set_user_attr("warm_start", row["experiment_id"])
                 queue.study.add_trial(past)
                 num_added += 1
+    if num_left_out:
+        log.warning("%d past runs are left out: the content of their data is not the present one", num_left_out)
     log.info("%d past runs fit the search space and teach the sampler", num_added)
+
+
+def _has_other_data(row: dict[str, Any], present: dict[str, str | None]) -> bool:
+    """Whether the data of a run are known not to be the present ones; `present` remembers their hashes."""
+    config = config_from_dict(stored_object(row["full_config_json"]), source=f"run {row['experiment_id']}")
+    params = canonical_json(config.dataset_params)
+    if params not in present:
+        try:
+            present[params] = present_sha256(config)
+        except ConfigError:  # a trial with these parameters will say so
+            present[params] = None
+    return None not in (row["data_sha256"], present[params]) and row["data_sha256"] != present[params]
 
 
 def _as_trial(config_json: str, metrics: dict[str, Any], options: StudyOptions) -> FrozenTrial | None:

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-from research_eval.store.metrics import DEFAULT_METRIC, Direction, direction
+from research_eval.store.metrics import DEFAULT_METRIC, FLOPS_VERSION, Direction, direction
 from research_eval.studies.space import SearchSpace
 
 
@@ -73,4 +73,5 @@ class StudyOptions:
             "seeds_per_trial": self.budget.seeds_per_trial,
             "max_params": self.budget.max_params,
             "max_flops": self.budget.max_flops,
+            **({"flops_version": FLOPS_VERSION} if "train_flops" in self.objectives else {}),
         }

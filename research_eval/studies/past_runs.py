@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from research_eval.analysis.runs import OPERATIONAL
+from research_eval.analysis.runs import OPERATIONAL, enough_seeds
 from research_eval.config.check import config_from_dict
 from research_eval.config.sections import ExperimentConfig
 from research_eval.errors import ConfigError
@@ -32,6 +33,7 @@ class PastRun:
     run_id: str
     config: Config
     value: float
+    data_sha256: str | None = None  # None if it is unknown
 
     @property
     def identity(self) -> str:
@@ -40,7 +42,7 @@ class PastRun:
 
     @property
     def task(self) -> str:
-        """Equal for runs on the same data, wherever the files are."""
+        """Equal for runs with the same data parameters, wherever the files are."""
         params = self.config["dataset_params"]
         return canonical_json({key: value for key, value in params.items() if key != "data_dir"})
 
@@ -55,7 +57,7 @@ class Template:
 
 
 def past_runs(rows: Iterable[RunRow], metric: str) -> list[PastRun]:
-    """The runs whose configs the program still accepts, oldest first.
+    """The runs whose configs the program still accepts, oldest first, without runs on older versions of their data.
 
     A stored config is complete, unless an earlier version of the program stored it. Then the defaults of the missing
     parameters are filled in.
@@ -76,10 +78,29 @@ def past_runs(rows: Iterable[RunRow], metric: str) -> list[PastRun]:
             config = checked
         # A run that did not finish still counts as known, but its value must not rank a config.
         value = row.metrics.get(metric, math.nan) if row.status == "finished" else math.nan
-        found.append(PastRun(row.experiment_id, config, value))
+        found.append(PastRun(row.experiment_id, config, value, row.data_sha256))
     if refused:
         log.warning("%d runs have configs that the program does not take, the first:\n%s", len(refused), refused[0])
-    return found
+    return _on_newest_data(found)
+
+
+def _on_newest_data(past: Sequence[PastRun]) -> list[PastRun]:
+    """The runs whose data are those of the newest run with the same data parameters. Says how many others there are.
+
+    A run whose data are unknown stays, unless the data have changed between runs.
+    """
+    contents: dict[str, dict[str, None]] = {}
+    newest: dict[str, str] = {}
+    for run in past:
+        if run.data_sha256 is not None:
+            contents.setdefault(run.task, {})[run.data_sha256] = None
+            newest[run.task] = run.data_sha256
+    kept = [run for run in past if len(contents.get(run.task, ())) < 2 or run.data_sha256 == newest[run.task]]
+    if len(kept) < len(past):
+        log.warning(
+            "%d runs are left out: the content of their data is not that of the newest run", len(past) - len(kept)
+        )
+    return kept
 
 
 def _keys(config: Config) -> str:
@@ -95,14 +116,29 @@ def identity(config: Config) -> str:
 
 
 def find_templates(past: Sequence[PastRun], metric: str, top_n: int) -> list[Template]:
-    """The `top_n` best different configs by the mean over their seeds, best first; of equal ones the older first."""
+    """The `top_n` best different configs by the mean over their seeds, best first; of equal ones the older first.
+
+    One lucky seed does not win: the configs with `enough_seeds` for their task come first, as in the analysis.
+    """
     seeds: dict[str, dict[int, PastRun]] = {}
     for run in past:
         if math.isfinite(run.value):
             seeds.setdefault(run.identity, {})[run.config["seed"]] = run
     groups = [[by_seed[seed] for seed in sorted(by_seed)] for by_seed in seeds.values()]
+    most: Counter[str] = Counter()  # seeds of a config, by task
+    for runs in groups:
+        most[runs[0].task] = max(most[runs[0].task], len(runs))
+
+    def rank(one: tuple[float, list[PastRun]]) -> tuple[bool, float]:
+        mean, runs = one
+        return len(runs) < enough_seeds(most[runs[0].task]), -gain_sign(metric) * mean
+
     means = [(fmean(run.value for run in runs), runs) for runs in groups]
-    ranked = sorted(means, key=lambda one: -gain_sign(metric) * one[0])
+    ranked = sorted(means, key=rank)
+    better = min(means, key=lambda one: rank(one)[1], default=None)
+    if better is not None and better[0] != ranked[0][0]:
+        run_id, count = better[1][0].run_id, len(better[1])
+        log.info("run %s has the best %s, but %d seed(s) only: configs with more come first", run_id, metric, count)
     templates = [Template(config_from_dict(runs[0].config), runs, mean) for mean, runs in ranked[:top_n]]
     tasks = {template.runs[0].task for template in templates}
     if len(tasks) > 1:

@@ -23,6 +23,7 @@ from research_eval.store.csv_file import csv_text
 from research_eval.store.store import Store
 from research_eval.studies.adapter import trial_records
 from research_eval.studies.options import StudyOptions
+from research_eval.system.best_effort import attempted
 from research_eval.system.untrusted import stored_object
 
 if TYPE_CHECKING:
@@ -119,17 +120,23 @@ def write_results(study: optuna.Study, objectives: Sequence[str], files: StudyFi
     """Write CSV, best configs and pictures of the trials as they are now; only the CSV if no trial is finished.
 
     `db` is the results store, which has the configs of the runs. Returns the paths of the files. Configs of an earlier
-    Pareto front are removed if their trials are no longer on it.
+    Pareto front are removed if their trials are no longer on it. The trials are stored: what cannot be written is a
+    warning, and the rest is written.
     """
-    from research_eval.analysis.study_charts import StudyCharts
-    from research_eval.analysis.study_plots import draw_study
-
-    write_csv_of(study, objectives, files)
     records = trial_records(study)
-    written = [files.csv, *_write_configs(records, objectives, files, db)]
-    charts = StudyCharts(study.study_name, files.dataset_name, tuple(objectives), tuple(records))
-    if charts.finished:
-        written += draw_study(charts, files.plots)
+    written = []
+    with attempted(log, "the CSV file of the study is not written"):
+        write_csv_of(study, objectives, files)
+        written.append(files.csv)
+    with attempted(log, "no config is written"):
+        written += _write_configs(records, objectives, files, db)
+    with attempted(log, "the pictures of the study are not all drawn"):
+        from research_eval.analysis.study_charts import StudyCharts
+        from research_eval.analysis.study_plots import draw_study
+
+        charts = StudyCharts(study.study_name, files.dataset_name, tuple(objectives), tuple(records))
+        if charts.finished:
+            written += draw_study(charts, files.plots)
     return written
 
 
@@ -145,12 +152,14 @@ def _write_configs(
     # A study that continues may find better trials: remove the configs that are no longer on the front.
     for path in files.pareto_configs():
         if path not in wanted:
-            path.unlink()
+            with attempted(log, f"{path}: is not on the front any more, but stays"):
+                path.unlink()
     written = []
     for path, record in wanted.items():
         if record.number in texts:
-            write_atomically(path, texts[record.number].encode())
-            written.append(path)
+            with attempted(log, f"the config of trial {record.number} is not written"):
+                write_atomically(path, texts[record.number].encode())
+                written.append(path)
     return written
 
 

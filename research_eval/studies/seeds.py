@@ -32,7 +32,9 @@ from research_eval.experiment import run
 from research_eval.registry import EXTENSION_PREFIX, MODELS_MAP, SYNTHETIC_DATASETS
 from research_eval.runs.journal import Result
 from research_eval.store.connection import database_url
+from research_eval.store.csv_file import csv_accepts_rows
 from research_eval.store.store import Store
+from research_eval.system.best_effort import best_effort_output
 from research_eval.system.progress import PooledProgress, RelayedProgress
 from research_eval.training.runtime import choose_device
 
@@ -56,6 +58,8 @@ def run_all(
     configs: Sequence[ExperimentConfig], *, db: str | None = None, resume: bool = False, quiet: bool = False
 ) -> Iterator[tuple[ExperimentConfig, Result]]:
     """Run all configs, which differ in their seeds only. Yields each with its result, in their order.
+
+    If the CSV file cannot be continued, there is one warning for all runs.
 
     If a run raises, the others continue, and at the end the first exception is raised again. SIGINT and SIGTERM make
     all runs write a checkpoint and end as interrupted; runs that have not begun never begin. Raises KeyboardInterrupt,
@@ -90,9 +94,10 @@ def _in_turn(
     configs: Sequence[ExperimentConfig], db: str | None, resume: bool, quiet: bool
 ) -> Iterator[tuple[ExperimentConfig, Ending]]:
     """One run after the other in this process."""
+    to_csv = len(configs) == 1 or csv_accepts_rows()  # one run finds it out itself
     for config in configs:
         try:
-            ending: Ending = run(config, db=db, resume=resume, quiet=quiet)
+            ending: Ending = run(config, db=db, resume=resume, quiet=quiet, to_csv=to_csv)
         except Exception as problem:
             if len(configs) > 1:
                 traceback.clear_frames(problem.__traceback__)  # they hold the model, and with it the GPU's memory
@@ -143,7 +148,8 @@ class _Pool:
         location = database_url(db)
         with Store(location):  # one process makes the tables, and a store that cannot be opened is one message
             pass
-        self._shared = _Shared(location, resume, dict(os.environ), _foreign_classes(configs[0]))
+        shared = location, resume, csv_accepts_rows(), dict(os.environ), _foreign_classes(configs[0])
+        self._shared = _Shared(*shared)
         self._context = _context()
 
     def endings(self) -> Iterator[tuple[ExperimentConfig, Ending]]:
@@ -293,6 +299,7 @@ class _Shared:
 
     db: str
     resume: bool
+    to_csv: bool
     environment: Mapping[str, str]  # the server that starts them keeps the one of its own start
     classes: list[tuple[str, str, type]]  # field of the registry, name, class
 
@@ -322,7 +329,8 @@ def _work(sender: Connection, config: ExperimentConfig, shared: _Shared) -> None
         with contextlib.suppress(OSError):  # the parent is gone: `_end_with_parent` says so to the run
             sender.send(message)
 
-    with contextlib.suppress(KeyboardInterrupt):  # before its training: there is nothing to tell
+    # KeyboardInterrupt: before its training, so that there is nothing to tell.
+    with best_effort_output(), contextlib.suppress(KeyboardInterrupt):
         os.setsid()  # Ctrl-C on a terminal reaches the parent alone, which passes it on once
         for number in SIGNALS:
             signal.signal(number, _interrupt)
@@ -337,7 +345,7 @@ def _work(sender: Connection, config: ExperimentConfig, shared: _Shared) -> None
         logger.setLevel(logging.INFO)
         logger.addHandler(_Relay(relay))
         try:
-            ending: Ending = run(config, db=shared.db, resume=shared.resume, progress=relay)
+            ending: Ending = run(config, db=shared.db, resume=shared.resume, progress=relay, to_csv=shared.to_csv)
         except Exception as problem:
             problem.add_note(f"In the process of {_name(config)}:\n{traceback.format_exc()}")
             ending = problem

@@ -121,6 +121,7 @@ def suggest(store: Store, request: Request) -> list[Suggestion]:
     templates = find_templates(past, request.metric_name, request.top_n)
     if not templates:
         raise _nothing_to_start_from(store, rows, request)
+    _warn_of_changed_data(templates[0])
     novelty = Novelty(past)
     if request.strategy == "tpe":
         wanted = request.top_n * request.num_variations_per_config
@@ -136,6 +137,24 @@ def suggest(store: Store, request: Request) -> list[Suggestion]:
     if len(found) < wanted:
         log.warning("only %d of %d new configs were found: %s", len(found), wanted, novelty.reason())
     return found
+
+
+def _warn_of_changed_data(template: Template) -> None:
+    """Say so if the files of the best config have changed since its runs. Nothing is fetched from a network."""
+    config, known = template.config, template.runs[-1].data_sha256
+    if known is None or not (config.dataset_params.get("data_dir") or config.dataset_params.get("sources")):
+        return
+    from research_eval.datasets.providers import load_splits  # here, because it imports torch
+
+    try:
+        data = load_splits(config.dataset_type, config.dataset_name, config.dataset_params, config.seed)
+    except ConfigError:  # the files may be on another machine
+        return
+    if data.fingerprint.get("data_sha256") != known:
+        log.warning(
+            "the data of %s have changed since run %s: its scores, and those of the other runs, are of the old data",
+            *(config.dataset_name, template.runs[-1].run_id),
+        )
 
 
 def write_suggestions(suggestions: Sequence[Suggestion], folder: Path) -> list[Path]:

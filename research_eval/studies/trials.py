@@ -7,6 +7,7 @@ already continues from its checkpoint, and one that is finished only returns its
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import statistics
@@ -22,6 +23,8 @@ from research_eval.studies.adapter import StoredTrial
 from research_eval.studies.options import StudyOptions
 from research_eval.studies.proposals import choose_config
 from research_eval.studies.pruning import PruningCallback
+from research_eval.studies.study_data import check_data
+from research_eval.system.best_effort import attempted
 from research_eval.system.untrusted import stored_object
 from research_eval.training.checkpoint import delete_checkpoint
 from research_eval.training.checkpointer import CHECKPOINT_FILE
@@ -96,10 +99,18 @@ def _train_seed(
         db=options.db,
         quiet=True,
         parent_id=ids[0] if index else None,
-        trial=TrialRun(options.study_name, trial.number, ids[index], callback.epoch_end),
+        trial=TrialRun(
+            options.study_name,
+            trial.number,
+            ids[index],
+            callback.epoch_end,
+            check_data=functools.partial(check_data, trial.study, seeded),
+        ),
     )
     if result.status != "interrupted":
-        delete_checkpoint(result.folder / CHECKPOINT_FILE)  # the checkpoints of hundreds of trials would fill the disk
+        with attempted(log, f"run {result.experiment_id}: its checkpoint stays"):
+            # The checkpoints of hundreds of trials would fill the disk.
+            delete_checkpoint(result.folder / CHECKPOINT_FILE)
     if result.status == "finished":
         return None, result.metrics
     return Outcome(result.status, reason=result.error, exit_code=result.exit_code), {}

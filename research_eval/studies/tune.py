@@ -8,6 +8,7 @@ may work on one study at the same time, on one or on several machines: the queue
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -21,6 +22,7 @@ import optuna
 
 from research_eval.analysis.study_trials import own_trials
 from research_eval.config.check import config_from_dict
+from research_eval.config.sections import ExperimentConfig
 from research_eval.errors import ConfigError
 from research_eval.seeding import derive_seed
 from research_eval.store.values import canonical_json
@@ -32,9 +34,13 @@ from research_eval.studies.options import StudyOptions
 from research_eval.studies.proposals import MAX_PROPOSALS, over_budget, splits_of
 from research_eval.studies.queue import TrialQueue
 from research_eval.studies.results import StudyFiles, summary, write_csv_of, write_results
+from research_eval.studies.study_data import check_present_data
 from research_eval.studies.trials import train_config
 from research_eval.studies.workers import WorkerPool, new_worker_name, quiet_runs, work
+from research_eval.system.best_effort import attempted
 from research_eval.system.progress import StudyProgress
+
+log = logging.getLogger(__name__)
 
 CSV_SECONDS = 5.0  # between two versions of the CSV file of a study
 CHECKPOINT_SECONDS = 3.0  # for workers to exit by themselves after Ctrl-C
@@ -74,9 +80,10 @@ def tune(options: StudyOptions, timeout: float | None = None, quiet: bool = Fals
     """
     if timeout is not None:
         options = options.with_budget(deadline=time.time() + timeout)
-    check_feasible(options)
+    config = check_feasible(options)
     queue = TrialQueue(options)
     try:
+        check_present_data(queue, config)
         with quiet_runs():
             return _run_study(queue, quiet)
     finally:
@@ -101,7 +108,8 @@ def _run_study(queue: TrialQueue, quiet: bool) -> int:
         exit_code = 128 + stopped.number
     written = write_results(queue.study, options.objectives, files, options.db)
     records = own_trials(trial_records(queue.study))
-    print(summary(options, records, written, exit_code))
+    with attempted(log, f"study {options.study_name}: its summary is not printed"):
+        print(summary(options, records, written, exit_code))
     if exit_code:
         return exit_code
     return 0 if any(record.status == "finished" for record in records) or options.is_time_up else 1
@@ -160,17 +168,27 @@ class CsvWriter:
     """Keeps the CSV file of a study up to date, but writes it only every few seconds."""
 
     def __init__(self, queue: TrialQueue, files: StudyFiles) -> None:
-        self._queue, self._files, self._written = queue, files, 0.0
+        self._queue, self._files, self._written, self._has_failed = queue, files, 0.0, False
 
     def write_sometimes(self) -> None:
-        """Write the file if the last version is older than `CSV_SECONDS`."""
-        if time.monotonic() - self._written >= CSV_SECONDS:
-            write_csv_of(self._queue.study, self._queue.options.objectives, self._files)
+        """Write the file if the last version is older than `CSV_SECONDS`.
+
+        A file that cannot be written is tried again at the end of the study alone: it must not disturb the trials.
+        """
+        if not self._has_failed and time.monotonic() - self._written >= CSV_SECONDS:
+            self._has_failed = True
+            with attempted(log, "the CSV file of the study is not kept up to date"):
+                write_csv_of(self._queue.study, self._queue.options.objectives, self._files)
+                self._has_failed = False
             self._written = time.monotonic()
 
 
-def check_feasible(options: StudyOptions) -> None:
-    """Raise ConfigError before any work if the data cannot be read, or if no config of the space may be trained."""
+def check_feasible(options: StudyOptions) -> ExperimentConfig:
+    """A config of the space that may be trained, always the same one for the same options.
+
+    Raises ConfigError before any work if the data cannot be read, or if there is no such config.
+    """
+    splits_of.cache_clear()  # the files may have changed since an earlier study of this process
     rng = np.random.default_rng(derive_seed(options.seed, "probe"))
     reason = ""
     for number in range(MAX_PROPOSALS):
@@ -183,7 +201,7 @@ def check_feasible(options: StudyOptions) -> None:
             splits_of(config.dataset_type, config.dataset_name, canonical_json(config.dataset_params), config.seed)
         found = over_budget(config, options)
         if found is None:
-            return
+            return config
         reason = found
     raise ConfigError(f"no config of the search space may be trained, in {MAX_PROPOSALS} draws: {reason}")
 

@@ -22,6 +22,7 @@ from research_eval.studies.adapter import trial_records
 from research_eval.studies.options import StudyOptions
 from research_eval.studies.queue import MAX_ATTEMPTS, TrialQueue
 from research_eval.studies.trials import train_trial
+from research_eval.system.best_effort import best_effort_output
 from research_eval.system.progress import StudyProgress
 
 log = logging.getLogger(__name__)
@@ -63,10 +64,10 @@ def work(queue: TrialQueue, worker: str, progress: StudyProgress | None = None) 
 
 def _worker_process(options: StudyOptions, worker: str) -> None:
     """The body of a worker process."""
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
     # Ctrl-C reaches this process too. Between two runs it is ignored; a run turns it into a request to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with quiet_runs():
+    with best_effort_output(), quiet_runs():
+        logging.basicConfig(format="%(message)s", stream=sys.stderr)
         raise SystemExit(work(TrialQueue(options), worker))
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import IO, Any, Protocol, Self, cast
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from research_eval.system.best_effort import BestEffortStream, attempted
 from research_eval.wording import printable
 
 log = logging.getLogger(__name__)
@@ -56,6 +58,11 @@ def epoch_text(epoch: int, epochs: int, values: Mapping[str, float]) -> str:
     return f"epoch {epoch}/{epochs}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items())
 
 
+def _bar(console: Console, *columns: ProgressColumn) -> Bar:
+    """A progress bar. What is printed meanwhile appears above it, unless it goes to a file, where it has to arrive."""
+    return Bar(*columns, console=console, redirect_stdout=sys.stdout is not None and sys.stdout.isatty())
+
+
 def _training_bar(console: Console) -> Bar:
     """A progress bar for steps: name, bar, counts with the latest values, and the remaining time."""
     columns = (
@@ -64,7 +71,12 @@ def _training_bar(console: Console) -> Bar:
         TextColumn("{task.completed}/{task.total} {task.fields[values]}"),
         TimeRemainingColumn(),
     )
-    return Bar(*columns, console=console)
+    return _bar(console, *columns)
+
+
+def _console() -> Console:
+    """Standard error as it is now. A terminal that is gone must not end a training, also if no command is around it."""
+    return Console(file=cast(IO[str], BestEffortStream(sys.stderr)) if sys.stderr is not None else None, stderr=True)
 
 
 class _Bars:
@@ -72,7 +84,7 @@ class _Bars:
 
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
-        self._console = Console(stderr=True)
+        self._console = _console()
         self._bar: Bar | None = None
 
     def __enter__(self) -> Self:
@@ -87,7 +99,8 @@ class _Bars:
     ) -> None:
         """End the bars, also after an exception, so that the terminal's cursor comes back."""
         if self._bar is not None:
-            self._bar.__exit__(kind, error, trace)
+            with attempted(log, "the progress bar"):
+                self._bar.__exit__(kind, error, trace)
 
 
 class Progress(_Bars):
@@ -244,7 +257,7 @@ class StudyProgress:
         self._objectives = objectives
         self._largest_is_best = largest_is_best
         self._quiet = quiet
-        self._console = Console(stderr=True)
+        self._console = _console()
         self._bar: Bar | None = None
         self._task = TaskID(0)
         self._shown: set[int] | None = None  # numbers of the trials with a line; None before the first update
@@ -261,7 +274,7 @@ class StudyProgress:
                 TextColumn("{task.completed}/{task.total} trials {task.fields[best]}"),
                 TimeRemainingColumn(),
             )
-            self._bar = Bar(*columns, console=self._console)
+            self._bar = _bar(self._console, *columns)
             self._bar.__enter__()
             self._task = self._bar.add_task("study", total=self._n_trials, best="")
         return self
@@ -271,7 +284,8 @@ class StudyProgress:
     ) -> None:
         """End the bar, also after an exception."""
         if self._bar is not None:
-            self._bar.__exit__(kind, error, trace)
+            with attempted(log, "the progress bar"):
+                self._bar.__exit__(kind, error, trace)
 
     def also(self, call: Callable[[], None]) -> None:
         """Register a function to call after every update with newly finished trials."""

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from research_eval.datasets.token_data import Batch, Batches
 from research_eval.models.base_model import EvaluableModel
 from research_eval.tasks.base import Evaluation as Evaluation
 from research_eval.tasks.base import Task
 from research_eval.tasks.classification import Classification
+from research_eval.training.flops import flop_counter
 from research_eval.training.runtime import Runtime
 
 
@@ -70,26 +69,6 @@ def measure_latency(model: EvaluableModel, batches: Batches, runtime: Runtime, r
         "inference_latency_ms_batch_p95": 1000 * float(np.percentile(seconds, 95)),
         "inference_samples_per_second": samples / sum(seconds),
     }
-
-
-def _attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """FLOPs of attention on a CPU, by torch's own formula."""
-    return int(sdpa_flop_count(query, key, value))
-
-
-def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    """FLOPs of the backward pass of attention on a CPU, by torch's own formula."""
-    return int(sdpa_backward_flop_count(grad, query, key, value))
-
-
-def flop_counter() -> FlopCounterMode:
-    """Torch's counter of executed FLOPs, with the formulas for CPU attention that torch 2.13 lacks."""
-    aten = torch.ops.aten
-    mapping = {
-        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-    }
-    return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
 def measure_flops(

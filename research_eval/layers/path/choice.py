@@ -72,16 +72,16 @@ class ChoiceMode(ABC):
     def __call__(
         self, view: View, num_experts: int, bias_N: Tensor, done: float, training: bool, may_stop: bool
     ) -> Choice:
-        """The choice of a step: the given action if there is one, otherwise that of the mode."""
+        """The choice of a step: the given action if there is one, otherwise that of the mode.
+
+        A given action has the coefficient of the router's own choice, so that nothing but the path differs. If both are
+        the same expert, the step is exactly the router's own.
+        """
         if view.router is None:
             assert view.given_B is not None
             return _fixed(view.given_B, num_experts)
-        if view.given_B is not None:
-            # Keep the coefficient of the router's own choice, so that only the path differs.
-            probabilities_BN = view.router.logits_BA[:, :-1].softmax(-1)
-            own_B = probabilities_BN.gather(-1, probabilities_BN.argmax(-1).unsqueeze(-1)).squeeze(-1)
-            return Choice(view.given_B, self.strength(own_B), probabilities_BN)
-        return self.choose(view.router, bias_N, done, training, may_stop)
+        own = self.choose(view.router, bias_N, done, training, may_stop)
+        return own if view.given_B is None else own._replace(action_B=view.given_B)
 
 
 def _fixed(action_B: Tensor, num_experts: int) -> Choice:

@@ -129,7 +129,7 @@ class LearnedPolicy(nn.Module):
         summary_BS = self.router.standardized(summary_BS, running_B, step)
         full_BN = walk.visits_BN >= self._path.max_visits
         if given_BT is not None:
-            full_BN = torch.zeros_like(full_BN)  # `max_visits` does not limit a given path
+            full_BN = full_BN & ~full_BN.all(1, keepdim=True)  # `max_visits` does not end a given path
         view = self._view(summary_BS, walk.visits_BN, full_BN, step, value)
         return View(view, None if given_BT is None else action_of(given_BT, step, full_BN.shape[1]))
 
@@ -178,11 +178,11 @@ class FixedPolicy(nn.Module):
         step: int,
         value: ValueEstimate,
     ) -> View:
-        """The action of the fixed route at one step."""
-        if self._route == "oracle":
-            assert given_BT is not None  # GivenPaths refuses a batch without paths
+        """The given action, or the action of the fixed route, at one step."""
+        if given_BT is not None:
             return View(None, action_of(given_BT, step, self._num_experts))
         assert self._route != "learned"
+        assert self._route != "oracle"  # GivenPaths refuses a batch without paths
         ids_BL = ids_BL * keep_BL  # 0 where padded
         action_B = fixed_route(self._route, ids_BL, self._position, step, self._num_experts, fresh=self.training)
         return View(None, action_B)

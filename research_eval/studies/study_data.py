@@ -1,0 +1,87 @@
+"""The data of a study: all its trials with the same `dataset_params` have to see the same content.
+
+The study keeps the hash of the data for each `dataset_params` that a trial has used. So a file that is corrected in the
+middle of a study, or between two commands, does not mix trials on old and on new data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import optuna
+
+from research_eval.config.sections import ExperimentConfig
+from research_eval.errors import ConfigError
+from research_eval.store.store import Store
+from research_eval.store.values import canonical_json
+from research_eval.studies.proposals import splits_of
+from research_eval.system.untrusted import stored_object
+
+if TYPE_CHECKING:
+    from research_eval.studies.queue import TrialQueue
+
+DIGITS = 12  # of a hash, in messages
+
+
+def check_data(study: optuna.Study, config: ExperimentConfig, fingerprint: dict[str, Any]) -> None:
+    """Raise ConfigError if a trial with these `dataset_params` had data of another content; else note the content.
+
+    Data without a hash pass.
+    """
+    found = fingerprint.get("data_sha256")
+    if found is None:
+        return
+    name = _attribute(config.dataset_params)
+    known = study.user_attrs.get(name)
+    if known is None:
+        study.set_user_attr(name, found)
+    elif known != found:
+        raise ConfigError(
+            f"--study_name: the data of {config.dataset_name} have changed since the study {study.study_name!r} began "
+            f"(sha256 {str(known)[:DIGITS]}, now {found[:DIGITS]}), so its trials do not compare. Put the data back, "
+            "or give another name to begin a new study"
+        )
+
+
+def check_present_data(queue: TrialQueue, config: ExperimentConfig) -> None:
+    """`check_data` before any trial, with the data as they are now. Raises ConfigError.
+
+    A study from before hashes were noted learns its data from the runs of its trials.
+    """
+    now = present_sha256(config)
+    with queue.lock():
+        if queue.study.user_attrs.get(_attribute(config.dataset_params)) is None:
+            then = _sha256_of_a_trial(queue, config)
+            if then is not None:
+                queue.study.set_user_attr(_attribute(config.dataset_params), then)
+        check_data(queue.study, config, {"data_sha256": now})
+
+
+def present_sha256(config: ExperimentConfig) -> str | None:
+    """The hash of the data of a config as they are now. Raises ConfigError for unusable data."""
+    params = canonical_json(config.dataset_params)
+    found: str | None = splits_of(config.dataset_type, config.dataset_name, params, config.seed).fingerprint.get(
+        "data_sha256"
+    )
+    return found
+
+
+def _attribute(dataset_params: dict[str, Any]) -> str:
+    """The name under which the study keeps the hash for these parameters."""
+    return f"data_sha256 of {hashlib.sha256(canonical_json(dataset_params).encode()).hexdigest()[:DIGITS]}"
+
+
+def _sha256_of_a_trial(queue: TrialQueue, config: ExperimentConfig) -> str | None:
+    """The hash that the run of a trial with the same `dataset_params` has stored; None if there is no such run."""
+    ids = [found for trial in queue.own_trials() for found in trial.user_attrs.get("experiment_ids", [])[:1]]
+    if not ids:
+        return None
+    with Store(queue.options.db) as store:
+        for experiment_id in ids:
+            row = store.find_id(experiment_id)
+            if row is None or row["data_sha256"] is None:
+                continue
+            if stored_object(row["full_config_json"]).get("dataset_params") == config.to_dict()["dataset_params"]:
+                return str(row["data_sha256"])
+    return None
