@@ -85,8 +85,11 @@ def table(rows: list[dict[str, Any]], baselines: dict[str, float]) -> str:
     ]
     for entry in rows:
         mean = statistics.mean(entry["scores"])
+        # A pool of two experts and a path of two steps: nothing is conditional.
+        is_whole = entry["model"] != "dense" and entry["active_param_count"] == entry["param_count"]
+        name = entry["model"] + " (all active)" * is_whole
         lines.append(
-            f"| {entry['dataset']} | {entry['model']} | {mean:.4f} ± {entry['interval']:.4f} "
+            f"| {entry['dataset']} | {name} | {mean:.4f} ± {entry['interval']:.4f} "
             f"| {entry['param_count'] / 1e6:.2f} M | {entry['active_param_count'] / 1e6:.2f} M "
             f"| {entry['inference_flops_per_sample'] / 1e6:.2f} | {entry['training_duration_seconds']:.0f} |"
         )
@@ -94,7 +97,19 @@ def table(rows: list[dict[str, Any]], baselines: dict[str, float]) -> str:
             lines.append(
                 f"| {entry['dataset']} | TF-IDF + logistic regression | {baselines[entry['dataset']]:.4f} | | | | |"
             )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", flops_text(rows)])
+
+
+def flops_text(rows: list[dict[str, Any]]) -> str:
+    """How far the forward FLOPs of all models of a set lie apart: they are meant to be equal."""
+    costs: dict[str, list[float]] = {}
+    for entry in rows:
+        costs.setdefault(entry["dataset"], []).append(entry["inference_flops_per_sample"] / 1e6)
+    parts = [
+        f"{name} {min(found):.2f} to {max(found):.2f} (spread {100 * (max(found) / min(found) - 1):.0f} %)"
+        for name, found in costs.items()
+    ]
+    return f"MFLOPs per sample over all models: {', '.join(parts)}."
 
 
 def main() -> None:

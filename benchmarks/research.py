@@ -3,6 +3,9 @@
 An arm is a config in `examples/research/<study>/`. Finished runs in the results database are not repeated, so an
 interrupted call goes on where it was. `--page` writes the tables into the page; studies that need local data are left
 out unless `--data_dir` is given.
+
+`--tune` trains every tuned arm with each learning rate of a grid on the tuning seed, and writes the table of validation
+scores. The configs contain the best rate of this table.
 """
 
 from __future__ import annotations
@@ -20,9 +23,17 @@ from typing import Any
 
 import numpy as np
 
+from research_eval.analysis.statistics import SHARE, mean_interval
 from research_eval.analysis.statistics import half_width as interval
 from research_eval.db_utils import Store
 from research_eval.schema import ExperimentConfig, load_config
+
+# Seeds up to 99 are reported, seeds from 100 on are for choosing settings. What a task draws for itself (tables,
+# functions, withheld compositions) follows from this group, so no setting was chosen on a reported task.
+SEEDS_PER_GROUP = 100
+TUNING_SEED = 100
+LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
+TASKS_WITH_SEED = ("tables", "planted_paths")
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "examples" / "research"
@@ -39,6 +50,8 @@ class Study:
     compared: tuple[str, ...] = ("test_acc",)  # metrics whose paired differences are shown
     seeds: dict[str, int] = field(default_factory=dict)  # arms with another number of seeds than the rest
     needs_data: bool = False
+    tuned: tuple[str, ...] = ()  # arms whose learning rate `--tune` chooses
+    equal_flops: tuple[str, ...] = ()  # arms that are meant to have the same forward FLOPs per sample
 
 
 def against(arm: str, *others: str) -> list[tuple[str, str]]:
@@ -48,14 +61,22 @@ def against(arm: str, *others: str) -> list[tuple[str, str]]:
 
 SCAN_TASKS = ("parity", "even_pairs", "cycle_navigation", "s3", "modular_arithmetic", "s5", "majority")
 LONG = {"test_len_41_100_acc": "41-100", "test_len_200_acc": "200", "test_len_500_acc": "500"}
+TABLES = (
+    *("dense_flops", "dense_params", "dense_bigrams", "dense_bigrams_wide", "dense_flops_4x_steps", "looped", "moe"),
+    *("token", "hash", "published", "state_router", "goe", "goe_frozen_router", "goe_bigrams"),
+)
 STUDIES = {
     "tables": Study(
-        ["dense_flops", "dense_params", "token", "hash", "published", "state_router", "goe", "goe_frozen_router"],
+        list(TABLES),
         [
-            *against("goe", "dense_flops", "dense_params", "token", "hash", "state_router", "goe_frozen_router"),
+            *against("goe", "dense_flops", "dense_params", "dense_bigrams", "moe", "looped"),
+            *against("goe", "token", "hash", "state_router", "goe_frozen_router"),
+            *against("goe_bigrams", "dense_bigrams", "dense_bigrams_wide"),
             *against("state_router", "dense_flops"),
             *against("published", "dense_flops"),
         ],
+        tuned=TABLES,
+        equal_flops=tuple(arm for arm in TABLES if arm != "dense_params"),
     ),
     "planted": Study(
         ["dense_flops", "dense_params", "random", "oracle", "goe_pooled", "goe_cursor"],
@@ -67,6 +88,8 @@ STUDIES = {
         | {"router_regret": "regret", "test_unseen_router_regret": "regret, unseen"},
         compared=("test_acc", "test_unseen_acc"),
         seeds={"random": 2, "oracle": 3, "goe_pooled": 3},
+        tuned=("dense_flops", "dense_params", "goe_pooled", "goe_cursor"),
+        equal_flops=("dense_flops", "random", "goe_pooled", "goe_cursor"),
     ),
     "hop": Study(
         ["dense", "loop", "loop_confidence", "goe_confidence"],
@@ -99,8 +122,10 @@ STUDIES = {
         compared=("final_val_acc",),
         seeds={"oracle": 1, "dense_params": 2},
         needs_data=True,
+        equal_flops=("dense_flops", "oracle", "goe"),
     ),
 }
+COSTS = ("param_count", "inference_flops_per_sample", "training_duration_seconds")
 TEXT_SOURCES = ("ag_news", "sst2", "trec", "mpqa")
 
 
@@ -125,11 +150,25 @@ def value(run: dict[str, Any], name: str) -> float | None:
     return None if found is None else float(found)
 
 
-def overrides_of(study: str, seed: int, data_dir: Path | None) -> dict[str, Any]:
+def config_of(
+    study: str, arm: str, seed: int, data_dir: Path | None, learning_rate: float | None = None
+) -> ExperimentConfig:
+    """The config of an arm with a seed. The seed's group decides which instance of the task it gets."""
     overrides: dict[str, Any] = {"seed": seed}
     if STUDIES[study].needs_data and data_dir is not None:
         overrides["dataset_params.sources"] = [str(data_dir / source) for source in TEXT_SOURCES]
-    return overrides
+    if learning_rate is not None:
+        overrides |= {"optimizer_params.lr": learning_rate, "training_params.test": False}
+    path = CONFIGS / study / f"{arm}.json"
+    if json.loads(path.read_text())["dataset_name"] in TASKS_WITH_SEED:
+        overrides["dataset_params.task_seed"] = seed // SEEDS_PER_GROUP
+    return load_config(path, overrides)
+
+
+def train_all(configs: list[ExperimentConfig], arguments: argparse.Namespace) -> None:
+    """Every run that is not finished yet, several at the same time."""
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        list(pool.map(lambda config: train(config, arguments), configs))
 
 
 def train(config: ExperimentConfig, arguments: argparse.Namespace) -> None:
@@ -151,16 +190,38 @@ def collect(study: str, seeds: int, store: Store, data_dir: Path | None) -> dict
     runs: dict[str, list[dict[str, Any]]] = {}
     for arm in STUDIES[study].arms:
         for seed in range(STUDIES[study].seeds.get(arm, seeds)):
-            config = load_config(CONFIGS / study / f"{arm}.json", overrides_of(study, seed, data_dir))
-            known = store.find_experiment(config.to_dict())
-            if known is None or known["status"] != "finished":
-                raise SystemExit(f"{study}/{arm}, seed {seed}: not finished")
-            runs.setdefault(arm, []).append(store.metrics(known["experiment_id"]))
+            runs.setdefault(arm, []).append(metrics_of(config_of(study, arm, seed, data_dir), store))
     return runs
 
 
+def metrics_of(config: ExperimentConfig, store: Store) -> dict[str, Any]:
+    """The metrics of a finished run. Ends the program if the run is not finished."""
+    known = store.find_experiment(config.to_dict())
+    if known is None or known["status"] != "finished":
+        raise SystemExit(f"{config.experiment_name}, seed {config.seed}: not finished")
+    return store.metrics(known["experiment_id"])
+
+
+def tune(study: str, arguments: argparse.Namespace) -> tuple[str, dict[str, list[float]]]:
+    """Train the tuned arms with every learning rate; the table of their validation accuracy, and its numbers."""
+    grid = [(arm, rate) for arm in STUDIES[study].tuned for rate in LEARNING_RATES]
+    configs = [config_of(study, arm, TUNING_SEED, arguments.data_dir, rate) for arm, rate in grid]
+    train_all(configs, arguments)
+    with Store(arguments.db, read_only=True) as store:
+        scores = [float(metrics_of(config, store)["final_val_acc"]) for config in configs]
+    found: dict[str, list[float]] = {}
+    for (arm, _), score in zip(grid, scores, strict=True):
+        found.setdefault(arm, []).append(score)
+    lines = [f"| arm | {' | '.join(f'{rate:g}' for rate in LEARNING_RATES)} | taken |"]
+    lines.append("|---" * (2 + len(LEARNING_RATES)) + "|")
+    for arm, row in found.items():
+        taken = LEARNING_RATES[int(np.argmax(row))]
+        lines.append(f"| {arm} | {' | '.join(f'{score:.3f}' for score in row)} | {taken:g} |")
+    return "\n".join(lines), found
+
+
 def tables(study: str, runs: dict[str, list[dict[str, Any]]]) -> str:
-    """Markdown: one row per arm, then the paired differences of the first metric."""
+    """Markdown: one row per arm, how equal their FLOPs are, and the paired differences of the compared metrics."""
     plan = STUDIES[study]
     lines = [f"| arm | N | {' | '.join(plan.metrics.values())} | parameters | MFLOPs | training s |"]
     lines.append("|---" * (lines[0].count("|") - 1) + "|")
@@ -168,7 +229,7 @@ def tables(study: str, runs: dict[str, list[dict[str, Any]]]) -> str:
         cells = []
         for name in plan.metrics:
             values = [found for found in (value(run, name) for run in results) if found is not None]
-            spread = f" ± {interval(values):.3f}" if name in plan.compared and len(values) > 1 else ""
+            spread = interval_text(values) if name in plan.compared else ""
             cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "")
         cost = [
             statistics.mean(float(run[name]) for run in results)
@@ -179,6 +240,8 @@ def tables(study: str, runs: dict[str, list[dict[str, Any]]]) -> str:
             f"| {arm} | {len(results)} | {' | '.join(cells)} "
             f"| {cost[0] / 1e3:.1f} k | {cost[1] / 1e6:.3f} | {seconds:.0f} |"
         )
+    if plan.equal_flops:
+        lines += ["", flops_text(plan, runs)]
     if plan.pairs:
         names = " | ".join(plan.metrics[metric] for metric in plan.compared)
         lines += ["", f"| difference, paired by seed | {names} |", "|---" * (1 + len(plan.compared)) + "|"]
@@ -193,6 +256,24 @@ def tables(study: str, runs: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def interval_text(shares: list[float]) -> str:
+    """` [0.980, 0.998]`; empty without an interval. All compared metrics are accuracies."""
+    found = mean_interval(shares, bounds=SHARE)
+    return "" if found is None else f" [{found.low:.3f}, {found.high:.3f}]"
+
+
+def flops_text(plan: Study, runs: dict[str, list[dict[str, Any]]]) -> str:
+    """How far the forward FLOPs lie apart that are meant to be equal, and those of the other arms."""
+    costs = {
+        arm: statistics.mean(float(run["inference_flops_per_sample"]) for run in results) / 1e6
+        for arm, results in runs.items()
+    }
+    equal = [costs[arm] for arm in plan.equal_flops]
+    others = "".join(f"; {arm}: {cost:.3f}" for arm, cost in costs.items() if arm not in plan.equal_flops)
+    spread = f"{min(equal):.3f} to {max(equal):.3f} MFLOPs over the {len(equal)} arms that are meant to be equal"
+    return f"Forward FLOPs: {spread} (spread {100 * (max(equal) / min(equal) - 1):.0f} %){others}."
+
+
 def write_page(page: Path, texts: dict[str, str]) -> None:
     """Replace what stands between the marks of each study."""
     content = page.read_text()
@@ -205,36 +286,47 @@ def write_page(page: Path, texts: dict[str, str]) -> None:
     page.write_text(content)
 
 
+def tuned_texts(chosen: list[str], arguments: argparse.Namespace) -> tuple[dict[str, str], dict[str, Any]]:
+    """The tables of the learning rates, and their numbers, by the name of the table."""
+    found = {f"{study} tuning": tune(study, arguments) for study in chosen if STUDIES[study].tuned}
+    return {name: text for name, (text, _) in found.items()}, {name: numbers for name, (_, numbers) in found.items()}
+
+
+def reported_texts(chosen: list[str], arguments: argparse.Namespace) -> tuple[dict[str, str], dict[str, Any]]:
+    """The tables of the studies, and the metrics of every run, by study."""
+    configs = [
+        config_of(study, arm, seed, arguments.data_dir)
+        for study in chosen
+        for seed in range(arguments.seeds)
+        for arm in STUDIES[study].arms
+        if seed < STUDIES[study].seeds.get(arm, arguments.seeds)
+    ]
+    train_all(configs, arguments)
+    with Store(arguments.db, read_only=True) as store:
+        runs = {study: collect(study, arguments.seeds, store, arguments.data_dir) for study in chosen}
+    figures = {
+        study: {
+            arm: {name: [value(run, name) for run in results] for name in (*STUDIES[study].metrics, *COSTS)}
+            for arm, results in arms.items()
+        }
+        for study, arms in runs.items()
+    }
+    return {study: tables(study, runs[study]) for study in chosen}, figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--studies", nargs="+", default=list(STUDIES), choices=STUDIES)
     parser.add_argument("--seeds", type=int, default=5, help="runs per arm, with the seeds 0, 1, ...")
     parser.add_argument("--workers", type=int, default=2, help="runs at the same time; each config uses one thread")
+    parser.add_argument("--tune", action="store_true", help="choose the learning rates instead of making the tables")
     parser.add_argument("--data_dir", type=Path, help="folder with one folder per real dataset")
     parser.add_argument("--db", default="research.db")
     parser.add_argument("--page", type=Path, help="write the tables into this page")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/research.json"))
     arguments = parser.parse_args()
     chosen = [name for name in arguments.studies if arguments.data_dir or not STUDIES[name].needs_data]
-    configs = [
-        load_config(CONFIGS / study / f"{arm}.json", overrides_of(study, seed, arguments.data_dir))
-        for study in chosen
-        for seed in range(arguments.seeds)
-        for arm in STUDIES[study].arms
-        if seed < STUDIES[study].seeds.get(arm, arguments.seeds)
-    ]
-    with ThreadPoolExecutor(arguments.workers) as pool:
-        list(pool.map(lambda config: train(config, arguments), configs))
-    with Store(arguments.db, read_only=True) as store:
-        runs = {study: collect(study, arguments.seeds, store, arguments.data_dir) for study in chosen}
-    texts = {study: tables(study, runs[study]) for study in chosen}
-    figures = {
-        study: {
-            arm: {name: [value(run, name) for run in results] for name in STUDIES[study].metrics}
-            for arm, results in arms.items()
-        }
-        for study, arms in runs.items()
-    }
+    texts, figures = (tuned_texts if arguments.tune else reported_texts)(chosen, arguments)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     arguments.output.write_text(json.dumps(known | figures, indent=1) + "\n")

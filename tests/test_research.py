@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from support import ROOT
 
+from research_eval.datasets.providers import load_splits
 from research_eval.schema import load_config
 
 spec = importlib.util.spec_from_file_location("research", ROOT / "benchmarks" / "research.py")
@@ -31,6 +32,66 @@ def test_every_arm_is_a_config_and_every_config_an_arm() -> None:
     for study, arm in arms:
         load_config(research.CONFIGS / study / f"{arm}.json")
         assert {name for pair in research.STUDIES[study].pairs for name in pair} <= set(research.STUDIES[study].arms)
+        assert set(research.STUDIES[study].equal_flops) <= set(research.STUDIES[study].arms)
+
+
+def test_settings_are_chosen_on_tasks_that_no_table_reports() -> None:
+    for study in ("tables", "planted"):
+        arm = research.STUDIES[study].arms[0]
+        reported = [research.config_of(study, arm, seed, None) for seed in range(5)]
+        assert {config.dataset_params["task_seed"] for config in reported} == {0}
+        tuned = research.config_of(study, arm, research.TUNING_SEED, None, 0.5)
+        assert (tuned.dataset_params["task_seed"], tuned.optimizer_params.lr) == (1, 0.5)
+        assert not tuned.training_params.test, "a choice has to leave the test split alone"
+        hashes = [
+            load_splits("synthetic", config.dataset_name, config.dataset_params | {"num_samples": 50}, 0).fingerprint
+            for config in (reported[0], tuned)
+        ]
+        assert hashes[0]["data_sha256"] != hashes[1]["data_sha256"]
+    hop = research.config_of("hop", "dense", 100, None)
+    assert "task_seed" not in hop.dataset_params
+
+
+def rows_of(page: str) -> list[list[str]]:
+    """The cells of all table rows of a page."""
+    lines = (ROOT / page).read_text().splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+
+
+def test_every_arm_that_a_claim_needs_is_in_the_table_with_five_seeds() -> None:
+    """A claim for routing has to stand beside dense models with as many parameters, other tricks and more steps."""
+    seeds = {row[0]: row[1] for row in rows_of("docs/research.md") if len(row) == 6}
+    needed = ("dense_bigrams", "dense_bigrams_wide", "dense_flops_4x_steps", "moe", "looped", "goe_bigrams")
+    assert {seeds.get(arm) for arm in needed} == {"5"}
+    shown = {row[1].split()[0] for row in rows_of("README.md") if len(row) == 4 and "[" in row[1]}
+    reported = {row[2].split()[0]: row[0] for row in rows_of("docs/research.md") if len(row) == 6 and "[" in row[2]}
+    assert {reported[mean] for mean in shown} >= {"dense_flops", "moe", "goe", "dense_bigrams", "goe_bigrams"}
+
+
+def test_a_model_that_uses_all_its_parameters_is_not_called_routed() -> None:
+    rows = [row for row in rows_of("docs/real_text.md") if len(row) == 7 and row[1].startswith("`")]
+    assert len(rows) == 16
+    for row in rows:
+        is_whole = row[3] == row[4] and row[1] != "`dense`"
+        assert row[1].endswith("(all active)") == is_whole, row
+
+
+def test_every_config_has_the_best_rate_of_the_table() -> None:
+    page = (ROOT / "docs" / "research.md").read_text()
+    for study in ("tables", "planted"):
+        _, _, rest = page.partition(research.BEGIN.format(f"{study} tuning"))
+        lines = rest.partition(research.END.format(f"{study} tuning"))[0].strip().splitlines()
+        rates = [float(cell) for cell in lines[0].split("|")[2:-2]]
+        assert tuple(rates) == research.LEARNING_RATES
+        arms = []
+        for line in lines[2:]:
+            arm, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+            scores, taken = [float(cell) for cell in cells[:-1]], float(cells[-1])
+            arms.append(arm)
+            assert max(scores) == scores[rates.index(taken)]
+            assert load_config(research.CONFIGS / study / f"{arm}.json").optimizer_params.lr == taken
+            assert taken not in (rates[0], rates[-1]), f"{arm}: the best rate is at the edge of the grid"
+        assert tuple(arms) == research.STUDIES[study].tuned
 
 
 def test_an_interval_by_hand() -> None:
@@ -42,8 +103,27 @@ def test_differences_are_paired_by_seed() -> None:
     runs = {arm: [run_of(0.1), run_of(0.5)] for arm in research.STUDIES["tables"].arms}
     runs["goe"] = [run_of(0.3), run_of(0.7)]
     lines = research.tables("tables", runs).splitlines()
-    assert "| goe | 2 | 0.500 ± 2.541 | 1.0 k | 2.000 | 3 |" in lines
+    assert "| goe | 2 | 0.500 | 1.0 k | 2.000 | 3 |" in lines, "two seeds have no interval"
     assert "| goe - dense_flops | +0.200 ± 0.000 |" in lines
+
+
+def test_intervals_of_accuracies_stay_below_1() -> None:
+    runs = {arm: [run_of(0.5)] * 3 for arm in research.STUDIES["tables"].arms}
+    runs["goe"] = [run_of(accuracy) for accuracy in (0.997, 1.0, 1.0)]
+    lines = research.tables("tables", runs).splitlines()
+    assert "| goe | 3 | 0.999 [0.980, 1.000] | 1.0 k | 2.000 | 3 |" in lines
+    assert "| hash | 3 | 0.500 | 1.0 k | 2.000 | 3 |" in lines, "no spread, no interval"
+
+
+def test_how_equal_the_flops_are_is_said_over_all_arms() -> None:
+    runs = {arm: [run_of(0.5)] * 3 for arm in research.STUDIES["tables"].arms}
+    runs["moe"] = [run_of(0.5, inference_flops_per_sample=flops) for flops in (2.1e6, 2.3e6, 2.2e6)]
+    runs["dense_params"] = [run_of(0.5, inference_flops_per_sample=5e6)] * 3
+    lines = research.tables("tables", runs).splitlines()
+    equal = "Forward FLOPs: 2.000 to 2.200 MFLOPs over the 13 arms that are meant to be equal (spread 10 %)"
+    assert f"{equal}; dense_params: 5.000." in lines
+    hops = research.tables("hop", {arm: [run_of(0.5)] for arm in research.STUDIES["hop"].arms})
+    assert "Forward FLOPs" not in hops, "there no arms are meant to be equal"
 
 
 def test_values_that_follow_from_lists() -> None:
