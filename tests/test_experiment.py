@@ -234,6 +234,7 @@ def test_the_csv_has_a_line_per_run_with_the_same_numbers(twice: Twice) -> None:
             "batch_size": "16",
             "seed": "0",
             "status": "finished",
+            "flops_version": "2",
         }
 
 
