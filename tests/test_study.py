@@ -661,3 +661,11 @@ def test_the_name_of_a_narrowed_parameter_is_that_of_the_studies_in_peoples_data
     space.sample(first)
     assert entries["dense.num_heads of 1, 2, 4"] == (1, 2, 4)  # 8 does not divide 12
     assert entries["dense.dim_feedforward_factor"] == (1.0, 2.0, 4.0)  # nothing narrows it
+
+
+def test_one_worker_per_core_may_be_asked_for() -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert study_options_of("--n_jobs", "-1").n_jobs == cores
+    for wrong in ("0", "-2"):
+        with pytest.raises(ConfigError, match="--n_jobs: expected a whole number of at least 1"):
+            study_options_of("--n_jobs", wrong)

@@ -91,6 +91,37 @@ def test_line_breaks_in_a_large_csv_stay_in_their_row(folder, monkeypatch):
     assert texts_of(load(folder), "train") == ["one two three four"] * 18
 
 
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("name", ["train.csv", "train.tsv"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_any_usual_delimiter_is_found(folder, caplog, delimiter, name, mark):
+    caplog.set_level("INFO")
+    header = delimiter.join(("id", '"note, with; all"', "text", "label"))
+    cells = [(str(row), "x", f'"a, b; c | d {row}"', ["no", "yes"][row % 2]) for row in range(40)]
+    folder.mkdir()
+    lines = [mark + header, *(delimiter.join(line) for line in cells)]
+    (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    splits = load(folder)
+    assert (len(splits.train), splits.label_names) == (36, ["no", "yes"])
+    assert "a , b ; c | d" in texts_of(splits, "train")[0]
+    is_usual = delimiter == ("\t" if name == "train.tsv" else ",")
+    assert (f"its cells are separated by {delimiter!r}" in caplog.text) != is_usual
+
+
+def test_a_folder_as_the_hub_gives_it(folder, tmp_path):
+    inside = folder / "data"
+    for shard, digits in enumerate(("a09b74b3ef9c3b56", "0123456789abcdef")):
+        write(inside / f"train-{shard:05}-of-00002-{digits}.parquet", made_up(20, start=20 * shard))
+    (folder / "README.md").write_text("# a card")
+    assert load(folder).fingerprint["rows"] == {"train": 36, "validation": 4}
+    write(folder / "train.csv", made_up(40))  # files of the folder itself come first
+    assert load(folder).fingerprint["rows"] == {"train": 36, "validation": 4}
+    (folder / "train.csv").unlink()
+    (inside / "train-00000-of-00002-a09b74b3ef9c3b56.parquet").unlink()
+    with pytest.raises(ConfigError, match=r"1 of 2 shards of train\.parquet are there"):
+        load(folder)
+
+
 def test_one_file_is_the_training_split(folder):
     write(folder / "reviews.jsonl", made_up(40))
     splits = load(folder / "reviews.jsonl")
@@ -127,6 +158,99 @@ def test_string_labels_are_numbered_in_sorted_order_in_every_split(folder):
     assert splits.label_names == ["arts", "sport"]
     assert splits.train.labels.tolist() == [1, 0, 1]
     assert (splits.test.labels.tolist(), splits.validation.labels.tolist()) == ([1], [0])
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["1", "2", "3", "4"], ["1", "2", "3", "4"]),
+        (["2021", "2019", "2020"], ["2019", "2020", "2021"]),
+        (["007", "7", "10"], ["007", "7", "10"]),  # names, in the order of the numbers
+        (["10", "9", "-1"], ["-1", "9", "10"]),
+        (["0.0", "1.0", "0.0"], ["0", "1"]),
+        (["1.0", "2.5", "1.0"], ["1.0", "2.5"]),  # not whole: left as they are
+        (["0", "1.0", "1"], ["0", "1"]),
+        (["2024-01-01", "2024-02-01"], ["2024-01-01", "2024-02-01"]),
+        (["12:30", "13:00"], ["12:30", "13:00"]),
+        (["true", "False", "true"], ["False", "true"]),
+        (["1e3", "nan", "NA", "null"], ["1e3", "NA", "nan", "null"]),
+        (["12345678901234567890", "5"], ["12345678901234567890", "5"]),  # an identifier, too long for a number
+    ],
+)
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_labels_are_named_as_in_the_file(folder, labels, names, suffix):
+    """A class for every label that occurs, whatever else the label may look like."""
+    many = labels * 20
+    write(folder / f"train{suffix}", {"text": [f"w{row}" for row in range(len(many))], "label": many})
+    splits = load(folder)
+    assert splits.label_names == names and splits.num_classes == len(names)
+    assert len(splits.train) + len(splits.validation) == len(many)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_numbers_are_the_classes_that_occur(folder, suffix):
+    write(folder / f"train{suffix}", {"text": [f"w{row}" for row in range(60)], "label": [3.0, 2021.0, 8.0] * 20})
+    assert load(folder).label_names == ["3", "8", "2021"]
+    write(folder / f"train{suffix}", {"text": [f"w{row}" for row in range(60)], "label": [3, 2021, 8] * 20})
+    assert load(folder).label_names == ["3", "8", "2021"]
+
+
+def test_a_text_that_looks_like_a_time_is_text(folder):
+    dates = [f"{1990 + row}-01-0{1 + row % 9}" for row in range(40)]
+    write(folder / "train.jsonl", {"text": dates, "label": ["2024-01-01T10:00:00", "2024-01-02T10:00:00"] * 20})
+    splits = load(folder)
+    assert splits.label_names == ["2024-01-01T10:00:00", "2024-01-02T10:00:00"]
+    assert texts_of(splits, "train")[0].startswith("19")
+
+
+def test_a_listed_class_may_be_given_by_its_number(folder):
+    (folder).mkdir()
+    (folder / "dataset_info.json").write_text('{"label_names": ["bad", "good"]}')
+    for labels in (["0", "1"], ["bad", "good"], ["bad", "1"]):
+        write(folder / "train.csv", {"text": [f"w{row}" for row in range(40)], "label": labels * 20})
+        splits = load(folder)
+        assert splits.label_names == ["bad", "good"]
+        assert np.bincount(splits.train.labels).tolist() == [18, 18]
+    (folder / "dataset_info.json").write_text('{"label_names": ["1", "2"]}')  # names that look like numbers
+    write(folder / "train.csv", {"text": [f"w{row}" for row in range(40)], "label": ["1", "2"] * 20})
+    assert np.bincount(load(folder).train.labels).tolist() == [18, 18]
+
+
+def test_blank_labels_are_refused_with_their_lines(folder):
+    folder.mkdir()
+    (folder / "train.csv").write_text('text,label\na,x\n"b\nb",\nc,y\n\nd, \n')
+    with pytest.raises(ConfigError, match=r"column 'label' has 2 blank labels \(lines 3, 7\)\. Fill them in"):
+        load(folder)
+
+
+def test_a_class_without_a_training_row_is_named(folder, caplog):
+    write(folder / "train.csv", {"text": [f"w{row}" for row in range(40)], "label": [0, 1] * 20})
+    write(folder / "validation.csv", {"text": ["a", "b", "c"], "label": [0, 1, 5]})
+    assert load(folder).label_names == ["0", "1", "5"]
+    assert "1 of 3 classes have no training row (5), and 1 rows of validation belong to them" in caplog.text
+    caplog.clear()
+    write(
+        folder / "train.csv",
+        {"text": [f"w{row}" for row in range(200)], "label": (["common"] * 18 + ["rare", "odd"]) * 10},
+    )
+    (folder / "validation.csv").unlink()
+    load(folder, train_samples=3)
+    assert "of 3 classes have no training row" in caplog.text
+    caplog.clear()
+    load(folder)
+    assert "no training row" not in caplog.text
+
+
+def test_many_unknown_tokens_are_a_warning_with_the_remedy(folder, caplog):
+    texts = [f"common w{row} x{row} y{row}" for row in range(60)]
+    write(folder / "train.csv", {"text": texts, "label": [0, 1] * 30})
+    share = load(folder, min_frequency=2).fingerprint["unknown_share"]
+    assert share == {"train": 0.75, "validation": 0.75}
+    assert "unknown to the tokenizer (word, min_frequency 2) are 75% in train, 75% in validation" in caplog.text
+    assert '"tokenizer": "bpe" knows parts of words' in caplog.text
+    caplog.clear()
+    assert load(folder, tokenizer="bpe").fingerprint["unknown_share"]["train"] < 0.05
+    assert "unknown" not in caplog.text
 
 
 def test_categories_and_booleans_are_string_labels(folder):
@@ -420,9 +544,8 @@ GOOD = made_up(20)
         ({"text": ["a", "b"], "label": [0, None]}, r"'label' has 1 empty cells \(null\)"),
         ({"text": [1, 2], "label": [0, 1]}, "column 'text' holds int64, not text"),
         ({"text": [b"a", b"b"], "label": [0, 1]}, "column 'text' holds binary, not text"),
-        ({"text": ["a", "b"], "label": [0.0, 1.0]}, "column 'label' holds double"),
-        ({"text": ["a", "b"], "label": [0, -1]}, "label -1 is none of the 1 classes"),
-        ({"text": ["a", "b"], "label": [0, 123456]}, "label 123456: number the classes from 0"),
+        ({"text": ["a", "b"], "label": [0.5, 1.0]}, "column 'label' holds double"),
+        ({"text": ["a", "b", "c"], "label": ["x", " ", "x"]}, r"'label' has 1 blank labels \(row 2\)"),
         ({"text": ["a", "b", "c"], "label": [1, 1, 1]}, "have one class only"),
         ({"text": ["a", "b"], "label": [0, 1]}, "every class has one row only"),
     ],
@@ -436,7 +559,7 @@ def test_unusable_rows_are_explained(folder, columns, message):
 def test_labels_that_no_class_has_are_explained(folder):
     write(folder / "train.csv", GOOD)
     (folder / "dataset_info.json").write_text('{"label_names": ["only"]}')
-    with pytest.raises(ConfigError, match=r"train\.csv: label 1 is none of the 1 classes \(only\)"):
+    with pytest.raises(ConfigError, match=r"train\.csv: label '1' is none of the 1 classes \(only\)"):
         load(folder)
     for content, message in [
         ("{", "not JSON"),
@@ -451,8 +574,8 @@ def test_labels_that_no_class_has_are_explained(folder):
 @pytest.mark.parametrize(
     ("train_labels", "other", "message"),
     [
-        ([0, 1], "a", "labels are string, but int64 in .*train"),
-        (["a", "b"], 0, "labels are int64, but string in .*train"),
+        ([0, 1], "a", r"label 'a' is none of the 2 classes \(0, 1\)"),
+        (["a", "b"], 0, r"label '0' is none of the 2 classes \(a, b\)"),
         (["a", "b"], "c", r"label 'c' is none of the 2 classes \(a, b\)"),
     ],
 )
@@ -467,7 +590,7 @@ def test_missing_and_unreadable_files_are_explained(folder, tmp_path):
     with pytest.raises(ConfigError, match="there is no file or folder"):
         load(tmp_path / "nowhere")
     folder.mkdir()
-    with pytest.raises(ConfigError, match=r"no train\.parquet, train\.csv or train\.jsonl; found nothing"):
+    with pytest.raises(ConfigError, match=r"no train\.parquet, train\.csv, train\.tsv, train\.jsonl; found nothing"):
         load(folder)
     (folder / "notes.txt").write_text("hello")
     with pytest.raises(ConfigError, match=r"found notes\.txt"):

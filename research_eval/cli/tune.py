@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +79,7 @@ def add_study_arguments(parser: argparse._ActionsContainer, required: bool = Fal
     add_flag(
         parser, "max_flops", type=float, metavar="N", help="no model with more forward FLOPs per sample is trained"
     )
-    add_flag(parser, "n_jobs", type=int, metavar="N", help="worker processes (default 1)")
+    add_flag(parser, "n_jobs", type=int, metavar="N", help="worker processes (default 1; -1: one per core)")
     add_flag(parser, "timeout", type=float, metavar="SECONDS", help="stop after this time; the same command continues")
     add_flag(parser, "seeds_per_trial", type=int, metavar="N", help="runs per trial, whose mean counts (default 1)")
     add_flag(parser, "search_space", metavar="FILE", help="JSON that narrows or fixes what is searched")
@@ -108,7 +109,8 @@ def study_options(arguments: argparse.Namespace) -> StudyOptions:
         value = getattr(arguments, name, None)
         return default if value is None else value
 
-    whole = {name: _at_least(name, given(name, default), 1) for name, default in DEFAULTS.items()}
+    whole = {name: _at_least(name, given(name, default), 1) for name, default in DEFAULTS.items() if name != "n_jobs"}
+    whole["n_jobs"] = _num_workers(given("n_jobs", DEFAULTS["n_jobs"]))
     base = _base(arguments, whole)
     objectives = _objectives(given("objectives"), _selected_by(base))
     sampler = given("sampler", "tpe")
@@ -238,6 +240,13 @@ def _study_name(arguments: argparse.Namespace, default: str) -> str:
 def _words(value: Any) -> list[str]:
     """The words of a flag. A call from Python may pass one text in place of a list."""
     return [value] if isinstance(value, str) else list(value)
+
+
+def _num_workers(value: Any) -> int:
+    """The number of workers; -1 means one per core that this process may use. Raises ConfigError."""
+    if value == -1 and not isinstance(value, bool):
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return _at_least("n_jobs", value, 1)
 
 
 def _at_least(name: str, value: Any, least: int) -> int:

@@ -9,6 +9,7 @@ S tokens in all  N samples  T steps of a path
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +34,7 @@ from research_eval.datasets.text.source import TEXT_FIELDS, TextSource, source_n
 from research_eval.datasets.text.splits import Rows, folded, held_out, mixed, subset
 from research_eval.datasets.text.tokenizer import (
     DEFAULT_TOKENIZER,
+    UNK_ID,
     TokenizerSettings,
     Truncation,
     encode_texts,
@@ -41,6 +43,11 @@ from research_eval.datasets.text.tokenizer import (
 from research_eval.datasets.token_data import DataSplits, TokenData
 from research_eval.errors import ConfigError
 from research_eval.system.untrusted import user_path
+
+log = logging.getLogger(__name__)
+
+SHOWN_CLASSES = 10  # in a message
+MANY_UNKNOWN = 0.05  # share of unknown tokens in all splits; above it, there is a warning
 
 
 class TextDataset:
@@ -100,6 +107,17 @@ class TextDataset:
         data, truncated = {}, {}
         for name, part in rows.items():
             data[name], truncated[name] = self._encode(tokenizer, tokenizer_hash, part, groups.get(name))
+        unknown = {name: round(float((part.tokens == UNK_ID).mean()), 6) for name, part in data.items()}
+        num_tokens = sum(len(part.tokens) for part in data.values())
+        if sum(unknown[name] * len(part.tokens) for name, part in data.items()) > MANY_UNKNOWN * num_tokens:
+            settings = self.tokenizer_settings
+            other = "" if settings.tokenizer == "bpe" else ' "tokenizer": "bpe" knows parts of words.'
+            log.warning(
+                "%s: unknown to the tokenizer (%s, min_frequency %d) are %s of the tokens.%s",
+                *(self.dataset_name, settings.tokenizer, settings.min_frequency),
+                ", ".join(f"{share:.0%} in {name}" for name, share in unknown.items()),
+                other,
+            )
         train_texts = set(map(folded, rows["train"].texts))
         return DataSplits(
             train=data["train"],
@@ -119,6 +137,7 @@ class TextDataset:
                 "vocab_size": tokenizer.get_vocab_size(),
                 "train_validation_duplicates": sum(folded(text) in train_texts for text in rows["validation"].texts),
                 "truncated_share": truncated,
+                "unknown_share": unknown,
             },
         )
 
@@ -159,6 +178,7 @@ class TextDataset:
             rows["train"], rows["validation"] = held_out(rows["train"], path)
         for name, size in self.subset_sizes.items():
             rows[name] = subset(rows[name], size, name, path)
+        _warn_of_untrained(rows, label_names, path)
         if len(np.unique(rows["train"].labels)) < 2:
             raise ConfigError(f"{path}: the training rows have one class only; a classifier needs two or more")
         return rows, label_names
@@ -207,6 +227,20 @@ class TextDataset:
         )
         data = TokenData(arrays["tokens"], arrays["offsets"], rows.labels, paths_NT, groups)
         return data, round(int(arrays["num_cut"]) / len(data), 6)
+
+
+def _warn_of_untrained(rows: dict[str, Rows], label_names: list[str], path: Path) -> None:
+    """Say which classes have no training row: a model cannot learn them, but every score counts them."""
+    counts = {name: np.bincount(part.labels, minlength=len(label_names)) for name, part in rows.items()}
+    missing = np.flatnonzero(counts["train"] == 0)
+    if len(missing):
+        scored = [f"{sum(count[missing])} rows of {name}" for name, count in counts.items() if sum(count[missing])]
+        names = ", ".join(label_names[number] for number in missing[:SHOWN_CLASSES])
+        log.warning(
+            "%s: %d of %d classes have no training row (%s%s)%s",
+            *(path, len(missing), len(label_names), names, ", ..." if len(missing) > SHOWN_CLASSES else ""),
+            f", and {' and '.join(scored)} belong to them" if scored else "",
+        )
 
 
 accept_flat_options(TextDataset)

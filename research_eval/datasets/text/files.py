@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv as plain_csv
 import logging
 import re
 from collections import defaultdict
@@ -14,7 +15,7 @@ from pyarrow import compute as pc
 from pyarrow import csv, parquet
 from pyarrow import json as jsonl
 
-from research_eval.datasets.text.labels import class_names, class_numbers, names_in_schema
+from research_eval.datasets.text.labels import as_written, class_numbers, classes_of, names_in_schema
 from research_eval.datasets.text.source import FILE_TYPES, SPLIT_OF_NAME
 from research_eval.datasets.text.splits import RawRows, Rows
 from research_eval.errors import ConfigError
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 
 BLOCK_BYTES = 1 << 24  # a CSV or JSONL row has to fit into one block
 PARQUET_ROWS = 1000  # that are decompressed at once
+DELIMITERS = (",", ";", "\t", "|")
+MAX_HEADER_BYTES = 1 << 16
+SHOWN_ROWS = 5  # in a message
 MAX_SPLIT_BYTES = 2**31  # of one file, decompressed
 VARIABLE_SIZES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
 
@@ -40,14 +44,8 @@ def read_rows(
         table = _read_split(paths, text_fields, label_fields, labels_needed=name != "test")
         if table is not None:
             tables[name] = table
-    for table in tables.values():
-        if table.labels.type != tables["train"].labels.type:
-            raise ConfigError(
-                f"{table.where}: labels are {table.labels.type}, but {tables['train'].labels.type} in "
-                f"{tables['train'].where}. Use one kind."
-            )
-    names = class_names(path, tables, label_fields)
-    return {name: Rows(table.texts, class_numbers(table, names)) for name, table in tables.items()}, names
+    classes = classes_of(path, tables, label_fields)
+    return {name: Rows(table.texts, class_numbers(table, classes)) for name, table in tables.items()}, classes.names
 
 
 # ------------------------------------------------------------------------------------------------------ which files
@@ -62,8 +60,8 @@ def _files(path: Path) -> dict[str, list[Path]]:
     if not path.is_dir():
         raise ConfigError(f"dataset_params.data_dir: there is no file or folder {str(path)!r}")
     found: defaultdict[str, defaultdict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
-    for file in sorted(path.iterdir()):
-        match = re.fullmatch(r"([a-z]+)(?:-\d{5}-of-(\d{5}))?", file.stem)
+    for file in _listed(path):
+        match = re.fullmatch(r"([a-z]+)(?:-\d{5}-of-(\d{5})(?:-[0-9a-f]{16})?)?", file.stem)
         if file.suffix in FILE_TYPES and match and match[1] in SPLIT_OF_NAME:
             kind = (
                 f"{match[1]}{file.suffix}" if match[2] is None else f"{int(match[2])} shards of {match[1]}{file.suffix}"
@@ -71,7 +69,8 @@ def _files(path: Path) -> dict[str, list[Path]]:
             found[SPLIT_OF_NAME[match[1]]][kind].append(file)
     if "train" not in found:
         names = ", ".join(sorted(file.name for file in path.iterdir())[:10]) or "nothing"
-        raise ConfigError(f"{path}: no train.parquet, train.csv or train.jsonl; found {names}")
+        wanted = ", ".join(f"train{suffix}" for suffix in FILE_TYPES)
+        raise ConfigError(f"{path}: no {wanted}; found {names}")
     files = {}
     for split in sorted(found, key=("train", "validation", "test").index):
         if len(found[split]) > 1:
@@ -82,28 +81,66 @@ def _files(path: Path) -> dict[str, list[Path]]:
     return files
 
 
+def _listed(path: Path) -> list[Path]:
+    """The files of a folder, sorted. A folder as the hub gives it has them in its folder `data`."""
+    files = sorted(path.iterdir())
+    inside = path / "data"
+    if inside.is_dir() and not any(file.suffix in FILE_TYPES for file in files):
+        return sorted(inside.iterdir())
+    return files
+
+
 # -------------------------------------------------------------------------------------------------- one file as table
 
 
-def _read_csv(path: Path, text_fields: tuple[str, ...]) -> Any:
-    """The file as an Arrow table, text columns as strings."""
+def _read_csv(path: Path, fields: tuple[str, ...]) -> Any:
+    """The file as an Arrow table, with the cells of the fields as they are written."""
     _check_size(path, path.stat().st_size)
     return csv.read_csv(
         path,
         csv.ReadOptions(block_size=BLOCK_BYTES),
-        csv.ParseOptions(newlines_in_values=True),
-        csv.ConvertOptions(column_types=dict.fromkeys(text_fields, pa.string())),  # a text may look like a number
+        csv.ParseOptions(newlines_in_values=True, delimiter=_delimiter(path, fields)),
+        csv.ConvertOptions(column_types=dict.fromkeys(fields, pa.string())),  # a text may look like a number or a date
     )
 
 
-def _read_jsonl(path: Path, text_fields: tuple[str, ...]) -> Any:
+def _delimiter(path: Path, fields: tuple[str, ...]) -> str:
+    """What separates the cells: the one that gives the header most of the wanted columns, and otherwise most columns.
+
+    Of equally good ones the one that the name of the file promises. Any other one is reported.
+    """
+    usual = "\t" if path.suffix == ".tsv" else ","
+    with path.open("rb") as file:
+        header = file.readline(MAX_HEADER_BYTES).decode("utf-8-sig", "replace").rstrip("\r\n")
+
+    def worth(delimiter: str) -> tuple[int, int, bool]:
+        try:
+            cells = next(plain_csv.reader([header], delimiter=delimiter), [])
+        except plain_csv.Error:  # a cell that is too long
+            cells = []
+        return sum(cell in fields for cell in cells), len(cells), delimiter == usual
+
+    best = max(DELIMITERS, key=worth)
+    if best != usual:
+        log.info("%s: its cells are separated by %r", path, best)
+    return best
+
+
+def _read_jsonl(path: Path, fields: tuple[str, ...]) -> Any:
     """The file as an Arrow table; one JSON object a line."""
     _check_size(path, path.stat().st_size)
     _check_depth(path)
-    return jsonl.read_json(path, jsonl.ReadOptions(block_size=BLOCK_BYTES))
+    options = jsonl.ReadOptions(block_size=BLOCK_BYTES)
+    table = jsonl.read_json(path, options)
+    # Arrow takes a string such as "2024-01-31" for a time, unless it is told the type.
+    times = [field.name for field in table.schema if pa.types.is_temporal(field.type) and field.name in fields]
+    if times:
+        known = pa.schema([(name, pa.string()) for name in times])
+        table = jsonl.read_json(path, options, jsonl.ParseOptions(explicit_schema=known))
+    return table
 
 
-def _read_parquet(path: Path, text_fields: tuple[str, ...]) -> Any:
+def _read_parquet(path: Path, fields: tuple[str, ...]) -> Any:
     """The file as an Arrow table. Raises ConfigError as soon as too much is decompressed."""
     with parquet.ParquetFile(path) as file:  # read_table would also make columns of folder names
         batches, num_bytes = [], 0
@@ -115,7 +152,7 @@ def _read_parquet(path: Path, text_fields: tuple[str, ...]) -> Any:
 
 
 READERS: dict[str, Callable[[Path, tuple[str, ...]], Any]] = dict(
-    zip(FILE_TYPES, (_read_parquet, _read_csv, _read_jsonl), strict=True)
+    zip(FILE_TYPES, (_read_parquet, _read_csv, _read_csv, _read_jsonl), strict=True)
 )
 
 
@@ -152,7 +189,7 @@ def _read_split(
     try:
         for path in paths:
             check_regular_file(path)
-        tables = [READERS[path.suffix](path, text_fields) for path in paths]
+        tables = [READERS[path.suffix](path, (*text_fields, *label_fields)) for path in paths]
         columns = tables[0].column_names
         text_field = _pick(text_fields, columns, "text_field", where)
         if not labels_needed and not set(label_fields) & set(columns):
@@ -161,14 +198,14 @@ def _read_split(
         names = names_in_schema(tables[0].schema, label_field)
         table = pa.concat_tables([table.select([text_field, label_field]) for table in tables])
         texts = _plain(table[text_field], paths[0])
-        labels = _plain(table[label_field], paths[0])
+        labels = _whole(_plain(table[label_field], paths[0]))
         texts.validate(full=True)  # Parquet does not promise UTF-8
         labels.validate(full=True)
     except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where}: cannot be read: {error}. Write the file again.") from error
     if len(texts) == 0:
         raise ConfigError(f"{where}: no rows. Fill the file or remove it.")
-    if not labels_needed and (labels.null_count == len(labels) or set(labels.unique().to_pylist()) == {-1}):
+    if not labels_needed and (labels.null_count == len(labels) or set(map(str, labels.unique().to_pylist())) == {"-1"}):
         log.info("%s: no labels, so there is no test split", where)
         return None
     _check_columns(where, (text_field, texts), (label_field, labels))
@@ -184,9 +221,33 @@ def _check_columns(where: str, text_column: tuple[str, Any], label_column: tuple
         if column.null_count:
             raise ConfigError(f"{where}: column {name!r} has {column.null_count} empty cells (null). Remove the rows.")
     if not (pa.types.is_string(labels.type) or pa.types.is_int64(labels.type)):
-        raise ConfigError(
-            f"{where}: column {label_field!r} holds {labels.type}. Labels are whole numbers from 0 or strings."
-        )
+        raise ConfigError(f"{where}: column {label_field!r} holds {labels.type}. Labels are whole numbers or strings.")
+    if pa.types.is_string(labels.type):
+        blank = [row for row, label in enumerate(labels.to_pylist()) if not label.strip()]
+        if blank:
+            places = _lines_of(Path(where), blank, (text_field, label_field))
+            raise ConfigError(
+                f"{where}: column {label_field!r} has {len(blank)} blank labels ({places}). "
+                "Fill them in or remove the rows."
+            )
+
+
+def _lines_of(path: Path, rows: list[int], fields: tuple[str, ...]) -> str:
+    """Where rows are, for a message: their lines in a CSV file, otherwise their numbers from 1."""
+    places = [row + 1 for row in rows[:SHOWN_ROWS]]
+    what = "row"
+    if path.suffix in (".csv", ".tsv"):
+        what, last = "line", 1
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = plain_csv.reader(file, delimiter=_delimiter(path, fields))
+            starts = []  # of the rows: a cell may hold line breaks
+            for cells in reader:
+                if cells:
+                    starts.append(last)
+                last = reader.line_num + 1
+        places = [starts[place] for place in places if place < len(starts)]
+    more = f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
+    return f"{what}{'s'[: len(rows) - 1]} {', '.join(map(str, places))}{more}"
 
 
 def _pick(candidates: tuple[str, ...], columns: list[str], key: str, where: str) -> str:
@@ -196,6 +257,18 @@ def _pick(candidates: tuple[str, ...], columns: list[str], key: str, where: str)
             return name
     wanted = " or ".join(map(repr, candidates))
     raise ConfigError(f"{where}: no column {wanted}; found {', '.join(columns)}. Set dataset_params.{key}.")
+
+
+def _whole(labels: Any) -> Any:
+    """The labels, with numbers that a program has made fractions (0.0, 1.0) whole again."""
+    if pa.types.is_string(labels.type):
+        return as_written(labels)
+    if pa.types.is_floating(labels.type):
+        try:
+            return labels.cast(pa.int64())  # refuses anything but whole numbers
+        except pa.ArrowInvalid:
+            return labels
+    return labels
 
 
 def _plain(column: Any, path: Path) -> Any:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 0.7
 WAYS_OUT = (
-    "Give dataset_params.data_dir a folder with train.parquet, train.csv or train.jsonl, "
+    "Give dataset_params.data_dir a folder with train.parquet, train.csv, train.tsv or train.jsonl, "
     "or run once with network access: the copy is kept in the cache."
 )
 

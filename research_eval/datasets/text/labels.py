@@ -1,12 +1,16 @@
 """Names of classes: where a set states them, and the class number of every label.
 
+A label is text: its class has the name that the file has. Whole numbers are names too, so the labels 2019, 2020 and
+2021 are three classes. Only if the set itself lists its classes may a label be a number into that list.
+
 N samples
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,22 +23,35 @@ from research_eval.wording import printable
 
 MAX_CLASSES = 10_000  # a larger number in a label column is an identifier, not a class
 MAX_LABEL = 1000  # characters of a class name
+WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
+FRACTION = re.compile(r"[+-]?[0-9]{1,18}\.0+")
 MAX_INFO_BYTES = 10_000_000
 
 
-def class_names(path: Path, tables: dict[str, RawRows], label_fields: tuple[str, ...]) -> list[str]:
-    """The classes in order: from `dataset_info.json`, else from the metadata of train, else from the labels.
+class Classes(NamedTuple):
+    """The names of the classes in order, and whether the set lists them (otherwise they come from the labels)."""
+
+    names: list[str]
+    listed: bool
+
+
+def classes_of(path: Path, tables: dict[str, RawRows], label_fields: tuple[str, ...]) -> Classes:
+    """The classes: from `dataset_info.json`, else from the metadata of train, else from the labels.
 
     Raises ConfigError for too many classes and for names that a terminal would act on.
     """
-    names = _names_beside(path, label_fields) or tables["train"].class_names or _names_in(tables)
+    listed = _names_beside(path, label_fields) or tables["train"].class_names
+    names = listed or _names_in(tables)
     if len(names) > MAX_CLASSES:
-        raise ConfigError(f"{path}: {len(names):,} classes; a classifier takes up to {MAX_CLASSES:,}")
+        raise ConfigError(
+            f"{path}: {len(names):,} classes; a classifier takes up to {MAX_CLASSES:,}. If the column holds "
+            "identifiers, set dataset_params.label_field to another one."
+        )
     for name in names:
         if len(name) > MAX_LABEL or any(map(steers, name)):
             limits = f"expected at most {MAX_LABEL} characters and no control characters"
             raise ConfigError(f"{path}: label {printable(name[:40])!r}: {limits}")
-    return names
+    return Classes(names, listed is not None)
 
 
 def names_in_schema(schema: Any, label_field: str) -> list[str] | None:
@@ -49,22 +66,34 @@ def names_in_schema(schema: Any, label_field: str) -> list[str] | None:
     return _names_of(features, label_field, where)
 
 
-def class_numbers(table: RawRows, names: list[str]) -> NDArray[np.int64]:
-    """Labels as class numbers, [N]. `names` are the classes in order. Raises ConfigError for a label of no class."""
+def class_numbers(table: RawRows, classes: Classes) -> NDArray[np.int64]:
+    """Labels as class numbers, [N]. Raises ConfigError for a label of no class.
+
+    If the set lists its classes, a label that is not in the list may be the number of a class, from 0. In a column of
+    numbers that are all in range every label is such a number, as the `datasets` library stores it.
+    """
     found = table.labels.unique().to_pylist()
-    if pa.types.is_int64(table.labels.type):
-        wrong = [label for label in found if not 0 <= label < len(names)]
-        numbers = {label: label for label in found}
-    else:
-        wrong = [label for label in found if label not in names]
-        numbers = {name: number for number, name in enumerate(names)}
+    by_name = {name: number for number, name in enumerate(classes.names)}
+    numbers = {label: by_name[str(label)] for label in found if str(label) in by_name}
+    if classes.listed:
+        places = {label: int(label) for label in found if _is_place(label, len(classes.names))}
+        are_places = pa.types.is_int64(table.labels.type) and len(places) == len(found)
+        numbers = places if are_places else places | numbers
+    wrong = [label for label in found if label not in numbers]
     if wrong:
+        names = classes.names
+        numbered = " Labels are these names, or their numbers from 0." if classes.listed else ""
         raise ConfigError(
             f"{table.where}: label {wrong[0]!r} is none of the {len(names)} classes "
-            f"({', '.join(names[:10])}{', ...' if len(names) > 10 else ''}). Labels are numbers from 0 or these names."
+            f"({', '.join(names[:10])}{', ...' if len(names) > 10 else ''}).{numbered}"
         )
     labels = table.labels.to_pylist()
     return np.fromiter((numbers[label] for label in labels), np.int64, len(labels))
+
+
+def _is_place(label: int | str, num_classes: int) -> bool:
+    """Whether the label is the number of a class, from 0."""
+    return (isinstance(label, int) or label.isdecimal()) and 0 <= int(label) < num_classes
 
 
 def _names_beside(path: Path, label_fields: tuple[str, ...]) -> list[str] | None:
@@ -98,10 +127,24 @@ def _checked_names(names: Any, where: str, key: str) -> list[str]:
 
 
 def _names_in(tables: dict[str, RawRows]) -> list[str]:
-    """Class names made from the labels: the sorted strings of train, or the numbers up to the largest label."""
-    if pa.types.is_string(tables["train"].labels.type):
-        return sorted(tables["train"].labels.unique().to_pylist())
-    largest, where = max((max(table.labels.unique().to_pylist()), table.where) for table in tables.values())
-    if largest >= MAX_CLASSES:
-        raise ConfigError(f"{where}: label {largest}: number the classes from 0 to at most {MAX_CLASSES - 1}")
-    return [str(label) for label in range(largest + 1)]
+    """The different labels. Whole numbers of all splits, in their order; other names of train alone, sorted.
+
+    A name that only another split has is more likely a slip than a class.
+    """
+    found = {str(label) for table in tables.values() for label in table.labels.unique().to_pylist()}
+    if all(WHOLE.fullmatch(label) for label in found):
+        return sorted(found, key=lambda label: (int(label), label))
+    return sorted(map(str, tables["train"].labels.unique().to_pylist()))
+
+
+def as_written(labels: Any) -> Any:
+    """A column of text in which numbers that a program has made fractions ("0.0", "1.0") are whole again.
+
+    Only if all labels are numbers and at least one of them is such a fraction; everything else stays as it is.
+    """
+    found = labels.unique().to_pylist()
+    if not all(FRACTION.fullmatch(label) or WHOLE.fullmatch(label) for label in found if label is not None):
+        return labels
+    if not any(FRACTION.fullmatch(label) for label in found if label is not None):
+        return labels
+    return pa.array([None if label is None else label.partition(".")[0] for label in labels.to_pylist()], pa.string())

@@ -41,7 +41,7 @@ SPLIT_OF_NAME = {
     "test": "test",
 }
 
-FILE_TYPES = (".parquet", ".csv", ".jsonl")
+FILE_TYPES = (".parquet", ".csv", ".tsv", ".jsonl")
 
 
 def source_name(source: str | Path) -> str:
