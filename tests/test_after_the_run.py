@@ -302,7 +302,7 @@ def test_the_numbers_of_an_automaton_do_not_depend_on_its_picture(
 ROW = {"experiment_id": "b", "note": "x;y, z", "f1": 0.5}
 
 
-@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("row", [ROW, ROW | {"new;column": 1}], ids=["same columns", "a new column"])
 def test_a_file_that_a_spreadsheet_saved_stays_one_table(
@@ -330,7 +330,20 @@ def test_a_name_with_a_semicolon_does_not_change_the_delimiter(tmp_path: Path) -
     assert csv_table(path, ",") == [["a;b", "c\td"], ["1", ""], ["", "2"]]
 
 
+def test_a_row_that_was_cut_off_swallows_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "runs.csv"
+    append_csv(path, ROW)
+    content = path.read_bytes()
+    for cut in range(content.index(b"b,") + 1, len(content) - 1):
+        path.write_bytes(content[:cut])
+        append_csv(path, ROW | {"experiment_id": "c"})
+        assert csv_table(path, ",")[-1] == ["c", "x;y, z", "0.5"], content[:cut]
+
+
 UNUSABLE = {
+    "a mark of Excel in the first line": b"sep=;\r\nexperiment_id;note\r\n1;a\r\n",
+    "something else": b"hello world\n",
+    "another table": b"note;mine\r\n1;2\r\n",
     "cp1252": b"experiment_id,note\r\n1,caf\xe9\r\n",
     "cp1252, far below": b"experiment_id,note\r\n" + b"1,cafe\r\n" * 20_000 + b"1,caf\xe9\r\n",
     "UTF-16": "experiment_id,note\r\n1,a\r\n".encode("utf-16"),
@@ -355,7 +368,7 @@ def test_a_file_of_another_kind_is_left_alone_and_this_is_said_before_training(
     finally:
         logging.getLogger("research_eval.store.csv_file").removeHandler(handler)
     (warning, training) = seen
-    assert training == "training" and "cannot be appended" in warning and "not UTF-8" in warning
+    assert training == "training" and "cannot be appended" in warning and "left alone" in warning
     assert Path(CSV_FILE).read_bytes() == UNUSABLE[name]
 
 

@@ -971,3 +971,13 @@ def test_analysis_imports_the_store_and_what_lies_below_it() -> None:
     for path in (ROOT / "research_eval" / "analysis").glob("*.py"):
         parts = set(re.findall(r"from research_eval\.(\w+)", path.read_text()))
         assert parts <= allowed, path.name
+
+
+def test_a_picture_that_cannot_be_written_costs_no_other(full: Lab) -> None:
+    """Exit code 1, because it was asked for; everything else is there."""
+    blocked = full.folder / "out" / "parity_f1_vs_params.png"
+    blocked.mkdir(parents=True)
+    ended = full.analyze("--run_all")
+    assert ended.code == 1 and "parity_f1_vs_params.png: Is a directory" in ended.err
+    wanted = {name for flag in MADE_BY for name in MADE_BY[flag]}
+    assert wanted - full.files() <= {"parity_f1_vs_params.png", "parity_f1_vs_params.svg"}

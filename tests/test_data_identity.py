@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support import Ended, command, results, small_config
 from test_db_utils import db, postgresql_server  # noqa: F401 - fixtures
@@ -69,8 +71,6 @@ def ids() -> list[str]:
 
 def forget(*run_ids: str) -> None:
     """Make the data of runs unknown, as in a database of an earlier program."""
-    import sqlite3
-
     with sqlite3.connect("experiment_results.db") as connection:
         connection.executemany("UPDATE experiments SET data_sha256 = NULL WHERE experiment_id = ?", zip(run_ids))
     connection.close()
@@ -118,6 +118,34 @@ def test_a_moved_folder_is_the_same_data(folder: Path) -> None:
     assert len(group.runs) == 2
 
 
+def test_equal_data_in_another_place_are_one_experiment(folder: Path) -> None:
+    """For suggestions and for a warm start; the place is a part of the config only."""
+    assert tune("--n_trials", "2").code == 0
+    shutil.copytree("data", "copy")
+    ended = tune("--n_trials", "1", "--study_name", "t", "--warm_start", "--data_dir", "./copy")
+    assert "2 past runs fit the search space" in ended.err
+    with Store() as store:
+        params = [{"data_dir": place, "min_frequency": 1, "max_length": 8} for place in ("data", "copy", "far/away")]
+        for seed, own in enumerate(params):
+            enter(store, f"run{seed}", reviews_config(dataset_params=own, seed=seed).to_dict(), 0.9, "a" * 64)
+        (one, *_) = suggest(store, Request("reviews", "dense", top_n=1))
+    assert "mean of 3 seeds" in one.source
+
+
+def test_a_mix_whose_sources_have_moved_is_the_same_data(folder: Path) -> None:
+    write_reviews(folder / "films")
+    write_reviews(folder / "books", rows=ROWS + 4)
+    (folder / "moved").mkdir()
+    for seed, place in enumerate((".", "moved")):
+        sources = [f"{place}/films", f"{place}/books"]
+        run_main(reviews_config(dataset_params={"sources": sources, "min_frequency": 1}, seed=seed))
+        if place == ".":
+            shutil.copytree("films", "moved/films")
+            shutil.copytree("books", "moved/books")
+    with results(folder) as store:
+        assert [len(group.runs) for group in load_results(store, "reviews").groups] == [2]
+
+
 # ------------------------------------------------------------------------------------------------------ groups
 
 
@@ -141,6 +169,7 @@ def test_seeds_on_two_versions_of_a_file_share_no_mean(folder: Path, caplog: pyt
     assert "runs on data of 2 different contents are kept apart" in caplog.text
     ended = command(cli, "analyze", "--dataset_name", "reviews", "--run_summary_table")
     assert ended.code == 0 and all(f"data={found}" in ended.out for found in hashes)
+    assert ended.err.count("kept apart") == 1
 
 
 def test_runs_on_unknown_data_join_the_others_only_if_these_agree(folder: Path) -> None:
@@ -224,8 +253,8 @@ SPACE = {
 }
 
 
-def tune(*flags: str) -> Ended:
-    Path("space.json").write_text(json.dumps(SPACE))
+def tune(*flags: str, space: dict[str, Any] | None = None) -> Ended:
+    Path("space.json").write_text(json.dumps(space or SPACE))
     text = ["--dataset_name", "reviews", "--data_dir", "data", "--model_types", "dense", "--search_space", "space.json"]
     return command(cli, "tune", *text, "--study_name", "s", "--epochs", "1", *flags)
 
@@ -240,6 +269,29 @@ def test_a_study_does_not_go_on_with_other_data(folder: Path) -> None:
     write_reviews(folder / "data")
     ended = tune("--n_trials", "2")
     assert ended.code == 0 and "2 of 2 trials (2 finished)" in ended.out
+
+
+def test_a_study_from_before_learns_its_data_from_its_runs(folder: Path) -> None:
+    """Also for `dataset_params` that the first config of the new command does not have."""
+    import optuna
+
+    space = SPACE | {"dataset_params": {"max_length": [8, 16, 32], "min_frequency": 1}}
+    assert tune("--n_trials", "3", space=space).code == 0
+    study = optuna.load_study(study_name="s", storage="sqlite:///optuna_studies.db")
+    noted = {name for name in study.user_attrs if name.startswith("data_sha256")}
+    with sqlite3.connect("optuna_studies.db") as connection:
+        connection.executemany("DELETE FROM study_user_attributes WHERE key = ?", [(name,) for name in noted])
+    connection.close()
+    write_reviews(folder / "data", swapped=True)
+    ended = tune("--n_trials", "9", space=space)
+    with results(folder) as store:
+        rows = store.experiments()
+    versions: dict[str, set[str]] = {}
+    for row in rows:
+        params = json.dumps(json.loads(row["full_config_json"])["dataset_params"], sort_keys=True)
+        versions.setdefault(params, set()).add(row["data_sha256"])
+    assert all(len(found) == 1 for found in versions.values())
+    assert "the data of reviews have changed since the study" in ended.out + ended.err
 
 
 def test_a_trial_on_data_that_changed_in_the_middle_is_not_ranked(
@@ -312,6 +364,36 @@ def test_seeds_of_generated_data_are_one_group_until_the_generator_changes(
     assert "is finished, but its data were other ones" in ended.err
     with results(folder) as store:
         assert sorted(len(group.runs) for group in load_results(store, "ends").groups) == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        'labels_N if self.split == "train" else 1 - labels_N',
+        "np.where(np.arange(len(labels_N)) < 100, labels_N, 1 - labels_N)",
+        "labels_N ^ (ids_NL[:, :5] == 1).all(1)",  # one of 1,024 inputs
+    ],
+)
+def test_a_small_change_of_a_generator_is_seen(change: str) -> None:
+    def fingerprint(expression: str) -> Any:
+        class Ends(SequenceBaseDataset):
+            def __init__(self, *, num_samples: int = 60, seed: int = 0) -> None:
+                super().__init__(num_samples, 12, vocab_size=4, seed=seed)
+
+            def _generate_data(self) -> None:
+                self.labels_list = [0, 1]
+                ids_NL = self.rng.integers(1, 5, (self.num_samples, 12))
+                labels_N = ids_NL[:, 5] % 2
+                names = {"self": self, "labels_N": labels_N, "ids_NL": ids_NL, "np": np}
+                self.samples = ArraySamples(ids_NL, eval(expression, names))
+
+        SYNTHETIC_DATASETS["ends"] = Ends
+        try:
+            return load_splits("synthetic", "ends", {"num_samples": 5000}, 0).fingerprint["data_sha256"]
+        finally:
+            del SYNTHETIC_DATASETS["ends"]
+
+    assert fingerprint("labels_N") != fingerprint(change)
 
 
 @pytest.mark.parametrize("name", list(SYNTHETIC_DATASETS))

@@ -203,6 +203,14 @@ def test_what_is_no_line_of_token_ids_is_refused(text: str, routed_run: Trained)
     assert message == f"text: expected token ids from 1 to {largest} with blanks between them, got {text[:80]!r}\n"
 
 
+def test_the_latest_run_may_be_asked_for(text_run: Trained) -> None:
+    with contextlib.chdir(text_run.folder):
+        own, latest = (
+            predict(name, ["a"], db=DB_FILE, device="cpu") for name in (text_run.result.experiment_id, "latest")
+        )
+    assert [one.values for one in own] == [one.values for one in latest]
+
+
 def test_unknown_runs_are_named(text_run: Trained) -> None:
     assert "no experiment 'nothing'" in complaint(text_run, "--run", "nothing", "--text", "a")
     assert "no experiment ''" in complaint(text_run, "--run", "", "--text", "a")

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import PurePath
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -209,7 +210,7 @@ def keys(row: RunRow, with_place: bool = True) -> tuple[str, str]:
     if found is not None:
         return found
     rest = {key: value for key, value in config.items() if key not in ("seed", "experiment_name")}
-    task = _task_key(json.dumps(config.get("dataset_params", {})))
+    task = _task_key(json.dumps(config.get("dataset_params", {})), with_place)
     return task or "{}", json.dumps(rest, sort_keys=True) if config else row.config_json
 
 
@@ -224,7 +225,7 @@ def _cut(text: str, name: Any, seed: Any, with_place: bool) -> tuple[str, str] |
     data, found_type, end = rest.partition(', "dataset_type": ')
     if not (found_seed and found_name and found_data and found_type):
         return None
-    task, watched = _task_key(data), _training_key(training[:-1])
+    task, watched = _task_key(data, with_place), _training_key(training[:-1])
     if task is None or watched is None:
         return None
     return task, f"{start}{data if with_place else task}{end}{after}{watched}"
@@ -239,7 +240,7 @@ def keys_by_data(rows: Sequence[RunRow]) -> list[tuple[str, str]]:
     found = [keys(row) for row in rows]
     unknown = {task for row, (task, _) in zip(rows, found, strict=True) if row.data_sha256 is None}
     found = [
-        keys(row, with_place=False) if task not in unknown and '"data_dir": "' in row.config_json else (task, config)
+        keys(row, with_place=False) if task not in unknown and _has_place(row.config_json) else (task, config)
         for row, (task, config) in zip(rows, found, strict=True)
     ]
     contents: dict[str, dict[str, None]] = {}  # task -> the hashes of its data, oldest first
@@ -250,7 +251,7 @@ def keys_by_data(rows: Sequence[RunRow]) -> list[tuple[str, str]]:
     for known in several.values():
         log.warning(
             "the data have changed between runs with the same dataset_params: runs on data of %d different contents "
-            "are kept apart (%s, oldest first)",
+            "are kept apart, and their scores are not comparable (%s, oldest first)",
             len(known),
             ", ".join(f"data={content[:DATA_DIGITS]}" for content in known),
         )
@@ -260,16 +261,38 @@ def keys_by_data(rows: Sequence[RunRow]) -> list[tuple[str, str]]:
     ]
 
 
+def without_data(task: str) -> str:
+    """The key of a task without the hash that `keys_by_data` may have put into it."""
+    return _without(task, ("data",)) or task
+
+
 @lru_cache(maxsize=4096)
 def _with_data(task: str, data_sha256: str | None) -> str:
     """The key of a task, with the beginning of the hash of its data."""
     return json.dumps({**_parsed(task), "data": (data_sha256 or "unknown")[:DATA_DIGITS]}, sort_keys=True)
 
 
+def _has_place(config_json: str) -> bool:
+    """Whether the text of a config names files."""
+    return '"data_dir": "' in config_json or '"sources": ["' in config_json
+
+
 @lru_cache(maxsize=4096)
-def _task_key(text: str) -> str | None:
-    """The dataset parameters without the place of the data. Cached: many runs have the same ones."""
-    return _without(text, ("data_dir",))
+def _task_key(text: str, with_place: bool) -> str | None:
+    """The dataset parameters without `data_dir`. Cached: many runs have the same ones.
+
+    The sources of a mix are a part of the task; without their place, only the names of their folders are.
+    """
+    task = _without(text, ("data_dir",))
+    if task is None or with_place or '"sources": ["' not in task:
+        return task
+    section = _parsed(task)
+    return json.dumps({**section, "sources": names_of_sources(section["sources"])}, sort_keys=True)
+
+
+def names_of_sources(sources: Sequence[Any]) -> list[str]:
+    """The names of folders or files, without the folders that they lie in."""
+    return [PurePath(str(source)).name for source in sources]
 
 
 @lru_cache(maxsize=4096)

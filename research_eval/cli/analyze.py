@@ -13,7 +13,8 @@ import argparse
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,20 +187,31 @@ def _explain_no_score(store: Store, results: Results, metric: str) -> None:
 
 def _warn(results: Results, best: Sequence[Group], metric: str) -> None:
     """Log what the tables do not show: several tasks, and model types without a result."""
+    from research_eval.analysis.runs import without_data
     from research_eval.analysis.tables import one_line
 
-    if len(results.tasks) > 1:
+    num_params = len({without_data(task) for task in results.tasks})
+    if num_params > 1:  # that the data have changed is said where the runs are read
         log.warning(
-            "%s was run with %d different dataset_params or data, which are different tasks: they are kept apart, "
+            "%s was run with %d different dataset_params, which are different tasks: they are kept apart, "
             "and scores of different tasks are not comparable",
             one_line(results.dataset_name),
-            len(results.tasks),
+            num_params,
         )
     found = {(group.task, group.model_type) for group in best}
     for (task, model_type), count in results.spent.items():
         if (task, model_type) not in found:
             name = model_type + f" ({results.tasks[task]})" * (len(results.tasks) > 1)
             log.warning("%s: none of its %d runs finished with a %s", one_line(name), count.total(), metric)
+
+
+@contextmanager
+def _collected(problems: list[OSError]) -> Iterator[None]:
+    """Note a file that cannot be written, so that it does not cost the files after it."""
+    try:
+        yield
+    except OSError as problem:
+        problems.append(problem)
 
 
 @dataclass(frozen=True)
@@ -217,29 +229,42 @@ class Writer:
     score: Score
 
     def write(self, pairs: Sequence[Pair]) -> None:
-        """Write everything, in the order of the flags. `pairs` are those of --compare."""
+        """Write everything, in the order of the flags. `pairs` are those of --compare.
+
+        Raises OSError if a file cannot be written, after the others are written.
+        """
         from research_eval.analysis.comparison import all_pairs, compare
         from research_eval.analysis.summary import summary_rows
 
         wants, everything = vars(self.arguments), self.arguments.run_all
         _make_folder(Path(self.arguments.output_dir))
         rows = summary_rows(self.results, self.best, self.options)
+        problems: list[OSError] = []
         if wants["run_summary_table"] or everything or not _wanted(self.arguments):
-            self._write_summary(rows)
+            with _collected(problems):
+                self._write_summary(rows)
         for flag, (cost, name) in PLOTS.items():
             if wants[flag] or everything:
-                self._draw(cost, name)
+                with _collected(problems):
+                    self._draw(cost, name)
         curves = self._curves() if wants["run_learning_curves"] or wants["run_report"] or everything else {}
         if wants["run_learning_curves"] or everything:
-            self._draw_curves(curves)
+            with _collected(problems):
+                self._draw_curves(curves)
         asked = list(pairs)
         if wants["run_comparison"] or everything or (wants["run_report"] and not asked):
             asked += [pair for pair in all_pairs(self.results.model_types) if not {pair, pair[::-1]} & set(pairs)]
         comparisons = compare(self.results, self.best, asked, self.options) if asked else []
         if pairs or wants["run_comparison"] or everything:
-            self._write_comparisons(comparisons)
+            with _collected(problems):
+                self._write_comparisons(comparisons)
         if wants["run_report"] or everything:
-            self._write_report(rows, comparisons, curves)
+            with _collected(problems):
+                self._write_report(rows, comparisons, curves)
+        for problem in problems[1:]:
+            log.warning("%s: %s", problem.filename, problem.strerror)
+        if problems:
+            raise problems[0]
 
     def _path(self, name: str) -> Path:
         """The path of a file, whose name begins with the dataset."""

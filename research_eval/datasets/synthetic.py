@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")
 SMALL_SPACE = 1000  # inputs per sample; above it, fewer than 0.1 % of independent draws coincide by chance
 ROUNDS = 64  # attempts to draw new inputs; very rare inputs may be missed
-PROBE_SAMPLES = 64  # enough to tell one generator from another
+PROBE_SAMPLES = 2048  # of each split, to tell one generator from another
 SAME_DATA = 16  # equal samples in a row that cannot be chance
 
 
@@ -224,20 +224,22 @@ def _keys(ids_NL: NDArray[np.integer[Any]]) -> NDArray[np.uint64]:
 
 
 def _probe_sha256(dataset_name: str, dataset_params: dict[str, Any]) -> str | None:
-    """Hash of a few samples from a fixed seed: the same for every run's seed, another one for another generator.
+    """Hash of samples of every split from a fixed seed: the same for every seed of a run, another one after a change.
 
-    None for a generator that does not repeat itself, or that cannot make so few samples.
+    None for a generator that does not repeat itself, or that cannot make as many samples as it is asked for.
     """
     hashes = []
     try:
         for _ in range(2):
-            values: set[Any] = set()
-            drawn = _draw(_build(dataset_name, dataset_params, seed=0), PROBE_SAMPLES, _seed(0), values)
-            hashes.append(_sha256(drawn.token_data(sorted(values))))
+            dataset, values = _build(dataset_name, dataset_params, seed=0), set[Any]()
+            size = min(dataset.num_samples, PROBE_SAMPLES)
+            names = (*SPLITS, *dataset.further_tests)
+            drawn = [_draw(dataset, size, _seed(0, number), values, name) for number, name in enumerate(names)]
+            hashes.append("".join(_sha256(part.token_data(sorted(values))) for part in drawn))
     except Exception:  # a user's generator may raise anything
         log.debug("no probe of %s", dataset_name, exc_info=True)
         return None
-    return hashes[0] if hashes[0] == hashes[1] else None
+    return hashlib.sha256(hashes[0].encode()).hexdigest() if hashes[0] == hashes[1] else None
 
 
 def _sha256(data: TokenData) -> str:

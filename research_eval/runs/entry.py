@@ -90,6 +90,8 @@ class RunEntry:
             return newest
         for row in rows:
             if changed_split(row, self.data) is None:
+                if self.data.fingerprint.get("sha256") and not _split_hashes(row):
+                    log.warning("run %s: an earlier version did not store what its data were", row["experiment_id"])
                 return row
         if newest["status"] != "finished":
             return newest
@@ -166,12 +168,16 @@ def changed_split(known: dict[str, Any], data: DataSplits) -> tuple[str, str, st
 
     In a row without hashes, from an older version, none differs.
     """
-    try:
-        hashes = dict(json.loads(known["env_details_json"])["data"]["sha256"])
-    except (ValueError, TypeError, LookupError, RecursionError):
-        return None
-    now = data.fingerprint.get("sha256", {})
-    for split in dict.fromkeys([*now, *hashes]) if now else ():
+    hashes, now = _split_hashes(known), data.fingerprint.get("sha256", {})
+    for split in dict.fromkeys([*now, *hashes]) if now and hashes else ():
         if hashes.get(split) != now.get(split):
             return split, str(now.get(split, NO_SPLIT)), str(hashes.get(split, NO_SPLIT))
     return None
+
+
+def _split_hashes(row: dict[str, Any]) -> dict[str, Any]:
+    """Split -> hash of its content, as a run has stored them; empty if it has not."""
+    try:
+        return dict(json.loads(row["env_details_json"])["data"]["sha256"])
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return {}

@@ -26,6 +26,7 @@ from research_eval.files import run_folder
 from research_eval.models.base_model import EvaluableModel, adapt, logits_of
 from research_eval.registry import TASKS
 from research_eval.runs.prepare import check_model_fits, create_model
+from research_eval.store.find import find_run
 from research_eval.store.store import Store
 from research_eval.system.untrusted import check_regular_file, in_folder, parse_json, read_limited
 from research_eval.tasks.base import Task
@@ -71,11 +72,11 @@ class Prediction:
 def predict(run_id: str, texts: list[str], *, db: str | None = None, device: str = "auto") -> list[Prediction]:
     """One prediction per text, with the run's best weights on validation.
 
-    `run_id` is an experiment id or a unique prefix of one. For a synthetic task, a text is a line of token ids. Raises
+    `run_id` is an experiment id, a unique prefix of one, or "latest". For a synthetic task, a text is a line of token ids. Raises
     ConfigError for an unknown run, a run without weights, or a text that is no valid input.
     """
     with Store(db, read_only=True) as store:
-        row = store.experiment(run_id)
+        row = find_run(store, run_id)
     source = f"run {row['experiment_id']}"
     stored = parse_json(str(row["full_config_json"]), f"{source}: its config")
     if not isinstance(stored, dict):

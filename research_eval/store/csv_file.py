@@ -30,7 +30,8 @@ from research_eval.wording import plain
 log = logging.getLogger(__name__)
 
 CSV_FILE = "json_experiment_results.csv"  # a line per run from JSON, in the working directory
-DELIMITERS = (",", ";", "\t")  # the first one for a new file; spreadsheets write the others
+FIRST_COLUMNS = ("experiment_id", "timestamp", "experiment_name", "model_type", "dataset_name", "seed", "status")
+DELIMITERS = (",", ";", "\t", "|")  # the first one for a new file; spreadsheets and other programs write the others
 CHUNK_BYTES = 2**20
 
 # The first characters by which a spreadsheet recognises a formula (OWASP, "CSV Injection").
@@ -53,7 +54,7 @@ def append_csv(path: str | Path, row: dict[str, Any], unless_known: Sequence[str
         columns = [*table.header, *(name for name in cells if name not in table.header)]
         new_line = [cells.get(name, "") for name in columns]
         if columns == table.header:  # the usual case writes one line, however long the file is
-            _append_line(path, table.text([new_line]))
+            _append_line(path, table.text([new_line]), table.has_open_quote)
         else:
             old_lines = [[*line, *[""] * (len(columns) - len(line))] for line in table.lines()]
             _replace_csv(path, table.mark + table.header_text(columns) + table.text([*old_lines, new_line]))
@@ -76,7 +77,7 @@ def csv_accepts_rows() -> bool:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         if path.exists():
             with locked(path):
-                _Table.of(path, {"experiment_id"})
+                _Table.of(path, FIRST_COLUMNS)
     except (ConfigError, OSError) as problem:
         reason = reason_of(problem).rstrip(".")
         log.warning("results CSV: cannot be appended: %s. The results go to the database only.", reason)
@@ -133,13 +134,14 @@ class _Table:
     mark: str  # the byte-order mark that a spreadsheet writes, or nothing
     delimiter: str
     header: list[str]
+    has_open_quote: bool  # the file was cut off inside a cell
 
     @classmethod
     def of(cls, path: Path, expected: Container[str]) -> _Table:
         """Read a file in which some of the `expected` columns are. Raises ConfigError if it is not CSV in UTF-8."""
         csv.field_size_limit(2**31 - 1)  # a cell may be a long list
         try:
-            mark = _checked_text(path)
+            mark, has_open_quote = _checked_text(path)
             headers = [(delimiter, next(_csv_lines(path, delimiter), [])) for delimiter in DELIMITERS]
         except (UnicodeError, csv.Error) as error:
             raise ConfigError(
@@ -147,7 +149,9 @@ class _Table:
             ) from error
         # Known names first: with the wrong delimiter there are none.
         delimiter, header = max(headers, key=lambda found: (sum(name in expected for name in found[1]), len(found[1])))
-        return cls(path, mark, delimiter, header)
+        if "experiment_id" in expected and header and not any(name in expected for name in header):
+            raise ConfigError(f"{path}: its first line names no column of the runs; it was left alone. Move it away.")
+        return cls(path, mark, delimiter, header, has_open_quote)
 
     def lines(self) -> Iterator[list[str]]:
         """The lines after the header."""
@@ -171,13 +175,15 @@ class _Table:
         return self.text([columns], csv.QUOTE_MINIMAL if is_clear else csv.QUOTE_ALL)
 
 
-def _checked_text(path: Path) -> str:
-    """Read the whole file once; return its byte-order mark. Raises UnicodeError unless it is UTF-8 without zero bytes.
+def _checked_text(path: Path) -> tuple[str, bool]:
+    """Read the whole file once; return its byte-order mark, and whether a quote is open at its end.
 
-    A file in another encoding may look like UTF-8 for many lines, and UTF-16 may be UTF-8 with zero bytes.
+    Raises UnicodeError unless it is UTF-8 without zero bytes. A file in another encoding may look like UTF-8 for many
+    lines, and UTF-16 may be UTF-8 with zero bytes.
     """
     if not path.exists():
-        return ""
+        return "", False
+    num_quotes = 0
     decoder = codecs.getincrementaldecoder("utf-8")()
     with path.open("rb") as file:
         mark = codecs.BOM_UTF8.decode() if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else ""
@@ -186,8 +192,9 @@ def _checked_text(path: Path) -> str:
             decoder.decode(chunk)
             if b"\0" in chunk:
                 raise UnicodeError("a zero byte")
+            num_quotes += chunk.count(b'"')
     decoder.decode(b"", final=True)
-    return mark
+    return mark, num_quotes % 2 == 1
 
 
 def _csv_lines(path: Path, delimiter: str) -> Iterator[list[str]]:
@@ -197,15 +204,18 @@ def _csv_lines(path: Path, delimiter: str) -> Iterator[list[str]]:
             yield from csv.reader(file, delimiter=delimiter)
 
 
-def _append_line(path: Path, line: str) -> None:
+def _append_line(path: Path, line: str, has_open_quote: bool) -> None:
     """Append the whole line or nothing: if the disk is full, the file is cut to its old length.
 
-    The file may end without a line break, for example after an editor: then the line begins with one.
+    The file may end without a line break, for example after an editor: then the line begins with one. A cell that was
+    cut off is closed first, or it would swallow the line.
     """
     with path.open("rb+", buffering=0) as file:
         size = file.seek(-1, os.SEEK_END) + 1
         last_line_is_whole = file.read(1) in (b"\n", b"\r")
         content = (b"" if last_line_is_whole else b"\r\n") + line.encode()
+        if has_open_quote:
+            content = b'"\r\n' + line.encode()
         try:
             if file.write(content) != len(content):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))

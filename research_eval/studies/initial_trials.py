@@ -92,8 +92,9 @@ def add_past_runs(queue: TrialQueue) -> None:
         present: dict[str, str | None] = {}
         num_left_out = 0
         for row in rows:
-            past = _as_trial(row["full_config_json"], metrics[row["experiment_id"]], options)
-            if past is not None and _has_other_data(row, present):
+            config = _relocated(row, base)
+            past = _as_trial(config, metrics[row["experiment_id"]], options)
+            if past is not None and _has_other_data(row, config, present):
                 num_left_out += 1
             elif past is not None:
                 past.set_user_attr("warm_start", row["experiment_id"])
@@ -104,9 +105,18 @@ def add_past_runs(queue: TrialQueue) -> None:
     log.info("%d past runs fit the search space and teach the sampler", num_added)
 
 
-def _has_other_data(row: dict[str, Any], present: dict[str, str | None]) -> bool:
+def _relocated(row: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """The config of a run, with the data where the study has them if the hash of their content is known."""
+    config = stored_object(row["full_config_json"])
+    params, place = config.get("dataset_params"), base.get("dataset_params", {}).get("data_dir")
+    if row["data_sha256"] is not None and place is not None and isinstance(params, dict) and params.get("data_dir"):
+        return {**config, "dataset_params": {**params, "data_dir": place}}
+    return config
+
+
+def _has_other_data(row: dict[str, Any], stored: dict[str, Any], present: dict[str, str | None]) -> bool:
     """Whether the data of a run are known not to be the present ones; `present` remembers their hashes."""
-    config = config_from_dict(stored_object(row["full_config_json"]), source=f"run {row['experiment_id']}")
+    config = config_from_dict(stored, source=f"run {row['experiment_id']}")
     params = canonical_json(config.dataset_params)
     if params not in present:
         try:
@@ -116,13 +126,12 @@ def _has_other_data(row: dict[str, Any], present: dict[str, str | None]) -> bool
     return None not in (row["data_sha256"], present[params]) and row["data_sha256"] != present[params]
 
 
-def _as_trial(config_json: str, metrics: dict[str, Any], options: StudyOptions) -> FrozenTrial | None:
+def _as_trial(config: dict[str, Any], metrics: dict[str, Any], options: StudyOptions) -> FrozenTrial | None:
     """A past run as a finished trial; None if no trial of this study could have had its config."""
     values = [value for name in options.objectives if isinstance(value := metrics.get(name), float)]
     if len(values) < len(options.objectives) or not np.isfinite(values).all():
         return None
     try:
-        config = stored_object(config_json)
         located = options.space.locate(config)
         if located is None:
             return None

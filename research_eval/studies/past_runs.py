@@ -12,8 +12,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
-from research_eval.analysis.runs import OPERATIONAL, enough_seeds
+from research_eval.analysis.runs import OPERATIONAL, enough_seeds, names_of_sources
 from research_eval.config.check import config_from_dict
 from research_eval.config.sections import ExperimentConfig
 from research_eval.errors import ConfigError
@@ -41,10 +42,23 @@ class PastRun:
         return identity(self.config)
 
     @property
+    def experiment(self) -> str:
+        """Equal for runs that are seeds of one experiment: as `identity`, but equal data may lie in other places."""
+        if self.data_sha256 is None:
+            return self.identity
+        return self.data_sha256 + identity({**self.config, "dataset_params": self._placeless()})
+
+    @property
     def task(self) -> str:
         """Equal for runs with the same data parameters, wherever the files are."""
-        params = self.config["dataset_params"]
-        return canonical_json({key: value for key, value in params.items() if key != "data_dir"})
+        return canonical_json(self._placeless())
+
+    def _placeless(self) -> dict[str, Any]:
+        """The data parameters without the place of the files; of the sources of a mix only the names, if known."""
+        params = {key: value for key, value in self.config["dataset_params"].items() if key != "data_dir"}
+        if self.data_sha256 is not None and isinstance(params.get("sources"), list):
+            params["sources"] = names_of_sources(params["sources"])
+        return params
 
 
 @dataclass(frozen=True)
@@ -123,7 +137,7 @@ def find_templates(past: Sequence[PastRun], metric: str, top_n: int) -> list[Tem
     seeds: dict[str, dict[int, PastRun]] = {}
     for run in past:
         if math.isfinite(run.value):
-            seeds.setdefault(run.identity, {})[run.config["seed"]] = run
+            seeds.setdefault(run.experiment, {})[run.config["seed"]] = run
     groups = [[by_seed[seed] for seed in sorted(by_seed)] for by_seed in seeds.values()]
     most: Counter[str] = Counter()  # seeds of a config, by task
     for runs in groups:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from research_eval.studies.queue import TrialQueue
 
 DIGITS = 12  # of a hash, in messages
+NOTED = "data_sha256 noted"  # attribute of a study whose trials have all noted their data
 
 
 def check_data(study: optuna.Study, config: ExperimentConfig, fingerprint: dict[str, Any]) -> None:
@@ -45,16 +46,12 @@ def check_data(study: optuna.Study, config: ExperimentConfig, fingerprint: dict[
 
 
 def check_present_data(queue: TrialQueue, config: ExperimentConfig) -> None:
-    """`check_data` before any trial, with the data as they are now. Raises ConfigError.
-
-    A study from before hashes were noted learns its data from the runs of its trials.
-    """
+    """`check_data` before any trial, with the data as they are now. Raises ConfigError."""
     now = present_sha256(config)
     with queue.lock():
-        if queue.study.user_attrs.get(_attribute(config.dataset_params)) is None:
-            then = _sha256_of_a_trial(queue, config)
-            if then is not None:
-                queue.study.set_user_attr(_attribute(config.dataset_params), then)
+        if NOTED not in queue.study.user_attrs:
+            _note_data_of_trials(queue)
+            queue.study.set_user_attr(NOTED, True)
         check_data(queue.study, config, {"data_sha256": now})
 
 
@@ -72,16 +69,16 @@ def _attribute(dataset_params: dict[str, Any]) -> str:
     return f"data_sha256 of {hashlib.sha256(canonical_json(dataset_params).encode()).hexdigest()[:DIGITS]}"
 
 
-def _sha256_of_a_trial(queue: TrialQueue, config: ExperimentConfig) -> str | None:
-    """The hash that the run of a trial with the same `dataset_params` has stored; None if there is no such run."""
+def _note_data_of_trials(queue: TrialQueue) -> None:
+    """Note the data of the trials of a study that began before hashes were noted, from the rows of their runs."""
     ids = [found for trial in queue.own_trials() for found in trial.user_attrs.get("experiment_ids", [])[:1]]
-    if not ids:
-        return None
+    known = dict(queue.study.user_attrs)
     with Store(queue.options.db) as store:
-        for experiment_id in ids:
-            row = store.find_id(experiment_id)
-            if row is None or row["data_sha256"] is None:
-                continue
-            if stored_object(row["full_config_json"]).get("dataset_params") == config.to_dict()["dataset_params"]:
-                return str(row["data_sha256"])
-    return None
+        rows = [store.find_id(experiment_id) for experiment_id in ids]
+    for row in rows:
+        params = {} if row is None else stored_object(row["full_config_json"]).get("dataset_params")
+        if row is not None and row["data_sha256"] is not None and isinstance(params, dict):
+            name = _attribute(params)
+            if name not in known:
+                known[name] = row["data_sha256"]
+                queue.study.set_user_attr(name, row["data_sha256"])
