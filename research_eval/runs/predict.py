@@ -72,8 +72,8 @@ class Prediction:
 def predict(run_id: str, texts: list[str], *, db: str | None = None, device: str = "auto") -> list[Prediction]:
     """One prediction per text, with the run's best weights on validation.
 
-    `run_id` is an experiment id, a unique prefix of one, or "latest". For a synthetic task, a text is a line of token ids. Raises
-    ConfigError for an unknown run, a run without weights, or a text that is no valid input.
+    `run_id` is an experiment id, a unique prefix of one, or "latest". For a synthetic task, a text is a line of token
+    ids. Raises ConfigError for an unknown run, a run without weights, or a text that is no valid input.
     """
     with Store(db, read_only=True) as store:
         row = find_run(store, run_id)
