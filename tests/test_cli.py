@@ -359,3 +359,50 @@ def test_seeds_are_numbers_and_ranges(parts: list[Any]) -> None:
 def test_what_is_no_list_of_seeds_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--seeds: expected"):
         parse_seeds(text)
+
+
+# ------------------------------------------------------------------------------------------------ --set
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--set", "optimizer_params.lr=0.25", "--set", "model_params.embed_dim=16", "--set", "experiment_name=a=b"),
+        ("--optimizer_params.lr", "0.25", "--model_params.embed_dim=16", "--set", 'experiment_name="a=b"'),
+    ],
+)
+@pytest.mark.parametrize("entry", [main, lambda words: cli(["run", *words])])
+def test_any_key_may_be_replaced(entry: Callable[[list[str]], int], flags: tuple[str, ...], tmp_path: Path) -> None:
+    ended = command(entry, "--json_config_path", write_config(tmp_path), "--dry_run", *flags)
+    assert ended.code == 0, ended.err
+    config = json.loads(ended.out[: ended.out.index("\n}") + 2])
+    assert (config["optimizer_params"]["lr"], config["model_params"]["embed_dim"]) == (0.25, 16)
+    assert config["experiment_name"] == "a=b"
+    assert "optimizer_params.lr = 0.25 from the command line replaces the file's value" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--set", "optimizer_params.lr=fast"], "--set optimizer_params.lr: expected float, got"),
+        (["--set", "optimizer_params.rate=1"], "--set optimizer_params.rate: optimizer_params: unknown key 'rate'"),
+        (["--set", "optimizer_parms.lr=1"], "unknown key 'optimizer_parms'. Did you mean 'optimizer_params'?"),
+        (["--set", "lr"], "--set: expected KEY=VALUE such as optimizer_params.lr=1e-3, got 'lr'"),
+        (["--set", "a.b.c=1"], "--set: expected KEY=VALUE"),
+        (["--set", "epochs=1", "--set", "epochs=2"], "--set: epochs is given twice"),
+        (["--set", "epochs=1", "--epochs", "2"], "--set: epochs is given by another flag too"),
+        (["--set", "seed=1", "--seeds", "0-1"], "--set: seed is given by another flag too"),
+        (
+            ["--lr", "1"],
+            "unknown argument '--lr'. It is a key of the config: write it into the file, or give --set opt",
+        ),
+    ],
+)
+def test_a_key_that_cannot_be_replaced_is_explained(flags: list[str], message: str, tmp_path: Path) -> None:
+    ended = command(main, "--json_config_path", write_config(tmp_path), *flags)
+    assert ended.code == 2 and message in ended.err, ended.err
+
+
+def test_a_study_takes_no_set() -> None:
+    ended = command(main, "--dataset_name", "parity", "--set", "epochs=1", "--resume")
+    assert ended.code == 2 and "--set: is a flag of one experiment; a study takes a file" in ended.err

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -66,7 +67,11 @@ def goe(argv: list[str] | None = None) -> int:
         subparser = subparsers.add_parser(command.name, help=text, description=text, allow_abbrev=False)
         subparser.set_defaults(command=command.run)
         command.add_arguments(subparser)
-    arguments = parse_or_suggest(parser, argv)
+    words = sys.argv[1:] if argv is None else argv
+    is_run = words[:1] == ["run"]
+    arguments = parse_or_suggest(
+        parser, run.with_keys_as_sets(words) if is_run else words, *([run.key_for] if is_run else [])
+    )
     return guarded(arguments.command, arguments, getattr(arguments, "quiet", False))
 
 
@@ -78,7 +83,8 @@ def main(argv: list[str] | None, description: str | None) -> int:
     run.add_common_arguments(parser.add_argument_group("experiments and studies"))
     run.add_run_arguments(parser.add_argument_group("one experiment"), required=False)
     tune.add_study_arguments(parser.add_argument_group("a study (without --json_config_path)"))
-    arguments = parse_or_suggest(parser, argv)
+    words = sys.argv[1:] if argv is None else argv
+    arguments = parse_or_suggest(parser, run.with_keys_as_sets(words), run.key_for)
     return guarded(run_or_tune, arguments, arguments.quiet)
 
 
@@ -95,7 +101,9 @@ def run_or_tune(arguments: argparse.Namespace) -> int:
     if given == ["resume"]:
         log.info("--resume: a study continues by itself")
     elif given:
-        raise ConfigError("--seeds: is a flag of one experiment; a study takes --seed and --seeds_per_trial")
+        instead = {"seeds": "--seed and --seeds_per_trial", "set": "a file with fixed values: --search_space"}
+        name = next(name for name in given if name in instead)
+        raise ConfigError(f"--{name}: is a flag of one experiment; a study takes {instead[name]}")
     if not single and arguments.dataset_name is None:
         raise ConfigError(
             "give --json_config_path FILE for one experiment, or at least --dataset_name for a study of many (--help)"

@@ -29,18 +29,28 @@ def add_flag(parser: argparse._ActionsContainer, name: str, **options: Any) -> N
     parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), dest=name, **options)
 
 
-def parse_or_suggest(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Parse the command line. For an unknown flag the program ends with exit code 2 and names the nearest known one."""
+def parse_or_suggest(
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None,
+    explain: Callable[[str], str | None] = lambda _: None,
+) -> argparse.Namespace:
+    """Parse the command line. For an unknown flag the program ends with exit code 2 and names the nearest known one.
+
+    `explain` may have a better sentence for an unknown flag.
+    """
     with best_effort_output():
-        return _parsed(parser, argv)
+        return _parsed(parser, argv, explain)
 
 
-def _parsed(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+def _parsed(
+    parser: argparse.ArgumentParser, argv: list[str] | None, explain: Callable[[str], str | None]
+) -> argparse.Namespace:
     """The checked flags."""
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [f"--{name.replace('_', dash)}" for name in vars(arguments) for dash in "_-"]
-        parser.error(f"unknown argument {unknown[0]!r}.{did_you_mean(unknown[0].split('=')[0], flags)}")
+        hint = explain(unknown[0]) or did_you_mean(unknown[0].split("=")[0], flags)
+        parser.error(f"unknown argument {unknown[0]!r}.{hint}")
     for name, value in vars(arguments).items():
         for word in value if isinstance(value, list) else [value]:
             if isinstance(word, str) and (problem := _problem(word, name)):

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from research_eval.cli.common import DB_HELP, add_flag
 from research_eval.errors import ConfigError
 from research_eval.store.metrics import DEFAULT_METRIC
 from research_eval.system.best_effort import attempted, print_product
+from research_eval.system.untrusted import parse_json
 
 if TYPE_CHECKING:
     from research_eval.config.sections import ExperimentConfig
@@ -34,7 +36,8 @@ OVERRIDES = {
     "precision": "training_params.precision",
     "data_dir": "dataset_params.data_dir",
 }
-RUN_ONLY = ("seeds", "resume")  # flags that a study does not have
+RUN_ONLY = ("seeds", "resume", "set")  # flags that a study does not have
+SECTION_KEY = re.compile(r"--((?:dataset|model|optimizer|scheduler|training)_params\.\w+)(=.*)?", re.DOTALL)
 CLASS_SCORES = {  # metric -> format, for tasks with classes
     "final_val_f1": "{:.4f}",
     "final_val_acc": "{:.4f}",
@@ -70,12 +73,69 @@ def add_run_arguments(parser: argparse._ActionsContainer, required: bool = True)
     add_flag(parser, "json_config_path", metavar="FILE", required=required, help="the experiment (JSON with comments)")
     add_flag(parser, "seeds", metavar="A-B", help="one run per seed, such as 0-4 or 0,2,5")
     add_flag(parser, "resume", action="store_true", help="continue the newest unfinished run of the same config")
+    add_flag(
+        parser,
+        "set",
+        action="append",
+        metavar="KEY=VALUE",
+        help="replaces any value of the file, such as optimizer_params.lr=1e-3; may be given again",
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `goe run`."""
     add_run_arguments(parser)
     add_common_arguments(parser)
+
+
+def with_keys_as_sets(argv: Sequence[str]) -> list[str]:
+    """The words of a command line, with `--optimizer_params.lr 1e-3` as `--set optimizer_params.lr=1e-3`."""
+    words: list[str] = []
+    rest = iter(argv)
+    for word in rest:
+        match = SECTION_KEY.fullmatch(word)
+        if match is None:
+            words.append(word)
+        else:
+            value = match[2] if match[2] is not None else "=" + next(rest, "")
+            words.append(f"--set={match[1]}{value}")
+    return words
+
+
+def key_for(flag: str) -> str | None:
+    """For the message about an unknown flag that has the name of a key of the config: how to give that key."""
+    from research_eval.config.sections import OptimizerParams, SchedulerParams, TrainingParams
+
+    name = flag.lstrip("-").partition("=")[0].replace("-", "_")
+    sections: dict[str, Any] = {
+        "optimizer_params": OptimizerParams,
+        "scheduler_params": SchedulerParams,
+        "training_params": TrainingParams,
+    }
+    keys = [f"{section}.{name}" for section, model in sections.items() if name in model.model_fields]
+    if not keys:
+        return None
+    return f" It is a key of the config: write it into the file, or give --set {keys[0]}=VALUE."
+
+
+def parse_sets(words: Sequence[str]) -> dict[str, Any]:
+    """The values of --set by their keys. A value is JSON, or else text. Raises ConfigError."""
+    found: dict[str, Any] = {}
+    for word in words:
+        key, sign, text = word.partition("=")
+        if not sign or not all(key.split(".")) or key.count(".") > 1:
+            raise ConfigError(f"--set: expected KEY=VALUE such as optimizer_params.lr=1e-3, got {word!r}")
+        if key in found:
+            raise ConfigError(f"--set: {key} is given twice")
+        found[key] = _value_of(text)
+    return found
+
+
+def _value_of(text: str) -> Any:
+    try:
+        return parse_json(text.encode(), "--set")
+    except ConfigError:  # not JSON: text without its quotes
+        return text
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -104,9 +164,16 @@ def run_command(arguments: argparse.Namespace) -> int:
     }
     if arguments.seeds is not None and arguments.seed is not None:
         raise ConfigError("--seed and --seeds: give one of them")
+    sets = parse_sets(arguments.set or ())
+    for key in sets:
+        if key in overrides or (key == "seed" and arguments.seeds is not None):
+            raise ConfigError(f"--set: {key} is given by another flag too: drop one")
+    overrides |= sets
+    origins = {key: f"--set {key}" for key in sets}
     seeds = [None] if arguments.seeds is None else parse_seeds(arguments.seeds)
     configs = [
-        load_config(arguments.json_config_path, overrides | ({} if seed is None else {"seed": seed})) for seed in seeds
+        load_config(arguments.json_config_path, overrides | ({} if seed is None else {"seed": seed}), origins)
+        for seed in seeds
     ]
     for key, value in overrides.items():
         log.info("%s = %r from the command line replaces the file's value", key, value)

@@ -18,20 +18,25 @@ from research_eval.wording import shown
 MAX_TEXT = 4096  # characters of one string, which is the length that a path may have
 
 
-def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> ExperimentConfig:
-    """Read and check a config file. `overrides` as in `parse_config`. Raises ConfigError with all mistakes."""
-    return parse_config(read_text(path), str(path), overrides)
+def load_config(
+    path: str | Path, overrides: Mapping[str, Any] | None = None, origins: Mapping[str, str] | None = None
+) -> ExperimentConfig:
+    """Read and check a config file. The others as in `parse_config`. Raises ConfigError with all mistakes."""
+    return parse_config(read_text(path), str(path), overrides, origins)
 
 
-def parse_config(text: str, source: str, overrides: Mapping[str, Any] | None = None) -> ExperimentConfig:
+def parse_config(
+    text: str, source: str, overrides: Mapping[str, Any] | None = None, origins: Mapping[str, str] | None = None
+) -> ExperimentConfig:
     """Check the text of a config; `source` names it in messages.
 
     `overrides` are values of command-line flags under dotted keys ("epochs", "training_params.device"); None is a
-    value like any other. Raises ConfigError with all mistakes, one a line.
+    value like any other. `origins` are what messages call them, if that is not a flag of their own name. Raises
+    ConfigError with all mistakes, one a line.
     """
     data, lines, duplicates = read_object(text, source)
-    origins: dict[Location, int | str] = {**lines, **_override(data, overrides or {})}
-    report = Report(source, origins)
+    places: dict[Location, int | str] = {**lines, **_override(data, overrides or {}, origins or {})}
+    report = Report(source, places)
     report.add_duplicates(duplicates)
     return _check(data, report)
 
@@ -41,7 +46,7 @@ def config_from_dict(config: Mapping[str, Any], source: str = "config") -> Exper
     return _check(dict(config), Report(source, {}))
 
 
-def _override(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[Location, str]:
+def _override(data: dict[str, Any], overrides: Mapping[str, Any], origins: Mapping[str, str]) -> dict[Location, str]:
     """Write the values of flags into the data; returns the flag of each place, for messages."""
     flags: dict[Location, str] = {}
     for key, value in overrides.items():
@@ -51,7 +56,7 @@ def _override(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[Locati
             target = target.setdefault(section, {}) if isinstance(target, dict) else None
         if isinstance(target, dict):  # else the section is no object, which the check reports
             target[name] = value
-            flags[path] = f"--{name}"
+            flags[path] = origins.get(key, f"--{name}")
     return flags
 
 
