@@ -187,6 +187,20 @@ def test_labels_are_named_as_in_the_file(folder, labels, names, suffix):
     assert len(splits.train) + len(splits.validation) == len(many)
 
 
+@pytest.mark.parametrize(
+    ("train", "validation", "names"),
+    [
+        (["1.0", "2.5"], ["1.0"], ["1.0", "2.5"]),  # not all are whole, so all stay as they are
+        (["0", "1"], ["0.0", "1.0"], ["0", "1"]),
+        (["0.0", "1.0"], ["1"], ["0", "1"]),
+    ],
+)
+def test_one_decision_about_fractions_holds_for_all_splits(folder, train, validation, names):
+    write(folder / "train.csv", {"text": [f"w{row}" for row in range(20)], "label": train * 10})
+    write(folder / "validation.csv", {"text": list("ab")[: len(validation)], "label": validation})
+    assert load(folder).label_names == names
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_numbers_are_the_classes_that_occur(folder, suffix):
     write(folder / f"train{suffix}", {"text": [f"w{row}" for row in range(60)], "label": [3.0, 2021.0, 8.0] * 20})

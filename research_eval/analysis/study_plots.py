@@ -265,7 +265,7 @@ def _draw_axes(panel: Any, lines: ParallelCoordinates) -> None:
 
 
 def _colour_map() -> Any:
-    """From the colour of the worst trial to that of the best."""
+    """The colours of trials: one end of the scale is for the worst trial, the other one for the best."""
     from research_eval.system.drawing import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("goodness", COLOURS)

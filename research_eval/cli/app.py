@@ -68,10 +68,10 @@ def goe(argv: list[str] | None = None) -> int:
         subparser.set_defaults(command=command.run)
         command.add_arguments(subparser)
     words = sys.argv[1:] if argv is None else argv
-    is_run = words[:1] == ["run"]
-    arguments = parse_or_suggest(
-        parser, run.with_keys_as_sets(words) if is_run else words, *([run.key_for] if is_run else [])
-    )
+    if words[:1] == ["run"]:
+        arguments = parse_or_suggest(parser, run.with_keys_as_sets(words), run.key_for)
+    else:
+        arguments = parse_or_suggest(parser, words)
     return guarded(arguments.command, arguments, getattr(arguments, "quiet", False))
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from research_eval.errors import ConfigError
 from research_eval.files import MAX_NAME
 from research_eval.store.metrics import check_selectable, check_spelling
 from research_eval.system.best_effort import print_product
+from research_eval.system.environment import usable_cores
 from research_eval.wording import hint
 
 if TYPE_CHECKING:
@@ -245,7 +245,7 @@ def _words(value: Any) -> list[str]:
 def _num_workers(value: Any) -> int:
     """The number of workers; -1 means one per core that this process may use. Raises ConfigError."""
     if value == -1 and not isinstance(value, bool):
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return usable_cores()
     return _at_least("n_jobs", value, 1)
 
 

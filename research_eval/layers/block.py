@@ -16,7 +16,7 @@ from research_eval.errors import ConfigError
 from research_eval.layers.dispatch import Dispatch
 from research_eval.layers.kernels.plain import each_expert
 from research_eval.layers.packing import Layout
-from research_eval.layers.settings import PositionalEncoding
+from research_eval.layers.settings import EncoderSettings, PositionalEncoding
 from research_eval.layers.settings import feed_forward_width as feed_forward_width
 from research_eval.layers.stacked import Dropout, StackedLayerNorm, StackedLinear, weight_count
 
@@ -180,6 +180,21 @@ class Block(nn.Module):
     def _fed_forward(self, h: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         update: torch.Tensor = self.feed_forward(self.norm(h, dispatch), dispatch)
         return update
+
+
+def encoder_blocks(encoder: EncoderSettings, num_layers: int) -> nn.ModuleList:
+    """The blocks of an encoder without experts. The feed-forward width is 2 D by default."""
+    width = encoder.feed_forward_width(default=2)
+    return nn.ModuleList(
+        Block(
+            encoder.embed_dim,
+            encoder.num_heads,
+            width,
+            encoder.dropout,
+            positional_encoding=encoder.positional_encoding,
+        )
+        for _ in range(num_layers)
+    )
 
 
 def compile_blocks(model: nn.Module) -> None:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from research_eval.annotations import Count, Range
-from research_eval.layers.block import Block, block_flops
+from research_eval.layers.block import block_flops, encoder_blocks
 from research_eval.layers.dispatch import Dispatch
 from research_eval.layers.settings import EncoderSettings
 from research_eval.layers.text import ClassificationHead, TokenEmbedding
@@ -38,19 +38,9 @@ class DenseTransformerClassifier(EvaluableModel):
         encoder: EncoderSettings,
     ) -> None:
         super().__init__()
-        width = encoder.feed_forward_width(default=2)
         self.padding_idx = padding_idx
         self.embedding = TokenEmbedding.of(vocab_size, padding_idx, encoder)
-        self.layers = nn.ModuleList(
-            Block(
-                encoder.embed_dim,
-                encoder.num_heads,
-                width,
-                encoder.dropout,
-                positional_encoding=encoder.positional_encoding,
-            )
-            for _ in range(num_layers)
-        )
+        self.layers = encoder_blocks(encoder, num_layers)
         self.head = ClassificationHead(encoder.embed_dim, num_classes, encoder.dropout, encoder.pool)
         self.embed_dim = encoder.embed_dim
 

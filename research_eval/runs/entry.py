@@ -118,9 +118,17 @@ class RunEntry:
         return result
 
     def check_data(self, data: DataSplits) -> None:
-        """Raise ConfigError if the run belongs to a trial whose study had other data."""
+        """Say so if the run repeats one on other data. Raises ConfigError if it belongs to a study on other data."""
         if self._trial is not None:
             self._trial.check_data(data.fingerprint)
+        elif self._parent_id is not None:
+            parent = self._store.find_id(self._parent_id)
+            changed = None if parent is None else changed_split(parent, data)
+            if changed is not None:
+                log.warning(
+                    "the data are not those of run %s (%s split: sha256 %s, now %s): the two runs are kept apart",
+                    *(self._parent_id, changed[0], changed[2][:12], changed[1][:12]),
+                )
 
     def wants_csv_row(self, to_csv: bool) -> bool:
         """Whether the CSV file gets a row at the end: not for a trial, and not if the file cannot be continued.

@@ -21,7 +21,7 @@ from research_eval.files import RUNS_FOLDER
 from research_eval.store.connection import database_url
 from research_eval.store.csv_file import CSV_FILE
 from research_eval.store.findings import OK, PROBLEM, WARNING, Finding, first_of
-from research_eval.system.environment import direct_requirements
+from research_eval.system.environment import direct_requirements, usable_cores
 
 LITTLE_SPACE, NO_SPACE = 10**9, 10**8  # bytes
 
@@ -49,7 +49,7 @@ def threads(_db: str | None = None) -> Finding:
     Threads that share a core wait for each other in every operation. A container may allow fewer cores than the
     machine has, so the allowed ones are counted.
     """
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = usable_cores()
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdecimal() and int(asked) > usable:
         text = f"OMP_NUM_THREADS is {asked}, and {usable} cores may be used: training will be slow. Make it smaller."

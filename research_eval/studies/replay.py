@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +20,6 @@ from research_eval.store.store import Store
 
 if TYPE_CHECKING:
     from research_eval.experiment import Result
-
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,7 @@ def replay(run_id: str, *, db: str | None = None, device: str | None = None, qui
     if row["status"] != "finished" or not metrics:
         state = row["status"] if row["status"] != "finished" else "finished, but without metrics"
         raise ConfigError(f"run {original} is {state}: there is nothing to compare a replay with")
-    result = _run_again(original, row, db, device, quiet)
+    result = _run_again(original, row["full_config_json"], db, device, quiet)
     with Store(db, read_only=True) as store:
         again = store.experiment(result.experiment_id)
         repeated = store.metrics(result.experiment_id)
@@ -77,25 +73,16 @@ def replay(run_id: str, *, db: str | None = None, device: str | None = None, qui
     return _compared(original, result, metrics, repeated, environment)
 
 
-def _run_again(original: str, row: dict[str, Any], db: str | None, device: str | None, quiet: bool) -> Result:
-    """Run the stored config, on another device if one is given. Says before the training that the data have changed."""
+def _run_again(original: str, config_json: str | None, db: str | None, device: str | None, quiet: bool) -> Result:
+    """Run the stored config, on another device if one is given."""
     from research_eval.config.check import config_from_dict
-    from research_eval.datasets.providers import load_splits
     from research_eval.experiment import run  # here, because it imports torch, and a refusal must not wait for that
-    from research_eval.runs.entry import changed_split
 
-    config = config_from_dict(json_object(row["full_config_json"]), source=f"run {original}")
+    config = config_from_dict(json_object(config_json), source=f"run {original}")
     if device is not None:
         settings = config.to_dict()
         settings["training_params"]["device"] = device
         config = config_from_dict(settings, source=f"run {original} with --device {device}")
-    data = load_splits(config.dataset_type, config.dataset_name, config.dataset_params, config.seed)
-    changed = changed_split(row, data)
-    if changed is not None:
-        log.warning(
-            "the data are not those of run %s (%s split: sha256 %s, now %s): the two runs are kept apart",
-            *(original, changed[0], changed[2][:12], changed[1][:12]),
-        )
     return run(config, db=db, quiet=quiet, parent_id=original)
 
 

@@ -35,6 +35,7 @@ from research_eval.store.connection import database_url
 from research_eval.store.csv_file import csv_accepts_rows
 from research_eval.store.store import Store
 from research_eval.system.best_effort import best_effort_output
+from research_eval.system.environment import usable_cores
 from research_eval.system.progress import PooledProgress, RelayedProgress
 from research_eval.training.runtime import choose_device
 
@@ -86,8 +87,7 @@ def pool_size(configs: Sequence[ExperimentConfig]) -> int:
     options = configs[0].training_params
     if choose_device(options.device).type != "cpu" or not all(map(_can_be_sent, _foreign_classes(configs[0]))):
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(len(configs), cores // (options.num_threads or 1)))
+    return max(1, min(len(configs), usable_cores() // (options.num_threads or 1)))
 
 
 def _in_turn(

@@ -37,6 +37,11 @@ def environment_record(device: str) -> dict[str, Any]:
     }
 
 
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def memory_bytes() -> int:
     """The memory of this machine, or the limit of the process's control group if that is smaller."""
     found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

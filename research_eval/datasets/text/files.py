@@ -44,6 +44,7 @@ def read_rows(
         table = _read_split(paths, text_fields, label_fields, labels_needed=name != "test")
         if table is not None:
             tables[name] = table
+    tables = as_written(tables)
     classes = classes_of(path, tables, label_fields)
     return {name: Rows(table.texts, class_numbers(table, classes)) for name, table in tables.items()}, classes.names
 
@@ -260,9 +261,7 @@ def _pick(candidates: tuple[str, ...], columns: list[str], key: str, where: str)
 
 
 def _whole(labels: Any) -> Any:
-    """The labels, with numbers that a program has made fractions (0.0, 1.0) whole again."""
-    if pa.types.is_string(labels.type):
-        return as_written(labels)
+    """The labels; a column of fractions that are all whole numbers (0.0, 1.0) becomes one of whole numbers."""
     if pa.types.is_floating(labels.type):
         try:
             return labels.cast(pa.int64())  # refuses anything but whole numbers

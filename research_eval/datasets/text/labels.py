@@ -137,14 +137,19 @@ def _names_in(tables: dict[str, RawRows]) -> list[str]:
     return sorted(map(str, tables["train"].labels.unique().to_pylist()))
 
 
-def as_written(labels: Any) -> Any:
-    """A column of text in which numbers that a program has made fractions ("0.0", "1.0") are whole again.
+def as_written(tables: dict[str, RawRows]) -> dict[str, RawRows]:
+    """The splits, with labels that a program has made fractions ("0.0", "1.0") as whole numbers again.
 
-    Only if all labels are numbers and at least one of them is such a fraction; everything else stays as it is.
+    Only if the labels of all splits are numbers and at least one of them is such a fraction; otherwise all stay.
     """
-    found = labels.unique().to_pylist()
-    if not all(FRACTION.fullmatch(label) or WHOLE.fullmatch(label) for label in found if label is not None):
+    found = {str(label) for table in tables.values() for label in table.labels.unique().to_pylist()}
+    are_numbers = all(FRACTION.fullmatch(label) or WHOLE.fullmatch(label) for label in found)
+    if not are_numbers or not any(map(FRACTION.fullmatch, found)):
+        return tables
+    return {name: table._replace(labels=_without_fraction(table.labels)) for name, table in tables.items()}
+
+
+def _without_fraction(labels: Any) -> Any:
+    if not pa.types.is_string(labels.type):
         return labels
-    if not any(FRACTION.fullmatch(label) for label in found if label is not None):
-        return labels
-    return pa.array([None if label is None else label.partition(".")[0] for label in labels.to_pylist()], pa.string())
+    return pa.array([label.partition(".")[0] for label in labels.to_pylist()], pa.string())
