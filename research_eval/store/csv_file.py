@@ -142,13 +142,11 @@ class _Table:
         csv.field_size_limit(2**31 - 1)  # a cell may be a long list
         try:
             mark, has_open_quote = _checked_text(path)
-            headers = [(delimiter, next(_csv_lines(path, delimiter), [])) for delimiter in DELIMITERS]
+            delimiter, header = header_of(path, expected)
         except (UnicodeError, csv.Error) as error:
             raise ConfigError(
                 f"{path}: not UTF-8 text; it was left alone. Save it as CSV in UTF-8, or move it away."
             ) from error
-        # Known names first: with the wrong delimiter there are none.
-        delimiter, header = max(headers, key=lambda found: (sum(name in expected for name in found[1]), len(found[1])))
         if "experiment_id" in expected and header and not any(name in expected for name in header):
             raise ConfigError(f"{path}: its first line names no column of the runs; it was left alone. Move it away.")
         return cls(path, mark, delimiter, header, has_open_quote)
@@ -173,6 +171,16 @@ class _Table:
         """The first line. Names with a foreign delimiter are in quotes, so that it is not taken for the file's own."""
         is_clear = not any(delimiter in name for name in columns for delimiter in DELIMITERS)
         return self.text([columns], csv.QUOTE_MINIMAL if is_clear else csv.QUOTE_ALL)
+
+
+def header_of(path: Path, expected: Container[str], usual: str = DELIMITERS[0]) -> tuple[str, list[str]]:
+    """The delimiter of a CSV file, and its header.
+
+    It is the delimiter that gives the header most of the expected columns, and otherwise most columns; of equally good
+    ones `usual`. Raises UnicodeError and csv.Error.
+    """
+    headers = [(delimiter, next(_csv_lines(path, delimiter), [])) for delimiter in DELIMITERS]
+    return max(headers, key=lambda one: (sum(name in expected for name in one[1]), len(one[1]), one[0] == usual))
 
 
 def _checked_text(path: Path) -> tuple[str, bool]:

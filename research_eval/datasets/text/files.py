@@ -19,14 +19,13 @@ from research_eval.datasets.text.labels import as_written, class_numbers, classe
 from research_eval.datasets.text.source import FILE_TYPES, SPLIT_OF_NAME
 from research_eval.datasets.text.splits import RawRows, Rows
 from research_eval.errors import ConfigError
+from research_eval.store.csv_file import header_of
 from research_eval.system.untrusted import MAX_JSON_DEPTH, check_regular_file
 
 log = logging.getLogger(__name__)
 
 BLOCK_BYTES = 1 << 24  # a CSV or JSONL row has to fit into one block
 PARQUET_ROWS = 1000  # that are decompressed at once
-DELIMITERS = (",", ";", "\t", "|")
-MAX_HEADER_BYTES = 1 << 16
 SHOWN_ROWS = 5  # in a message
 MAX_SPLIT_BYTES = 2**31  # of one file, decompressed
 VARIABLE_SIZES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
@@ -106,22 +105,12 @@ def _read_csv(path: Path, fields: tuple[str, ...]) -> Any:
 
 
 def _delimiter(path: Path, fields: tuple[str, ...]) -> str:
-    """What separates the cells: the one that gives the header most of the wanted columns, and otherwise most columns.
-
-    Of equally good ones the one that the name of the file promises. Any other one is reported.
-    """
+    """What separates the cells. A delimiter that the name of the file does not promise is reported."""
     usual = "\t" if path.suffix == ".tsv" else ","
-    with path.open("rb") as file:
-        header = file.readline(MAX_HEADER_BYTES).decode("utf-8-sig", "replace").rstrip("\r\n")
-
-    def worth(delimiter: str) -> tuple[int, int, bool]:
-        try:
-            cells = next(plain_csv.reader([header], delimiter=delimiter), [])
-        except plain_csv.Error:  # a cell that is too long
-            cells = []
-        return sum(cell in fields for cell in cells), len(cells), delimiter == usual
-
-    best = max(DELIMITERS, key=worth)
+    try:
+        best, _ = header_of(path, fields, usual)
+    except (UnicodeError, plain_csv.Error):  # the reader of the whole file says what is wrong with it
+        return usual
     if best != usual:
         log.info("%s: its cells are separated by %r", path, best)
     return best
