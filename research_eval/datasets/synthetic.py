@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")
 SMALL_SPACE = 1000  # inputs per sample; above it, fewer than 0.1 % of independent draws coincide by chance
 ROUNDS = 64  # attempts to draw new inputs; very rare inputs may be missed
-# Of the training split, and a fifth of that of the others: they tell generators apart. Another number, or another way to
-# draw them, gives all generated data another hash, and then new runs do not join the groups of stored ones.
+# Of the training split, and a fifth of that of the others: they tell generators apart. Another number, or another way
+# to draw them, gives all generated data another hash, and then new runs do not join the groups of stored ones.
 PROBE_SAMPLES = 2048
 SAME_DATA = 16  # equal samples in a row that cannot be chance
 
