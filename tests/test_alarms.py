@@ -1,4 +1,4 @@
-"""Every alarm fires where its rule says, and nowhere else; the sick configs set off their own, the quickstart none."""
+"""Every alarm fires where its rule says, and nowhere else. The sick configs set off their own."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from support import ROOT, history, run_in
 
-from research_eval.routing.alarms import RULES, Circumstances, find_alarms
-from research_eval.schema import load_config
+from research_eval.routing.alarms import RULES, SCORE, STILL_LEARNING, Circumstances, find_alarms
+from research_eval.schema import config_from_dict, load_config
 
 SICK = sorted((ROOT / "examples" / "sick").glob("*.json"))
 EPOCHS = 8
@@ -93,6 +93,51 @@ def test_a_gap_that_few_samples_show_by_chance_is_none() -> None:
     assert names([few | {"training_mode_gap": 0.3}] * EPOCHS) == ["mode_gap"]
 
 
+RISING = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.72]
+
+
+@pytest.mark.parametrize(
+    ("scores", "gain"),
+    [
+        (RISING, 0.12),
+        ([0.5, 0.6, 0.7, 0.7, 0.7, 0.7, 0.65, 0.72], 0.02),
+        ([0.5, 0.6, 0.7, 0.7, 0.7, 0.7, 0.65, 0.71], None),  # too little
+        ([0.5, 0.9, 0.6, 0.6, 0.6, 0.7, 0.8, 0.85], None),  # not better than before
+        ([-0.9, -0.8, -0.7, -0.6, -0.5, -0.5, -0.5, -0.4], 0.2),  # an error that is to be small: relative
+        ([-900, -800, -700, -600, -500, -500, -500, -495], None),
+        (RISING[:7], None),  # stopped early
+        (RISING[3:], None),  # an earlier version did not keep the first scores
+    ],
+)
+def test_a_score_that_rises_in_the_last_quarter_is_said_for_every_model(
+    scores: list[float], gain: float | None
+) -> None:
+    for others in ({}, HEALTHY):
+        found = find_alarms([others | {SCORE: score} for score in scores], Circumstances(EPOCHS))
+        assert [(alarm.name, alarm.epoch) for alarm in found] == ([] if gain is None else [(STILL_LEARNING, EPOCHS)])
+        assert [alarm.value for alarm in found] == ([] if gain is None else [pytest.approx(gain)])
+
+
+def test_fewer_than_four_epochs_have_no_last_quarter() -> None:
+    for epochs in range(1, 6):
+        found = find_alarms([{SCORE: score} for score in RISING[:epochs]], Circumstances(epochs))
+        assert len(found) == (epochs >= 4)
+
+
+def test_a_dense_model_that_still_learns_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = load_config(ROOT / "examples" / "configs" / "quickstart.json", {"epochs": 4}).to_dict()
+    config |= {"model_type": "dense", "model_params": {"embed_dim": 32, "num_heads": 2}}
+    config["dataset_params"] = {"num_samples": 4000, "num_tables": 1}
+    with caplog.at_level(logging.WARNING):
+        result = run_in(tmp_path, config_from_dict(config))
+    (alarm,) = result.metrics["alarms"]
+    curve = [value for _, name, value in history(tmp_path, result.experiment_id) if name == "val_f1"]
+    assert alarm["name"] == STILL_LEARNING
+    assert alarm["value"] == pytest.approx(curve[3] - max(curve[:3]))
+    assert any(record.message.startswith("still_learning in epoch 4") for record in caplog.records)
+    assert SCORE not in result.metrics
+
+
 def test_circumstances_are_those_of_the_config() -> None:
     assert Circumstances.of(3, {}) == Circumstances(3, halting=False, learned_route=True)
     assert Circumstances.of(3, {"halt": "ponder", "route": "hash"}) == Circumstances(3, True, False)
@@ -102,7 +147,7 @@ def test_circumstances_are_those_of_the_config() -> None:
 def test_every_alarm_has_its_section_on_the_page() -> None:
     page = (ROOT / "docs" / "collapse.md").read_text()
     headings = re.findall(r"^## (\w+)$", page, re.MULTILINE)
-    assert headings == [rule.name for rule in RULES]
+    assert headings == [*(rule.name for rule in RULES), STILL_LEARNING]
     for section in re.split(r"^## ", page, flags=re.MULTILINE)[1:]:
         assert all(f"**{part}.**" in section for part in ("Signature", "Why", "Cure")), section
     table = {match[0]: match[1] for match in re.findall(r"^\| `(\w+)` \|(.*)", page, re.MULTILINE)}
@@ -146,12 +191,11 @@ def test_five_illnesses_are_on_show() -> None:
     assert all(f"examples/sick/{path.name}" in page for path in SICK)
 
 
-def test_the_quickstart_sets_off_none(tmp_path: Path) -> None:
+def test_the_quickstart_sets_off_no_sign_of_collapse(tmp_path: Path) -> None:
     """A third of the epochs, of half as many samples."""
     text = (ROOT / "examples" / "configs" / "quickstart.json").read_text()
     shorter = text.replace('"epochs": 12', '"epochs": 4').replace("12000", "6000")
     assert shorter.count("6000") == shorter.count('"epochs": 4') == 1
     (tmp_path / "config.json").write_text(shorter)
     result = run_in(tmp_path, load_config(tmp_path / "config.json"))
-    assert result.metrics["alarms"] == []
-    assert result.metrics["num_alarms"] == 0
+    assert [alarm["name"] for alarm in result.metrics["alarms"]] == [STILL_LEARNING], "a third of the epochs is too few"

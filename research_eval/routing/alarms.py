@@ -1,4 +1,7 @@
-"""Signs of collapsed routing in the reports of a run's epochs. docs/collapse.md explains each of them."""
+"""Signs of collapsed routing, and of a training that was too short, in the reports of a run's epochs.
+
+docs/collapse.md explains each of them.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 Report = Mapping[str, Any]  # the metrics of one epoch
+
+SCORE = "oriented_score"  # key of a report: the validation score that selects the weights; more is better
+STILL_LEARNING = "still_learning"
+LATE_GAIN = 0.02  # best score of the last quarter minus best score before it; for losses and errors relative
+MIN_EPOCHS = 4  # a quarter of fewer epochs is less than one
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,10 @@ class Circumstances:
 
 @dataclass(frozen=True)
 class Alarm:
-    """A condition that held in two consecutive epochs. `epoch` is the second one of the first such pair."""
+    """A condition that held in two consecutive epochs. `epoch` is the second one of the first such pair.
+
+    "still_learning" compares the last quarter of the epochs with those before it. Its `epoch` is the last one.
+    """
 
     name: str
     epoch: int
@@ -174,10 +185,10 @@ RULES = (
 def find_alarms(reports: Sequence[Report], circumstances: Circumstances) -> list[Alarm]:
     """The alarms of the epochs so far, each at most once, in the order of their epochs.
 
-    A condition has to hold in two consecutive epochs, because a single epoch may be a fluctuation. A run of one epoch
-    therefore never has an alarm.
+    A sign of collapse has to hold in two consecutive epochs, because a single epoch may be a fluctuation. A run of one
+    epoch therefore never has an alarm.
     """
-    alarms = []
+    alarms = _still_learning(reports, circumstances)
     for rule in RULES:
         if not rule.applies(circumstances):
             continue
@@ -186,7 +197,37 @@ def find_alarms(reports: Sequence[Report], circumstances: Circumstances) -> list
             if epoch > rule.since * circumstances.epochs and rule.broken(last) and rule.broken(this):
                 value = rule.value(this)
                 assert value is not None
-                link = f"docs/collapse.md#{rule.name}"
-                alarms.append(Alarm(rule.name, epoch, float(value), rule.threshold, rule.advice, link))
+                alarms.append(Alarm(rule.name, epoch, float(value), rule.threshold, rule.advice, _link(rule.name)))
                 break
     return sorted(alarms, key=lambda alarm: alarm.epoch)
+
+
+def has_alarms(reports: Sequence[Report]) -> bool:
+    """Whether any rule applies: the model has experts, or the run has enough epochs to judge its end."""
+    return any("expert_load" in report for report in reports) or len(reports) >= MIN_EPOCHS
+
+
+def _still_learning(reports: Sequence[Report], circumstances: Circumstances) -> list[Alarm]:
+    """The alarm of a run that ends while its validation score rises: a quarter of the epochs made it clearly better.
+
+    A run that early stopping ended has no such alarm.
+    """
+    scores = [report[SCORE] for report in reports if SCORE in report]
+    if not MIN_EPOCHS <= len(scores) == circumstances.epochs:
+        return []
+    first = len(scores) - len(scores) // 4
+    before = max(scores[:first])
+    scale = 1.0 if before >= 0 else -before  # a score to maximise is a share; a loss or an error may have any size
+    gain = (max(scores[first:]) - before) / scale
+    if gain < LATE_GAIN:
+        return []
+    advice = (
+        "The validation score still rose in the last quarter of the epochs, so a longer run may be better. "
+        "Raise epochs or lr, and do the same for every model that it is compared with."
+    )
+    return [Alarm(STILL_LEARNING, len(scores), gain, LATE_GAIN, advice, _link(STILL_LEARNING))]
+
+
+def _link(name: str) -> str:
+    """Where the page explains an alarm."""
+    return f"docs/collapse.md#{name}"

@@ -11,6 +11,7 @@ from research_eval.config.sections import ExperimentConfig
 from research_eval.datasets.kinds import dataset_kind
 from research_eval.datasets.token_data import Batches, DataSplits, TokenData
 from research_eval.models.base_model import EvaluableModel
+from research_eval.routing.alarms import SCORE
 from research_eval.routing.automaton import certification_metrics
 from research_eval.system.untrusted import in_folder
 from research_eval.tasks.base import Evaluation, Task, task_of
@@ -39,7 +40,7 @@ def score(
     """
     task = task_of(config.task, data)
     # Later entries replace earlier ones: the last evaluation is newer than the report of the last epoch.
-    metrics = dict(state.reports[-1]) if state.reports else {}
+    metrics = {name: value for name, value in state.reports[-1].items() if name != SCORE} if state.reports else {}
     metrics |= model.get_model_specific_metrics()
     metrics |= routing_metrics(model, evaluation, data.validation, data.num_classes, task)
     metrics |= alarm_metrics(state.reports, config)

@@ -19,7 +19,7 @@ from research_eval.datasets.token_data import Batches, DataSplits, TokenData
 from research_eval.layers.path.router import RunningStatistics
 from research_eval.layers.stacked import Dropout
 from research_eval.models.base_model import EvaluableModel, logits_of, routed_parameters
-from research_eval.routing.alarms import Circumstances, find_alarms
+from research_eval.routing.alarms import SCORE, Circumstances, find_alarms, has_alarms
 from research_eval.routing.report import routing_report, transition_metrics
 from research_eval.routing.trace_files import ROUTING_FOLDER, write_trace
 from research_eval.tasks.base import Evaluation, Task
@@ -66,7 +66,9 @@ class RoutingWatch:
         if self._folder is not None:
             metrics |= routing_metrics(model, evaluation, self._validation.data, self._num_classes, self._task)
             metrics |= training_mode_metrics(model, self._validation, evaluation, self._runtime, self._task)
-        reports.append({name: value for name, value in metrics.items() if _is_kept(name, value)})
+        score = evaluation.scores[self._task.selected_by]
+        kept = {name: value for name, value in metrics.items() if _is_kept(name, value)}
+        reports.append(kept | {SCORE: score if self._task.maximizes else -score})
         # Each alarm fires once per run: report it in its own epoch only.
         alarms = [alarm for alarm in find_alarms(reports, self._circumstances) if alarm.epoch == epoch]
         if self._folder is not None:
@@ -97,8 +99,8 @@ def _is_kept(name: str, value: Any) -> bool:
 
 
 def alarm_metrics(reports: Sequence[dict[str, Any]], config: ExperimentConfig) -> dict[str, Any]:
-    """All alarms of a run and their number; empty for a model without experts."""
-    if not any("expert_load" in report for report in reports):
+    """All alarms of a run and their number; empty for a short run of a model without experts."""
+    if not has_alarms(reports):
         return {}
     alarms = find_alarms(reports, Circumstances.of(config.epochs, config.model_params))
     return {"alarms": [asdict(alarm) for alarm in alarms], "num_alarms": len(alarms)}
