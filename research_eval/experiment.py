@@ -38,7 +38,7 @@ def run(
     progress: Display | None = None,
     to_csv: bool = True,
 ) -> Result:
-    """Train, score and store one experiment; `resume` continues the newest run of the same config.
+    """Train, score and store one experiment; `resume` continues the newest run of the same config, also a shorter one.
 
     The screen shows the progress, unless it goes to a `progress` of the caller. `to_csv` adds the run, unless it is a
     trial, to the CSV file. Raises ConfigError before any work for what the user has to change. A run that diverges, is
@@ -52,7 +52,7 @@ def run(
         if finished is not None:
             return finished
         prepared = prepare(config, entry.data)
-        entry.check_data(prepared.data)
+        entry.check(prepared)
         log.info("%s: %s", config.dataset_name, prepared.data.summary())
         with claimed_folder(entry.experiment_id) as folder:
             entry.begin(prepared.runtime, prepared.data, folder)

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import ROOT, Ended, command, python, results, small_config, write_config
+from support import ROOT, Ended, command, python, results, small_config, small_settings, write_config
 
-from research_eval.cli.run import parse_seeds
+from research_eval.cli.run import parse_seeds, parse_sets
+from research_eval.config.check import parse_config
 from research_eval.db_utils import DB_FILE, Store
 from research_eval.errors import ConfigError
 from research_eval.experiment import Journal
@@ -403,6 +404,150 @@ def test_a_key_that_cannot_be_replaced_is_explained(flags: list[str], message: s
     assert ended.code == 2 and message in ended.err, ended.err
 
 
-def test_a_study_takes_no_set() -> None:
-    ended = command(main, "--dataset_name", "parity", "--set", "epochs=1", "--resume")
-    assert ended.code == 2 and "--set: is a flag of one experiment; a study takes a file" in ended.err
+SMALL_STUDY = ("--dataset_name", "parity", "--model_types", "dense")
+
+
+def test_a_study_takes_fixed_values_with_set() -> None:
+    sets = ("--set", "model_params.embed_dim=16", "--optimizer_params.lr", "[0.1, 0.2]", "--set", "batch_size=4")
+    ended = command(cli, "tune", *SMALL_STUDY, *sets, "--dry_run")
+    assert ended.code == 0, ended.err
+    assert "optimizer_params.lr: one of 0.1, 0.2" in ended.out
+    assert "embed_dim:" not in ended.out and "batch_size" not in ended.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--set", "epochs=1"), "--set: epochs of a study is given by --epochs"),
+        (("--set", "model_type=moe"), "--set: model_type of a study is given by --model_types"),
+        (
+            ("--set", "dataset_params.seq_len=1", "--syn_seq_len", "4"),
+            "--set: dataset_params.seq_len is given by another",
+        ),
+        (("--set", "optimizer_params.learning=1"), "--set: optimizer_params: unknown key 'learning'"),
+        (("--set", "optimizer_parms.lr=1"), "--set: unknown key 'optimizer_parms'. Did you mean 'optimizer_params'?"),
+        (("--set", "model_params.embed_dim=wide"), "--set: model_params.embed_dim: input should be a valid integer"),
+        (
+            ("--lr", "1"),
+            "unknown argument '--lr'. It is a key of the config: write it into the file, or give --set opt",
+        ),
+    ],
+)
+def test_a_value_that_a_study_cannot_fix_is_explained(flags: tuple[str, ...], message: str) -> None:
+    ended = command(cli, "tune", *SMALL_STUDY, *flags, "--dry_run")
+    assert ended.code == 2 and message in ended.err, ended.err
+
+
+def test_set_replaces_another_spelling_of_the_same_key(tmp_path: Path) -> None:
+    changes = {"model_type": "moe", "model_params": {"num_experts_per_layer": 2, "embed_dim": 8}}
+    ended = run_json(tmp_path, "--set", "model_params.num_experts=3", "--dry_run", **changes)
+    assert ended.code == 0 and '"num_experts": 3' in ended.out
+    twice = ("--set", "model_params.num_experts=3", "--set", "model_params.num_experts_per_layer=3")
+    ended = run_json(tmp_path, *twice, "--dry_run", **changes)
+    assert ended.code == 2 and "two spellings of one key" in ended.err
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.text("ab", max_size=3), st.lists, max_leaves=4))
+def test_a_value_of_set_is_that_of_the_file(value: Any) -> None:
+    """Whatever the value is: checked in the same way, with the same complaint."""
+    settings = small_settings()
+    overrides = parse_sets([f"model_params.dropout={json.dumps(value)}"])
+    assert overrides == {"model_params.dropout": value}
+
+    def outcome(text: str, flags: dict[str, Any]) -> Any:
+        try:
+            return parse_config(text, "c.json", flags, {"model_params.dropout": "--set model_params.dropout"}).to_dict()
+        except ConfigError as error:
+            return str(error).rpartition("dropout: ")[2]
+
+    in_file = settings | {"model_params": {**settings["model_params"], "dropout": value}}
+    assert outcome(json.dumps(settings), overrides) == outcome(json.dumps(in_file), {})
+
+
+def test_a_number_for_a_text_says_how_to_write_a_text(tmp_path: Path) -> None:
+    ended = run_json(tmp_path, "--set", "experiment_name=2024", "--dry_run")
+    assert (
+        ended.code == 2
+        and """expected str, got 2024. For text, give it in quotes of JSON, such as '"2024"'""" in ended.err
+    )
+    ended = run_json(tmp_path, "--set", 'experiment_name="2024"', "--dry_run")
+    assert ended.code == 0 and '"experiment_name": "2024"' in ended.out
+
+
+# ---------------------------------------------------------------------------------------- what was meant, empty paths
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("anlyze",), "unknown command 'anlyze'. Did you mean 'analyze'?"),
+        (("zzz",), "unknown command 'zzz'. Known: analyze, doctor, export"),
+        (("runs", "--modle_type", "moe"), "unknown argument '--modle_type'. Did you mean '--model_type'?"),
+        (("runs", "--model_type", "dnse"), "--model_type: no run has 'dnse' in"),
+        (("export", "x.csv", "--dataset_name", "pairty"), "Did you mean 'parity'?"),
+        (("run", "--json_config_path", "config.json", "--embed_dim", "8"), "give --set model_params.embed_dim=VALUE"),
+        (("run", "--json_config_path", "config.json", "--seqlen=8"), "give --set dataset_params.seq_len=VALUE"),
+        (("run", "--json_config_path", "config.json", "--model_type", "moe"), "give --set model_type=VALUE"),
+    ],
+)
+def test_what_was_meant_is_said(words: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    write_config(tmp_path)
+    with Store() as store:
+        start_run(store, "a")
+    ended = command(cli, *words)
+    assert ended.code == 2 and message in ended.err, ended.err
+
+
+def start_run(store: Store, name: str) -> None:
+    row = {"experiment_name": "n", "model_type": "dense", "dataset_name": "parity", "dataset_type": "synthetic"}
+    numbers = {"epochs": 1, "batch_size": 1, "seed": 0}
+    store.start_experiment(experiment_id=name, run_type="json", **row, **numbers, config={}, environment={})
+
+
+def test_a_model_type_without_runs_is_no_mistake() -> None:
+    with Store() as store:
+        start_run(store, "a")
+    ended = command(cli, "runs", "--model_type", "moe")
+    assert ended.code == 0 and "no runs in" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--syn_seq_len", "8"),
+            "write dataset_params.seq_len into the file, or give --set dataset_params.seq_len=VALUE",
+        ),
+        (("--dataset_name", "copying"), "write dataset_name into the file, or give --set dataset_name=VALUE"),
+        (("--n_trials", "8"), "--json_config_path runs one experiment: drop one"),
+    ],
+)
+def test_a_flag_of_studies_that_belongs_into_the_file_is_answered_with_the_key(
+    flags: tuple[str, str], message: str, tmp_path: Path
+) -> None:
+    ended = run_json(tmp_path, *flags)
+    assert ended.code == 2 and message in ended.err, ended.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("run", "--json_config_path", ""),
+        ("run", "--json_config_path", "config.json", "--db", ""),
+        ("run", "--json_config_path", "config.json", "--data_dir", " "),
+        ("tune", *SMALL_STUDY, "--storage", ""),
+        ("tune", *SMALL_STUDY, "--search_space="),
+        ("analyze", "--dataset_name", "parity", "--output_dir", ""),
+        ("suggest", "--dataset_name", "parity", "--model_type", "moe", "--output_dir", ""),
+        ("export", ""),
+        ("merge", ""),
+        ("predict", "--run", "latest", "--file", ""),
+        *((name, "--db", "") for name in ("runs", "doctor", "init-db")),
+        ("replay", "latest", "--db", ""),
+    ],
+    ids=" ".join,
+)
+def test_an_empty_path_is_called_an_empty_path(words: tuple[str, ...], tmp_path: Path) -> None:
+    ended = command(cli, *words)
+    assert ended.code == 2 and "an empty path" in ended.err
+    assert names_in(tmp_path) == []

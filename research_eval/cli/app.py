@@ -13,8 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from research_eval.cli import run, tune
-from research_eval.cli.common import guarded, is_imported_by_a_process_of_ours, parse_or_suggest
+from research_eval.cli.common import SHOWN_WORD, guarded, is_imported_by_a_process_of_ours, parse_or_suggest
 from research_eval.errors import ConfigError
+from research_eval.wording import hint, printable
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,9 @@ def goe(argv: list[str] | None = None) -> int:
         subparser.set_defaults(command=command.run)
         command.add_arguments(subparser)
     words = sys.argv[1:] if argv is None else argv
-    if words[:1] == ["run"]:
+    if words and not words[0].startswith("-") and words[0] not in subparsers.choices:
+        parser.error(f"unknown command {printable(words[0][:SHOWN_WORD])!r}.{hint(words[0], subparsers.choices)}")
+    if words[:1] in (["run"], ["tune"]):
         arguments = parse_or_suggest(parser, run.with_keys_as_sets(words), run.key_for)
     else:
         arguments = parse_or_suggest(parser, words)
@@ -97,13 +100,13 @@ def run_or_tune(arguments: argparse.Namespace) -> int:
     others = tune.STUDY_ONLY if single else run.RUN_ONLY
     given = [name for name in others if getattr(arguments, name) not in (None, False)]
     if single and given:
-        raise ConfigError(f"--{given[0]}: is a flag of studies, and --json_config_path runs one experiment: drop one")
+        key = tune.key_of(given[0])
+        instead = "drop one" if key is None else f"write {key} into the file, or give --set {key}=VALUE"
+        raise ConfigError(f"--{given[0]}: is a flag of studies, and --json_config_path runs one experiment: {instead}")
     if given == ["resume"]:
         log.info("--resume: a study continues by itself")
     elif given:
-        instead = {"seeds": "--seed and --seeds_per_trial", "set": "a file with fixed values: --search_space"}
-        name = next(name for name in given if name in instead)
-        raise ConfigError(f"--{name}: is a flag of one experiment; a study takes {instead[name]}")
+        raise ConfigError("--seeds: is a flag of one experiment; a study takes --seed and --seeds_per_trial")
     if not single and arguments.dataset_name is None:
         raise ConfigError(
             "give --json_config_path FILE for one experiment, or at least --dataset_name for a study of many (--help)"

@@ -10,7 +10,7 @@ import argparse
 import logging
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from research_eval.errors import ConfigError, signal_of
@@ -20,8 +20,11 @@ from research_eval.wording import did_you_mean, printable
 
 MAX_WORD = 4096  # characters of a word on the command line
 SHOWN_WORD = 80  # characters of a refused word in a message
+PATHS = ("PATH", "FILE", "DIR", "FOLDER", "URL", "URL_OR_PATH", "OTHER_DB")  # words for paths in the help texts
 DEFAULT_HELP = "default: final_val_f1, or the score that the task selects by"
 DB_HELP = "the results (default: $GOE_DB, else experiment_results.db)"
+
+Explain = Callable[[str, Sequence[str]], str | None]
 
 
 def add_flag(parser: argparse._ActionsContainer, name: str, **options: Any) -> None:
@@ -32,33 +35,45 @@ def add_flag(parser: argparse._ActionsContainer, name: str, **options: Any) -> N
 def parse_or_suggest(
     parser: argparse.ArgumentParser,
     argv: list[str] | None,
-    explain: Callable[[str], str | None] = lambda _: None,
+    explain: Explain = lambda *_: None,
 ) -> argparse.Namespace:
     """Parse the command line. For an unknown flag the program ends with exit code 2 and names the nearest known one.
 
-    `explain` may have a better sentence for an unknown flag.
+    `explain` may have a better sentence for an unknown flag, beside the names of the known ones.
     """
     with best_effort_output():
         return _parsed(parser, argv, explain)
 
 
-def _parsed(
-    parser: argparse.ArgumentParser, argv: list[str] | None, explain: Callable[[str], str | None]
-) -> argparse.Namespace:
+def _parsed(parser: argparse.ArgumentParser, argv: list[str] | None, explain: Explain) -> argparse.Namespace:
     """The checked flags."""
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [f"--{name.replace('_', dash)}" for name in vars(arguments) for dash in "_-"]
-        hint = explain(unknown[0]) or did_you_mean(unknown[0].split("=")[0], flags)
+        hint = explain(unknown[0], list(vars(arguments))) or did_you_mean(unknown[0].split("=")[0], flags)
         parser.error(f"unknown argument {unknown[0]!r}.{hint}")
+    paths = _names_of_paths(parser)
     for name, value in vars(arguments).items():
         for word in value if isinstance(value, list) else [value]:
+            if isinstance(word, str) and name in paths and not word.strip():
+                parser.error(f"argument {name}: an empty path, which names no file or folder")
             if isinstance(word, str) and (problem := _problem(word, name)):
                 parser.error(f"argument {name}: {problem}, got {printable(word[:SHOWN_WORD])!r}")
     # argparse takes the value of `--name=--` for the separator of positional arguments and loses it.
     if any(word.endswith("=--") for word in (sys.argv[1:] if argv is None else argv)):
         parser.error("'--' is no value of a flag")
     return arguments
+
+
+def _names_of_paths(parser: argparse.ArgumentParser) -> set[str]:
+    """The names of all arguments, those of subcommands too, whose value is a path or a URL."""
+    names: set[str] = set()
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            names = names.union(*map(_names_of_paths, action.choices.values()))
+        elif action.metavar in PATHS:
+            names.add(action.dest)
+    return names
 
 
 def _problem(word: str, name: str) -> str | None:

@@ -8,9 +8,10 @@ Flags such as --epochs replace values of the file; a log line says so for each o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from research_eval.cli.common import DB_HELP, add_flag
@@ -18,6 +19,7 @@ from research_eval.errors import ConfigError
 from research_eval.store.metrics import DEFAULT_METRIC
 from research_eval.system.best_effort import attempted, print_product
 from research_eval.system.untrusted import parse_json
+from research_eval.wording import nearest
 
 if TYPE_CHECKING:
     from research_eval.config.sections import ExperimentConfig
@@ -36,7 +38,8 @@ OVERRIDES = {
     "precision": "training_params.precision",
     "data_dir": "dataset_params.data_dir",
 }
-RUN_ONLY = ("seeds", "resume", "set")  # flags that a study does not have
+RUN_ONLY = ("seeds", "resume")  # flags that a study does not have
+NEAR_KEY = 0.75  # similarity of an unknown flag and the key that the message names
 SECTION_KEY = re.compile(r"--((?:dataset|model|optimizer|scheduler|training)_params\.\w+)(=.*)?", re.DOTALL)
 CLASS_SCORES = {  # metric -> format, for tasks with classes
     "final_val_f1": "{:.4f}",
@@ -64,6 +67,13 @@ def add_common_arguments(parser: argparse._ActionsContainer) -> None:
     add_flag(parser, "device", help="auto, cpu, cuda, cuda:N or mps")
     add_flag(parser, "precision", choices=["fp32", "bf16"], help="bf16: mixed precision")
     add_flag(parser, "db", metavar="URL_OR_PATH", help=DB_HELP)
+    add_flag(
+        parser,
+        "set",
+        action="append",
+        metavar="KEY=VALUE",
+        help="replaces any value of the file, such as optimizer_params.lr=1e-3; may be given again. A study fixes it",
+    )
     add_flag(parser, "dry_run", action="store_true", help="check and describe, do not train")
     add_flag(parser, "quiet", action="store_true", help="print the final result only")
 
@@ -72,13 +82,11 @@ def add_run_arguments(parser: argparse._ActionsContainer, required: bool = True)
     """Add the flags of one experiment."""
     add_flag(parser, "json_config_path", metavar="FILE", required=required, help="the experiment (JSON with comments)")
     add_flag(parser, "seeds", metavar="A-B", help="one run per seed, such as 0-4 or 0,2,5")
-    add_flag(parser, "resume", action="store_true", help="continue the newest unfinished run of the same config")
     add_flag(
         parser,
-        "set",
-        action="append",
-        metavar="KEY=VALUE",
-        help="replaces any value of the file, such as optimizer_params.lr=1e-3; may be given again",
+        "resume",
+        action="store_true",
+        help="continue the newest run of the same config; with more --epochs a finished one too",
     )
 
 
@@ -102,20 +110,40 @@ def with_keys_as_sets(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def key_for(flag: str) -> str | None:
-    """For the message about an unknown flag that has the name of a key of the config: how to give that key."""
-    from research_eval.config.sections import OptimizerParams, SchedulerParams, TrainingParams
+def key_for(flag: str, flags: Sequence[str] = ()) -> str | None:
+    """For the message about an unknown flag: how to give the key of the config that has its name.
 
+    A key with a similar name counts too, unless one of the known `flags` is more similar.
+    """
     name = flag.lstrip("-").partition("=")[0].replace("-", "_")
-    sections: dict[str, Any] = {
-        "optimizer_params": OptimizerParams,
-        "scheduler_params": SchedulerParams,
-        "training_params": TrainingParams,
-    }
-    keys = [f"{section}.{name}" for section, model in sections.items() if name in model.model_fields]
-    if not keys:
+    keys = _keys_of_configs()
+    found = name if name in keys else nearest(name, [*keys, *flags], NEAR_KEY)
+    if found not in keys or (found != name and found in flags):
         return None
-    return f" It is a key of the config: write it into the file, or give --set {keys[0]}=VALUE."
+    return f" It is a key of the config: write it into the file, or give --set {keys[found]}=VALUE."
+
+
+def _keys_of_configs() -> dict[str, str]:
+    """Name -> dotted key, for the top level, all models and all data; of equal names the first."""
+    from research_eval.config.sections import ExperimentConfig, OptimizerParams, SchedulerParams, TrainingParams
+    from research_eval.config.signatures import MODEL_PROVIDED, signature_model, spellings_of
+    from research_eval.datasets.kinds import DATASET_KINDS
+    from research_eval.registry import MODELS_MAP
+
+    spellings: list[tuple[str, Iterable[str]]] = [
+        ("optimizer_params.", OptimizerParams.model_fields),
+        ("scheduler_params.", SchedulerParams.model_fields),
+        ("training_params.", TrainingParams.model_fields),
+        ("", ExperimentConfig.model_fields),
+    ]
+    with contextlib.suppress(ConfigError):  # a bad extension: its own command says so
+        spellings += [
+            ("model_params.", spellings_of(signature_model(cls, MODEL_PROVIDED))) for cls in MODELS_MAP.values()
+        ]
+        for kind in (make() for make in DATASET_KINDS.values()):
+            models = [signature_model(kind.constructor(name), kind.provided) for name in kind.names()]
+            spellings += [("dataset_params.", spellings_of(model)) for model in models]
+    return {name: f"{section}{name}" for section, names in reversed(spellings) for name in names}
 
 
 def parse_sets(words: Sequence[str]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from research_eval.cli.common import DEFAULT_HELP, add_flag, names_of
-from research_eval.cli.run import add_common_arguments
+from research_eval.cli.run import add_common_arguments, parse_sets
 from research_eval.errors import ConfigError
 from research_eval.files import MAX_NAME
 from research_eval.store.metrics import check_selectable, check_spelling
@@ -43,8 +43,30 @@ DATA_FLAGS = {
     "rw_val_samples": ("real_world", "val_samples"),
     "data_dir": ("real_world", "data_dir"),
 }
+# Keys of the config that a study takes from a flag of another name, and keys that a flag may fix.
+STUDY_FLAGS = {
+    **{name: name for name in ("epochs", "seed", "dataset_name", "dataset_type")},
+    "experiment_name": "study_name",
+    "model_type": "model_types",
+}
+FIXED_BY = {
+    "batch_size": "batch_size",
+    "training_params.device": "device",
+    "training_params.precision": "precision",
+    **{f"dataset_params.{parameter}": flag for flag, (_, parameter) in DATA_FLAGS.items()},
+}
 STUDY_ONLY = (  # flags that one experiment does not have
-    *("study_name", "storage", "n_trials", "dataset_type", "dataset_name", "model_types", "sampler", "pruner"),
+    *(
+        "study_name",
+        "storage",
+        "n_trials",
+        "more_trials",
+        "dataset_type",
+        "dataset_name",
+        "model_types",
+        "sampler",
+        "pruner",
+    ),
     *("objectives", "max_params", "max_flops", "n_jobs", "timeout", "seeds_per_trial", "search_space", "warm_start"),
     *(name for name in DATA_FLAGS if name != "data_dir"),
 )
@@ -59,6 +81,7 @@ def add_study_arguments(parser: argparse._ActionsContainer, required: bool = Fal
     add_flag(
         parser, "n_trials", type=int, metavar="N", help="trials of the whole study, over all workers (default 100)"
     )
+    add_flag(parser, "more_trials", type=int, metavar="N", help="N trials beyond those that the study has")
     add_flag(parser, "model_types", nargs="+", metavar="M", help=f"default: {','.join(DEFAULT_TYPES)}")
     add_flag(parser, "sampler", choices=SAMPLERS, help="default: tpe")
     add_flag(
@@ -110,6 +133,9 @@ def study_options(arguments: argparse.Namespace) -> StudyOptions:
         return default if value is None else value
 
     whole = {name: _at_least(name, given(name, default), 1) for name, default in DEFAULTS.items() if name != "n_jobs"}
+    more_trials = given("more_trials")
+    if more_trials is not None and given("n_trials") is not None:
+        raise ConfigError("--n_trials counts all trials of a study, and --more_trials those to be added: give one")
     whole["n_jobs"] = _num_workers(given("n_jobs", DEFAULTS["n_jobs"]))
     base = _base(arguments, whole)
     objectives = _objectives(given("objectives"), _selected_by(base))
@@ -117,6 +143,10 @@ def study_options(arguments: argparse.Namespace) -> StudyOptions:
     if sampler == "cmaes" and len(objectives) > 1:
         raise ConfigError("--sampler: cmaes takes one objective. Use tpe, gp or nsga2 for several.")
     narrowing = read_search_space(given("search_space")) if given("search_space") is not None else {}
+    sets = _narrowing_of(arguments)
+    for name, values in sets.items():  # a value of --set replaces that of the file
+        known = narrowing.get(name)
+        narrowing[name] = {**known, **values} if isinstance(known, dict) and isinstance(values, dict) else values
     # The batch size has a default, but a search space that names it asks for a search.
     if "batch_size" in narrowing and given("batch_size") is None:
         del base["batch_size"]
@@ -132,6 +162,11 @@ def study_options(arguments: argparse.Namespace) -> StudyOptions:
     for name, value in {"timeout": given("timeout"), "max_flops": max_flops}.items():
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ConfigError(f"--{name}: expected a number above 0, got {value}")
+    if sets:
+        try:
+            build_space(types, base, sets)  # alone, so that messages name the flag
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("--search_space:", "--set:")) from error
     return StudyOptions(
         study_name=base["experiment_name"],
         storage=storage_url(given("storage", DEFAULT_STORAGE)),
@@ -141,6 +176,7 @@ def study_options(arguments: argparse.Namespace) -> StudyOptions:
             seeds_per_trial=whole["seeds_per_trial"],
             max_params=None if max_params is None else _at_least("max_params", max_params, 1),
             max_flops=max_flops,
+            more_trials=None if more_trials is None else _at_least("more_trials", more_trials, 1),
         ),
         method=Method(sampler, given("pruner", "median"), bool(given("warm_start", False))),
         objectives=objectives,
@@ -148,6 +184,31 @@ def study_options(arguments: argparse.Namespace) -> StudyOptions:
         seed=base["seed"],
         db=given("db"),
     )
+
+
+def _narrowing_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The values of --set as a search space: a value fixes a key; a list or a range stands for choices, as in the file.
+
+    Raises ConfigError for a key that a flag of the study gives.
+    """
+    narrowing: dict[str, Any] = {}
+    for key, value in parse_sets(getattr(arguments, "set", None) or ()).items():
+        if key in STUDY_FLAGS:
+            raise ConfigError(f"--set: {key} of a study is given by --{STUDY_FLAGS[key]}")
+        if getattr(arguments, FIXED_BY.get(key, ""), None) is not None:
+            raise ConfigError(f"--set: {key} is given by another flag too: drop one")
+        section, dot, name = key.rpartition(".")
+        if dot:
+            narrowing.setdefault(section, {})[name] = value
+        else:
+            narrowing[name] = value
+    return narrowing
+
+
+def key_of(flag: str) -> str | None:
+    """The key of a config that a flag of studies stands for; None if there is none."""
+    keys = {name: key for key, name in (FIXED_BY | STUDY_FLAGS).items()}
+    return keys.get(flag)
 
 
 def _selected_by(base: Mapping[str, Any]) -> str:

@@ -56,6 +56,10 @@ class Report:
         self._origins = origins
         self._found: list[tuple[int, str]] = []  # line, or 0 for a flag or a source without lines; and the message
 
+    def is_from_flag(self, path: Location) -> bool:
+        """Whether the value at this place, or its whole section, was given on the command line."""
+        return any(isinstance(self._origins.get(path[:length]), str) for length in range(1, len(path) + 1))
+
     def add(self, path: Location, message: str, at: Location | None = None) -> None:
         """Add a mistake in the value at `path`. `at` is the value whose line is shown, if it is another one."""
         at = path if at is None else at
@@ -114,6 +118,8 @@ class Report:
             value = details[0]["input"]
             choices = re.findall(r"'([^']*)'", words)
             near = did_you_mean(value, choices) if isinstance(value, str) else ""
+            if details[0]["type"] == "string_type" and self.is_from_flag(path) and isinstance(value, int | float):
+                near = f""" For text, give it in quotes of JSON, such as '"{value}"' in a shell."""
             self.add(path, f"{words}, got {shown(value)}.{near}")
 
 

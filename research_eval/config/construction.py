@@ -101,6 +101,7 @@ def _arguments(
     if not isinstance(given, dict):
         return None  # reported with the sections
     model = signature_model(cls, provided)
+    given = _without_replaced(section, given, model, report)
     spelled = _spelled(section, given, provided, model, report)
     values = _without_defaults({name: given[key] for name, key in spelled.items()}, model)
     checked = report.validated(model, values, (section,), spelled)
@@ -114,6 +115,17 @@ def _arguments(
     arguments = {name: value for name, value in arguments.items() if name in values or json_text(value) is not None}
     fit_each_other = _try(lambda: grouped_arguments(cls, arguments), section, report)
     return arguments if fit_each_other else None
+
+
+def _without_replaced(section: str, given: dict[str, Any], model: type[BaseModel], report: Report) -> dict[str, Any]:
+    """The values without those of the file that a flag replaces under another spelling of their key."""
+    spellings = spellings_of(model)
+    from_flags = {spellings.get(key, key) for key in given if report.is_from_flag((section, key))}
+    return {
+        key: value
+        for key, value in given.items()
+        if report.is_from_flag((section, key)) or spellings.get(key, key) not in from_flags
+    }
 
 
 def _spelled(

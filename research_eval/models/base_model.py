@@ -102,6 +102,14 @@ class EvaluableModel(Executing):
         `progress` is the finished share of the training, from 0 to 1.
         """
 
+    def scheduled_options(self) -> tuple[str, ...]:
+        """The options whose effect follows the finished share of the training, so that it depends on all epochs.
+
+        A run with such an option cannot be continued to more epochs. A class with an `after_step` of its own has to say
+        that nothing follows its argument.
+        """
+        return () if type(self).after_step is EvaluableModel.after_step else ("after_step",)
+
     def calibrate(self, batches: Iterable[Batch]) -> None:
         """The training loop calls this before each evaluation, for thresholds of early exits.
 

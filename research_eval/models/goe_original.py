@@ -153,8 +153,7 @@ class GoEOriginalClassifier(ScheduledModel):
 
     def _nothing_ends_a_path(self) -> bool:
         """Whether it is certain before the walk that no halting rule and no visit limit ends a path early."""
-        router = self.policy.router
-        visits_suffice = self.path.max_path_len <= self.num_experts * self.path.max_visits or router is None
+        visits_suffice = self.policy.router is None or self.path.max_path_len <= self.num_experts * self.path.max_visits
         return not self.halting.has_exits and not self.halting.decided_by_router and visits_suffice
 
     def _execute(self, h_BLD: Tensor, packing: Packing, choice: Choice, walk: Walk) -> Tensor:
@@ -196,11 +195,15 @@ class GoEOriginalClassifier(ScheduledModel):
         """The auxiliary terms of all mechanisms."""
         walk: Walk = outcome.details
         done, rewarded = self.done(), self.choice.learns_from_reward
-        losses = self.balance.losses(walk, done)
-        losses |= term_losses(self.term_settings, self.path_heads, walk, done)
+        losses = self.balance.losses(walk, done) | term_losses(self.term_settings, self.path_heads, walk, done)
         losses |= self.halting.losses(walk, done, price_is_in_reward=rewarded)
         price = self.halting.step_price() if rewarded else 0.0  # otherwise it is a term of `halting`
         return losses | self.value.losses(walk, done, price, stops_by_action=self.halting.sampled)
+
+    def scheduled_options(self) -> tuple[str, ...]:
+        parts = (self.choice, self.halting, self.balance, self.value)
+        edges = ["edge_entropy_coef"] if self.term_settings.edge_entropy_coef and self.experts.scans else []
+        return (*(name for part in parts for name in part.scheduled_options()), *edges)
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
@@ -210,11 +213,10 @@ class GoEOriginalClassifier(ScheduledModel):
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Batch]) -> None:
         """Let the halting rule adapt to these batches, with full paths."""
-        if not self.halting.calibrates():
-            return
-        self.eval()
-        passes = ((self.route(batch, all_exits=True).details.exits, batch.labels) for batch in batches)
-        self.halting.calibrate(passes)
+        if self.halting.calibrates():
+            self.eval()
+            passes = ((self.route(batch, all_exits=True).details.exits, batch.labels) for batch in batches)
+            self.halting.calibrate(passes)
 
     def follow(self, mapping_TF: Tensor | None) -> bool:
         self.given.mapping_TF = mapping_TF  # None: free again
@@ -238,8 +240,7 @@ class GoEOriginalClassifier(ScheduledModel):
     def get_flops_per_sample(self, length: int) -> float:
         """FLOPs of the longest possible path."""
         router, path = self.policy.router, self.path
-        limited = self.num_experts * path.max_visits if router is not None else path.max_path_len
-        steps = min(path.max_path_len, limited)
+        steps = path.max_path_len if router is None else min(path.max_path_len, self.num_experts * path.max_visits)
         decisions = min(path.max_path_len, steps + 1)  # the visit limit ends a path at one more decision
         one_expert = block_flops(self.experts, self.embed_dim, length)
         one_expert += (len(self.experts.blocks) - 1) * 4.0 * length**2 * self.embed_dim

@@ -85,6 +85,9 @@ class GoEScanClassifier(EvaluableModel):
         """The class scores of every prefix, [B, L, C]: position t depends on the tokens up to t."""
         return self.head(self._states(input_ids, attention_mask, every_position=True))
 
+    def scheduled_options(self) -> tuple[str, ...]:
+        return ("edge_entropy_coef",) if self.edge_entropy_coef else ()
+
     def after_step(self, progress: float) -> None:
         self.progress.fill_(progress)
 

@@ -213,6 +213,9 @@ class MoETransformerClassifier(RoutedModel):
             "z_loss": AuxiliaryLoss(z, self.z_loss_coef),
         }
 
+    def scheduled_options(self) -> tuple[str, ...]:
+        return ()  # the bias moves in the same way at every step
+
     def after_step(self, progress: float) -> None:
         """Move every layer's balance bias against its load since the last step, and reset the counts."""
         for layer in self._routed():

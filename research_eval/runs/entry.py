@@ -14,14 +14,19 @@ from research_eval.datasets.providers import load_splits
 from research_eval.datasets.token_data import DataSplits
 from research_eval.errors import ConfigError
 from research_eval.files import run_folder
+from research_eval.runs.continuation import Continuation, earlier_run, say_what_differs
 from research_eval.runs.folder import new_id
 from research_eval.runs.journal import Result, Watch, csv_row, start_row
+from research_eval.runs.prepare import Prepared
 from research_eval.store.csv_file import append_if_possible, csv_accepts_rows
 from research_eval.store.pending import with_retries
 from research_eval.store.store import Store
+from research_eval.store.tables import CONTINUES
 from research_eval.system.environment import environment_record
+from research_eval.system.untrusted import stored_object
 from research_eval.training.checkpoint import checkpoint_exists
 from research_eval.training.checkpointer import CHECKPOINT_FILE
+from research_eval.training.optimizers import steps_per_epoch
 from research_eval.training.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -49,7 +54,8 @@ class RunEntry:
     """Finds the row that a run continues, or creates a new one.
 
     With `resume`, it is the newest row of the same config on the same data; with a `trial`, the row with the trial's
-    id. `data` are the splits, if the search for a row had to load them.
+    id. Without such a row, a resumed run may continue one of other epochs (`continuation`), in a row of its own.
+    `data` are the splits, if the search for a row had to load them.
     """
 
     def __init__(
@@ -63,6 +69,7 @@ class RunEntry:
         self._store, self._config, self._resume = store, config, resume
         self._parent_id, self._trial = parent_id, trial
         self.data: DataSplits | None = None
+        self._earlier: Continuation | None = None
         self._known = self._row_to_resume() if resume else None
         if trial is not None:
             self._known = store.find_id(trial.experiment_id)
@@ -77,6 +84,9 @@ class RunEntry:
         config = self._config
         rows = self._store.find_experiments(config.to_dict())
         if not rows:
+            self._earlier = earlier_run(self._store, config)
+            if self._earlier is None:
+                say_what_differs(self._store, config)
             return None
         newest = rows[0]
         try:
@@ -117,8 +127,17 @@ class RunEntry:
             append_if_possible(csv_row(self._config, result), unless_known=("experiment_id", "status"))
         return result
 
-    def check_data(self, data: DataSplits) -> None:
-        """Say so if the run repeats one on other data. Raises ConfigError if it belongs to a study on other data."""
+    def check(self, prepared: Prepared) -> None:
+        """Say so if the run repeats one on other data.
+
+        Raises ConfigError if it belongs to a study on other data, or if it cannot continue a run of other epochs.
+        """
+        data = prepared.data
+        if self._earlier is not None:
+            row = self._store.find_id(self._earlier.run_id)
+            if row is not None:
+                check_same_data(row, data)
+            self._earlier.check(self._config, prepared)
         if self._trial is not None:
             self._trial.check_data(data.fingerprint)
         elif self._parent_id is not None:
@@ -149,9 +168,20 @@ class RunEntry:
         if self._known is not None:
             if checkpoint_exists(folder / CHECKPOINT_FILE):
                 check_same_data(self._known, data)
+            if CONTINUES in (known := stored_object(self._known["env_details_json"])):
+                environment[CONTINUES] = known[CONTINUES]
             log.info("resuming run %s", name)
             with_retries(lambda: store.set_status(name, "running"))
             with_retries(lambda: store.update_environment(name, environment))
+            return
+        earlier = self._earlier
+        if earlier is not None:
+            log.info("continuing run %s of %d epochs as run %s", earlier.run_id, earlier.epochs, name)
+            per_epoch = steps_per_epoch(self._config, len(data.train))
+            earlier.copy_files(folder, per_epoch * self._config.epochs)
+            environment[CONTINUES] = {"run": earlier.run_id, "epochs": earlier.epochs}
+            with_retries(lambda: start_row(store, name, self._config, environment, "json", earlier.run_id))
+            earlier.copy_history(store, name, self._config, per_epoch)
             return
         if self._resume:
             log.info("no earlier run of this config to resume: starting a new one")

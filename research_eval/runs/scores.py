@@ -18,6 +18,7 @@ from research_eval.tasks.base import Evaluation, Task, task_of
 from research_eval.training.checkpoint import load_tensors, load_weights
 from research_eval.training.checkpointer import MODEL_FILE
 from research_eval.training.evaluate import evaluate, measure_flops, measure_latency
+from research_eval.training.optimizers import steps_per_epoch
 from research_eval.training.routing_watch import alarm_metrics, regret_metrics, routing_metrics
 from research_eval.training.runtime import Runtime
 from research_eval.training.state import TrainingState
@@ -82,19 +83,18 @@ def _costs(
 
     `active_flops_per_sample` is the analytic figure, averaged over the lengths of the validation split.
     """
-    # Rounded up: the last step of an epoch may have fewer samples.
-    steps_per_epoch = -(-len(data.train) // (config.batch_size * config.training_params.gradient_accumulation_steps))
+    per_epoch = steps_per_epoch(config, len(data.train))
     forward_flops, training_flops = measure_flops(model, validation, runtime, task=task)
     # One analytic count per distinct length, weighted by the number of its samples.
     lengths, counts = np.unique(data.validation.lengths, return_counts=True)
     analytic = [model.get_flops_per_sample(length) for length in lengths.tolist()]
     costs = {
-        "epochs_completed": state.step // steps_per_epoch,
+        "epochs_completed": state.step // per_epoch,
         "training_duration_seconds": state.seconds,
         "param_count": model.get_parameter_count(),
         "active_param_count": model.get_active_parameter_count(),
         "inference_flops_per_sample": forward_flops,
-        "train_flops": training_flops * len(data.train) * state.step / steps_per_epoch,
+        "train_flops": training_flops * len(data.train) * state.step / per_epoch,
         **measure_latency(model, validation, runtime),
     }
     if None not in analytic:  # the model knows its own FLOPs

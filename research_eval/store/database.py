@@ -20,7 +20,7 @@ from research_eval.store.connection import (
     sqlite_engine,
     writer_of,
 )
-from research_eval.store.migrate import check_tables, migrate_file, migrate_server, schema_version
+from research_eval.store.migrate import adopt_file, check_tables, migrate_file, migrate_server, schema_version
 from research_eval.store.tables import SCHEMA_VERSION, experiments_table
 
 
@@ -28,8 +28,9 @@ class Database:
     """The lowest part of `Store`: opening and closing. `Queries` adds reading to it, and `Store` writing.
 
     Opening creates or migrates the database. With `read_only` it must exist and is never written (SQLite may still put
-    its empty -wal and -shm files beside it). With `any_version` in addition, an older database is opened unchanged: the
-    caller may then read its `schema_version` only. Raises ConfigError for a database that cannot be opened.
+    its empty -wal and -shm files beside it), with one exception: a file that the public original of this project made
+    is adopted, after a backup. With `any_version` in addition, an older database is opened unchanged: the caller may
+    then read its `schema_version` only. Raises ConfigError for a database that cannot be opened.
     """
 
     def __init__(self, db: str | None = None, read_only: bool = False, any_version: bool = False) -> None:
@@ -80,7 +81,8 @@ class Database:
         """Check the tables, then migrate them (a writer) or refuse an older version (a reader).
 
         Only a SQLite file is checked: it may be any file that a user has named, or a damaged one. A reader never
-        migrates, because it may have no right to write, and other programs may still use the old tables.
+        migrates, because it may have no right to write, and other programs may still use the old tables. It only adopts
+        a file of the public original, whose users would otherwise read that there are no results.
         """
         with self._engine.connect() as connection:
             version = schema_version(connection, self.location)
@@ -90,8 +92,11 @@ class Database:
         if not self.read_only:
             if version != SCHEMA_VERSION or needs_wal:
                 self._migrate()
-        elif version is None and not (self._any_version and self._has_tables()):
+        elif version is None and not (self._has_tables() and (self._on_sqlite or self._any_version)):
             raise self._no_results()
+        elif version is None and self._file is not None and not self._any_version:
+            self._engine.dispose()  # its connections have seen the old tables
+            adopt_file(self._file)
         elif version != SCHEMA_VERSION and not self._any_version:
             raise ConfigError(
                 f"database {self.location}: schema version {version} is older than {SCHEMA_VERSION}: "

@@ -12,7 +12,7 @@ from research_eval.store.metrics import DEFAULT_METRIC, check_selectable, defaul
 from research_eval.store.records import COMPARISONS, STATUSES, RunFilter
 from research_eval.store.store import Store
 from research_eval.store.tables import experiments_table
-from research_eval.wording import hint
+from research_eval.wording import did_you_mean, hint
 
 SHORT_NAMES = {
     "id": "experiment_id",
@@ -26,6 +26,7 @@ SHORT_NAMES = {
 COLUMNS: list[str] = [column.name for column in experiments_table.columns]
 TIMES = ("timestamp", "heartbeat")
 LATEST = "latest"
+NEAR = 0.78  # similarity of a misspelt name; "moe" and "goe" are two names
 
 
 def parse_condition(text: str) -> tuple[str, str, float]:
@@ -82,11 +83,15 @@ def find_runs(
 
 
 def check_filter(store: Store, wanted: RunFilter) -> None:
-    """Raise ConfigError for a status or a metric that does not exist, and for a choice by a test score."""
+    """Raise ConfigError for a status or a metric that does not exist, a misspelt name, and a choice by a test score."""
     if wanted.status is not None and wanted.status not in STATUSES:
         raise ConfigError(f"--status: unknown {wanted.status!r}.{hint(wanted.status, STATUSES)}")
     for name, _, _ in wanted.where:
         check_metric(store, name, "--where", chooses=True)
+    for option, known in (("dataset_name", store.dataset_names), ("model_type", store.model_types)):
+        value = getattr(wanted, option)
+        if value is not None and value not in (names := known()) and (near := did_you_mean(value, names, NEAR)):
+            raise ConfigError(f"--{option}: no run has {value!r} in {store.location}.{near}")
 
 
 def check_metric(store: Store, name: str, option: str, also: Sequence[str] = (), chooses: bool = False) -> None:

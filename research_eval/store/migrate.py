@@ -16,13 +16,17 @@ from sqlalchemy.engine import Connection
 
 from research_eval.errors import ConfigError
 from research_eval.store.backup import copy_database
-from research_eval.store.connection import writer_of
+from research_eval.store.connection import sqlite_engine, writer_of
 from research_eval.store.locks import locked
 from research_eval.store.tables import (
     NUM_OLD_COLUMNS,
     SCHEMA_VERSION,
     VERSION_TABLE,
     experiments_table,
+    history_names,
+    history_points,
+    history_runs,
+    history_view,
     metadata,
     metrics_table,
     version_table,
@@ -97,9 +101,15 @@ def _check_ownership(inspector: sa.Inspector, foreign: str | None, location: str
             without = [name for name in table.columns.keys()[:num_columns] if name not in there]
             if without:
                 raise ConfigError(
-                    f"database: its table {table.name!r} belongs to another program (it has no "
-                    f"{', '.join(without)}). Give another database."
+                    f"database {location}: its table {table.name!r} belongs to another program (it has no "
+                    f"{', '.join(without)}); it was left alone. Give another database."
                 )
+    for name in (history_view.name, *(table.name for table in (history_runs, history_names, history_points))):
+        if inspector.has_table(name):
+            raise ConfigError(
+                f"database {location}: its table {name!r} belongs to another program; it was left alone. "
+                "Give another database."
+            )
 
 
 def migrate_file(engine: sa.Engine, file: Path) -> None:
@@ -115,6 +125,21 @@ def migrate_file(engine: sa.Engine, file: Path) -> None:
         driver.execute("PRAGMA foreign_keys=ON")
 
 
+def adopt_file(file: Path) -> None:
+    """Bring a database of the public original up to date for a reader. Raises ConfigError if it cannot be written."""
+    engine = sqlite_engine(file, read_only=False)
+    try:
+        migrate_file(engine, file)
+    except (OSError, sa.exc.OperationalError) as error:
+        reason = getattr(error, "strerror", None) or getattr(error, "orig", None) or error
+        raise ConfigError(
+            f"database {file}: an earlier program made it. It has to be brought up to date before it is read, but that "
+            f"failed: {reason}. Nothing was changed. Copy it into a folder that you may write to, and give the copy."
+        ) from error
+    finally:
+        engine.dispose()
+
+
 def _back_up_old_tables(engine: sa.Engine, file: Path) -> None:
     """Copy the file if it has tables of ours that the migration will change. The caller holds the lock."""
     with engine.connect() as connection:
@@ -122,6 +147,9 @@ def _back_up_old_tables(engine: sa.Engine, file: Path) -> None:
         if version == SCHEMA_VERSION or not sa.inspect(connection).has_table("experiments"):
             return
     backup = copy_database(file)
+    if version is None:
+        log.info("%s: adopting the tables of an earlier program; the database as it was: %s", file, backup)
+        return
     log.info("%s: migrating from schema version %s; the database as it was: %s", file, version, backup)
 
 
@@ -137,8 +165,11 @@ def migrate_server(engine: sa.Engine, location: str) -> None:
 
 def _upgrade(connection: Connection, location: str) -> None:
     """Run the missing migrations, unless another process has run them while this one waited for the lock."""
-    if schema_version(connection, location) == SCHEMA_VERSION:
+    version = schema_version(connection, location)
+    if version == SCHEMA_VERSION:
         return
+    if version is None and connection.dialect.name == "sqlite":
+        _number_metrics(connection)
     import alembic.command  # here, because a database that is up to date opens without it
     import alembic.config
 
@@ -146,3 +177,31 @@ def _upgrade(connection: Connection, location: str) -> None:
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     config.attributes["connection"] = connection
     alembic.command.upgrade(config, SCHEMA_VERSION)
+
+
+def _number_metrics(connection: Connection) -> None:
+    """Give `metric_value` of an adopted table the type REAL, so that numbers in it are numbers.
+
+    A column of the type TEXT holds numbers as text. SQLite turns them into numbers on their way into a REAL column, and
+    leaves any other text as it is. Further columns and indexes stay.
+    """
+    inspector = sa.inspect(connection)
+    if not inspector.has_table(metrics_table.name):
+        return
+    types = {column["name"]: column["type"] for column in inspector.get_columns(metrics_table.name)}
+    if isinstance(types["metric_value"], sa.Float):  # REAL, FLOAT and DOUBLE
+        return
+    table = sa.Table(metrics_table.name, sa.MetaData(), autoload_with=connection)
+    table.c.metric_value.type = sa.REAL()
+    table.dialect_options["sqlite"]["autoincrement"] = True
+    indexes = list(table.indexes)
+    table.indexes.clear()
+    old = f"{metrics_table.name}_adopted"
+    connection.execute(sa.text(f"ALTER TABLE {metrics_table.name} RENAME TO {old}"))
+    connection.execute(sa.schema.CreateTable(table))
+    names = table.columns.keys()
+    values = sa.select(*sa.table(old, *map(sa.column, names)).columns)
+    connection.execute(sa.table(table.name, *map(sa.column, names)).insert().from_select(names, values))
+    connection.execute(sa.text(f"DROP TABLE {old}"))
+    for index in indexes:
+        index.create(connection)

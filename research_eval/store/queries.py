@@ -14,7 +14,7 @@ from research_eval.files import is_at_work
 from research_eval.store.database import Database
 from research_eval.store.filters import column_conditions, metric_of_run, number, runs_with_metric, status_condition
 from research_eval.store.records import COMPARISONS, EVERY_RUN, HistoryRow, MetricSummary, RunFilter, RunRecord, RunRow
-from research_eval.store.tables import JSON_COLUMNS, experiments_table, history_view, metrics_table
+from research_eval.store.tables import CONTINUES, JSON_COLUMNS, experiments_table, history_view, metrics_table
 from research_eval.store.values import canonical_json
 from research_eval.wording import nearest
 
@@ -97,13 +97,30 @@ class Queries(Database):
         The canonical texts of the complete configs are compared, so a key more or less makes another config. A key that
         is added later must therefore be absent from a config that has its default, or older runs are not found.
         """
+        return self._runs_of([config])
+
+    def find_other_epochs(self, config: dict[str, Any]) -> list[dict[str, Any]]:
+        """The runs of this config with other numbers of epochs, newest first; as in `find_experiments`."""
+        columns = experiments_table.c
+        query = sa.select(columns.epochs).where(
+            columns.run_type == "json",
+            columns.model_type == config["model_type"],
+            columns.dataset_name == config["dataset_name"],
+            columns.epochs != config["epochs"],
+        )
+        with self._engine.connect() as connection:
+            numbers = list(connection.scalars(query.distinct()))
+        return self._runs_of([{**config, "epochs": epochs} for epochs in numbers])
+
+    def _runs_of(self, configs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The runs of one of these configs, newest first. Replays have a parent too, but do not continue it."""
         columns = experiments_table.c
         return self._rows(
             sa.select(experiments_table)
             .where(
                 columns.run_type == "json",
-                columns.parent_id.is_(None),
-                columns.full_config_json == canonical_json(config),
+                columns.parent_id.is_(None) | columns.env_details_json.contains(f'"{CONTINUES}": {{', autoescape=True),
+                columns.full_config_json.in_(list(map(canonical_json, configs))),
             )
             .order_by(columns.timestamp.desc())
         )
@@ -179,7 +196,13 @@ class Queries(Database):
 
     def dataset_names(self) -> list[str]:
         """The datasets of all runs, by name."""
-        column = experiments_table.c.dataset_name
+        return self._names(experiments_table.c.dataset_name)
+
+    def model_types(self) -> list[str]:
+        """The model types of all runs, by name."""
+        return self._names(experiments_table.c.model_type)
+
+    def _names(self, column: sa.Column[str]) -> list[str]:
         with self._engine.connect() as connection:
             names = connection.scalars(sa.select(column).where(column.is_not(None)).distinct())
             return sorted(names)
@@ -211,12 +234,7 @@ class Queries(Database):
         """
         columns = experiments_table.c
         values = [
-            sa.select(number(self._on_sqlite))
-            .where(metrics_table.c.experiment_id == columns.experiment_id, metrics_table.c.metric_name == name)
-            .limit(1)
-            .scalar_subquery()
-            .label(f"metric_{position}")
-            for position, name in enumerate(metrics)
+            metric_of_run(name, self._on_sqlite).label(f"metric_{position}") for position, name in enumerate(metrics)
         ]
         when = sa.type_coerce(columns.timestamp, sa.Text)  # not parsed: it is only compared
         query = sa.select(

@@ -21,6 +21,7 @@ from research_eval.store.column_types import MetricValue, NanAsNull, Text, UtcDa
 SCHEMA_VERSION = "0004"  # the newest file in migrations/versions
 VERSION_TABLE = "goe_schema_version"  # own name: Optuna keeps its `alembic_version` in the same database
 NUM_OLD_COLUMNS = 11  # `experiments` had this many columns before there was a schema version
+CONTINUES = "continues"  # key of `env_details_json`: the run of fewer epochs, the parent, that a run trained on from
 JSON_COLUMNS = ("full_config_json", "env_details_json")  # long, so lists of runs leave them out
 
 metadata = sa.MetaData()

@@ -23,16 +23,28 @@ from research_eval.store.values import canonical_json
 from research_eval.studies.adapter import given_values
 from research_eval.studies.distributions import known_values
 from research_eval.studies.options import StudyOptions
+from research_eval.studies.original_trials import config_of
 from research_eval.studies.proposals import over_budget
 from research_eval.studies.queue import TrialQueue
 from research_eval.studies.study_data import present_sha256
-from research_eval.system.untrusted import stored_object
 
 log = logging.getLogger(__name__)
 
 MAX_POINTS = 200_000  # of a grid; the points are listed in memory
 # Two runs that differ only in these keys of the config are equally good examples for a sampler.
 NOT_COMPARED = ("seed", "experiment_name", "training_params")
+
+
+def add_trials(queue: TrialQueue) -> None:
+    """Add `more_trials` waiting trials, whose values a sampler will draw; the budget becomes the number of all trials.
+
+    They are in the queue before the lock is released, so that two commands that add trials do not count them twice.
+    """
+    options = queue.options
+    with queue.lock():
+        for _ in range(options.budget.more_trials or 0):
+            queue.study.enqueue_trial({})
+        queue.options = options.with_budget(n_trials=len(queue.own_trials()))
 
 
 def enqueue_grid(queue: TrialQueue) -> None:
@@ -44,6 +56,8 @@ def enqueue_grid(queue: TrialQueue) -> None:
     options = queue.options
     with queue.lock():
         trials = queue.own_trials()
+        if options.budget.more_trials is not None:
+            queue.options = options = options.with_budget(n_trials=len(trials) + options.budget.more_trials)
         missing = options.budget.n_trials - len(trials)
         known = {_point(given_values(trial)) for trial in trials}
         points = list(itertools.islice(options.space.grid(), MAX_POINTS))
@@ -58,7 +72,7 @@ def enqueue_grid(queue: TrialQueue) -> None:
                 num_entered += 1
     if num_entered < missing:
         total = len(trials) + num_entered
-        log.info("the grid has %d points: fewer than --n_trials %d", total, options.budget.n_trials)
+        log.info("the grid has %d points, and %d trials were asked for", total, options.budget.n_trials)
         queue.options = options.with_budget(n_trials=total)
     elif is_sampled:
         log.info("the grid has %s points, of which %d are drawn", f"{len(points):,}", options.budget.n_trials)
@@ -107,7 +121,7 @@ def add_past_runs(queue: TrialQueue) -> None:
 
 def _relocated(row: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     """The config of a run, with the data where the study has them if the hash of their content is known."""
-    config = stored_object(row["full_config_json"])
+    config = config_of(row)
     params, place = config.get("dataset_params"), base.get("dataset_params", {}).get("data_dir")
     if row["data_sha256"] is not None and place is not None and isinstance(params, dict) and params.get("data_dir"):
         return {**config, "dataset_params": {**params, "data_dir": place}}

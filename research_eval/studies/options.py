@@ -24,13 +24,17 @@ class Method:
 
 @dataclass(frozen=True)
 class Budget:
-    """The limits of a study and of its models. `deadline` is a time in seconds, as `time.time()` returns it."""
+    """The limits of a study and of its models. `deadline` is a time in seconds, as `time.time()` returns it.
+
+    `more_trials` is a number of trials beyond those that the study has; `n_trials` then follows from it.
+    """
 
     n_trials: int
     seeds_per_trial: int = 1
     deadline: float | None = None
     max_params: int | None = None
     max_flops: float | None = None  # of one forward pass, per sample
+    more_trials: int | None = None
 
 
 @dataclass(frozen=True)

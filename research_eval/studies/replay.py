@@ -63,7 +63,7 @@ def replay(run_id: str, *, db: str | None = None, device: str | None = None, qui
     if row["status"] != "finished" or not metrics:
         state = row["status"] if row["status"] != "finished" else "finished, but without metrics"
         raise ConfigError(f"run {original} is {state}: there is nothing to compare a replay with")
-    result = _run_again(original, row["full_config_json"], db, device, quiet)
+    result = _run_again(row, db, device, quiet)
     with Store(db, read_only=True) as store:
         again = store.experiment(result.experiment_id)
         repeated = store.metrics(result.experiment_id)
@@ -73,12 +73,15 @@ def replay(run_id: str, *, db: str | None = None, device: str | None = None, qui
     return _compared(original, result, metrics, repeated, environment)
 
 
-def _run_again(original: str, config_json: str | None, db: str | None, device: str | None, quiet: bool) -> Result:
+def _run_again(row: dict[str, Any], db: str | None, device: str | None, quiet: bool) -> Result:
     """Run the stored config, on another device if one is given."""
     from research_eval.config.check import config_from_dict
     from research_eval.experiment import run  # here, because it imports torch, and a refusal must not wait for that
+    from research_eval.studies.original_trials import config_of, is_adopted
 
-    config = config_from_dict(json_object(config_json), source=f"run {original}")
+    original = row["experiment_id"]
+    stored = config_of(row) if is_adopted(row) else json_object(row["full_config_json"])
+    config = config_from_dict(stored, source=f"run {original}")
     if device is not None:
         settings = config.to_dict()
         settings["training_params"]["device"] = device

@@ -30,6 +30,7 @@ from research_eval.config.sections import ExperimentConfig
 from research_eval.errors import ConfigError
 from research_eval.experiment import run
 from research_eval.registry import EXTENSION_PREFIX, MODELS_MAP, SYNTHETIC_DATASETS
+from research_eval.runs.continuation import check_continuations
 from research_eval.runs.journal import Result
 from research_eval.store.connection import database_url
 from research_eval.store.csv_file import csv_accepts_rows
@@ -66,6 +67,8 @@ def run_all(
     all runs write a checkpoint and end as interrupted; runs that have not begun never begin. Raises KeyboardInterrupt,
     with the signal's number, if a signal kept runs from beginning and stopped none.
     """
+    if resume and len(configs) > 1:  # one run finds it out itself
+        check_continuations(configs, db)
     size = pool_size(configs)
     endings = _Pool(configs, size, db, resume, quiet).endings() if size > 1 else _in_turn(configs, db, resume, quiet)
     failure, is_interrupted = None, False

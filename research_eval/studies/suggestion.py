@@ -41,6 +41,7 @@ from research_eval.store.values import canonical_json
 from research_eval.studies import adapter
 from research_eval.studies.distributions import Infeasible
 from research_eval.studies.novelty import Novelty
+from research_eval.studies.original_trials import with_translations
 from research_eval.studies.past_runs import PastRun, Template, find_templates, past_runs
 from research_eval.studies.perturbation import (
     Config,
@@ -117,7 +118,8 @@ class Suggestion:
 def suggest(store: Store, request: Request) -> list[Suggestion]:
     """Find new configs: at least one, at most `top_n` * `num_variations_per_config`. Raises ConfigError."""
     rows = store.runs(request.dataset_name, [request.metric_name])
-    past = past_runs([row for row in rows if row.model_type == request.model_type], request.metric_name)
+    own = [row for row in rows if row.model_type == request.model_type]
+    past = past_runs(with_translations(store, request.dataset_name, own), request.metric_name)
     templates = find_templates(past, request.metric_name, request.top_n)
     if not templates:
         raise _nothing_to_start_from(store, rows, request)

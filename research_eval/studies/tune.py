@@ -29,7 +29,7 @@ from research_eval.store.values import canonical_json
 from research_eval.studies import adapter, workers
 from research_eval.studies.adapter import StoredTrial, trial_records
 from research_eval.studies.distributions import Infeasible, random_pick
-from research_eval.studies.initial_trials import add_past_runs, enqueue_grid
+from research_eval.studies.initial_trials import add_past_runs, add_trials, enqueue_grid
 from research_eval.studies.options import StudyOptions
 from research_eval.studies.proposals import MAX_PROPOSALS, over_budget, splits_of
 from research_eval.studies.queue import TrialQueue
@@ -96,7 +96,15 @@ def _run_study(queue: TrialQueue, quiet: bool) -> int:
         add_past_runs(queue)
     if queue.options.method.sampler == "grid":
         enqueue_grid(queue)
-    options = queue.options  # a small grid has made the budget smaller
+    elif queue.options.budget.more_trials is not None:
+        add_trials(queue)
+    options = queue.options  # with another budget after a small grid, and with more trials
+    trials = queue.own_trials()
+    if len(trials) >= options.budget.n_trials and all(trial.state.is_finished() for trial in trials):
+        log.warning(
+            "study %s: all of its %d trials are done, and no more are asked for. Add some with --more_trials N",
+            *(options.study_name, len(trials)),
+        )
     files = files_of(options)
     exit_code = 0
     try:

@@ -17,7 +17,7 @@ from research_eval.training.checkpointer import CHECKPOINT_FILE as CHECKPOINT_FI
 from research_eval.training.checkpointer import MODEL_FILE as MODEL_FILE
 from research_eval.training.checkpointer import Checkpointer
 from research_eval.training.evaluate import evaluate
-from research_eval.training.optimizers import build_optimizer, build_schedule
+from research_eval.training.optimizers import build_optimizer, build_schedule, steps_per_epoch
 from research_eval.training.parallel import OneProcess, Parallel
 from research_eval.training.routing_watch import RoutingWatch
 from research_eval.training.runtime import Runtime, stop_requests
@@ -60,8 +60,8 @@ def fit(
     )
     validation = Batches(data.validation, options.eval_batch_size or config.batch_size, runtime.device)
     every = options.gradient_accumulation_steps
-    steps_per_epoch = math.ceil(len(train) / every)
-    total_steps = steps_per_epoch * config.epochs
+    per_epoch = steps_per_epoch(config, len(data.train))
+    total_steps = per_epoch * config.epochs
 
     optimizer = build_optimizer(model, config.optimizer_params)
     schedule = build_schedule(optimizer, config.scheduler_params, total_steps)
@@ -72,14 +72,14 @@ def fit(
     runtime.seed(config.seed, "training")  # before `restore`, which loads the generators of a checkpoint
     checkpointer = Checkpointer(folder, model, average, optimizer, schedule)
     state = checkpointer.restore(total_steps)
-    observer.start(state, steps_per_epoch, total_steps)
+    observer.start(state, per_epoch, total_steps)
     # `seconds` sums all sessions of a run, so the clock starts earlier by the seconds of the others.
     started, meter, evaluation = time.perf_counter() - state.seconds, Meter(), None
 
     with stop_requests() as request:
         while state.step < total_steps and not state.stopped_early:
             # After a resume, the epoch continues after its finished steps: its order depends on the seed alone.
-            epoch, steps_done = divmod(state.step, steps_per_epoch)
+            epoch, steps_done = divmod(state.step, per_epoch)
             order = train.order(epoch)[steps_done * every :]
             for first in range(0, len(order), every):
                 if not model.training:  # an evaluation came before
@@ -92,7 +92,7 @@ def fit(
                 state.step += 1
                 model.after_step(state.step / total_steps)
 
-                epoch_ends = state.step % steps_per_epoch == 0
+                epoch_ends = state.step % per_epoch == 0
                 due = epoch_ends if options.checkpoint_every is None else state.step % options.checkpoint_every == 0
                 # A report empties the meter, so every checkpoint follows one: it need not hold the meter.
                 if epoch_ends or state.step % options.log_every == 0 or due or request.signal:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from research_eval.config.sections import OptimizerParams, SchedulerParams
+from research_eval.config.sections import ExperimentConfig, OptimizerParams, SchedulerParams
 
 # Weight decay shrinks weights towards zero, which has no meaning for scales, offsets and look-up tables.
 NORMS_AND_TABLES = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
@@ -51,6 +51,11 @@ def build_optimizer(model: nn.Module, params: OptimizerParams) -> torch.optim.Op
     if params.name == "sgd":
         return torch.optim.SGD(groups, momentum=params.momentum, fused=True)
     return torch.optim.AdamW(groups, fused=True)
+
+
+def steps_per_epoch(config: ExperimentConfig, num_samples: int) -> int:
+    """Optimiser steps of one pass over the training split; the last one may have fewer samples."""
+    return math.ceil(num_samples / (config.batch_size * config.training_params.gradient_accumulation_steps))
 
 
 def learning_rate_factor(step: int, total_steps: int, params: SchedulerParams) -> float:

@@ -68,6 +68,11 @@ class Balance(nn.Module):
                 bias_N.copy_(balanced_bias(bias_N, counts_N, rate))
         self.counts.zero_()
 
+    def scheduled_options(self) -> tuple[str, ...]:
+        """The options whose effect follows the finished share of the training."""
+        names = ("balance_decay", "router_entropy_coef")
+        return tuple(name for name in names if getattr(self.settings, name))
+
     def _share_left(self, done: float) -> float:
         """The factor of the balancing after the share `done` of the training, from 1 to 0."""
         decay = self.settings.balance_decay

@@ -65,6 +65,10 @@ class ChoiceMode(ABC):
         `done` is the finished share of the training, from 0 to 1. `bias_N` is the balance bias of the step.
         """
 
+    def scheduled_options(self) -> tuple[str, ...]:
+        """The options whose effect follows `done`; of a mode that does not say, the mode itself."""
+        return ("router_mode",)
+
     def strength(self, chosen_B: Tensor) -> Tensor:
         """The coefficient c in evaluation of an expert with this probability, [B] -> [B]."""
         return torch.ones_like(chosen_B)
@@ -99,6 +103,9 @@ class Gate(ChoiceMode):
 
     uses_balance_bias = True
 
+    def scheduled_options(self) -> tuple[str, ...]:
+        return ("exploration",) if self.settings.exploration else ()
+
     def strength(self, chosen_B: Tensor) -> Tensor:
         return self.settings.gate_scale * chosen_B
 
@@ -130,6 +137,9 @@ class NoisyChoice(ChoiceMode):
         share = min(done / TAU_SHARE, 1.0)
         tau, smallest = self.settings.gumbel_tau, self.settings.gumbel_tau_min
         return tau * (smallest / tau) ** share
+
+    def scheduled_options(self) -> tuple[str, ...]:
+        return ("gumbel_tau_min",) if self.temperature(0.0) != self.temperature(1.0) else ()
 
     def coefficient(self, chosen_B: Tensor) -> Tensor:
         """c of the chosen action, whose probability is `chosen`."""

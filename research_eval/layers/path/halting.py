@@ -76,6 +76,10 @@ class Halting(nn.Module):
         """The price of long paths, and the rule's other auxiliary terms."""
         return {}
 
+    def scheduled_options(self) -> tuple[str, ...]:
+        """The options whose effect follows the finished share of the training."""
+        return ()
+
     def step_price(self) -> float:
         """The price of an executed step in the reward, for modes that learn from the reward."""
         return self.settings.path_penalty_coef
@@ -185,6 +189,9 @@ class Ponder(DecidedByRouter):
             "ponder_kl": AuxiliaryLoss(kl, on * self.settings.ponder_kl_coef),
             "path_penalty": AuxiliaryLoss(length, on * self.settings.path_penalty_coef),
         }
+
+    def scheduled_options(self) -> tuple[str, ...]:
+        return ("halt_warmup",) if self.settings.halt_warmup else ()
 
     def step_price(self) -> float:
         """Zero: the expected length is a loss term of its own."""

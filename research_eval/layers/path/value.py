@@ -65,6 +65,11 @@ class ValueEstimate(nn.Module):
         values_BA, state_value_B = self.action_values(summary_BS, step)
         return values_BA, state_value_B, self.q_logit_scale * values_BA.detach() if self.q_logit_scale else None
 
+    def scheduled_options(self) -> tuple[str, ...]:
+        """The options whose effect follows the finished share of the training."""
+        is_used = self.action_values is not None and self._settings.discount != self._settings.discount_final
+        return ("discount_final",) if is_used else ()
+
     def num_weights(self) -> int:
         """Weights that one estimate multiplies."""
         if self.action_values is None:
