@@ -33,7 +33,7 @@ from research_eval.training.checkpoint import load_tensors
 from research_eval.training.fit import CHECKPOINT_FILE, MODEL_FILE
 
 # Each with something that has to survive: averaged weights, patience, several batches per step, a balance, traces,
-# alarms, and weights that are scored on the test split although an earlier epoch had the best ones.
+# alarms, the score on the test split, and best weights from the first part.
 EXACT: dict[str, dict[str, Any]] = {
     "dense": {"training_params": {"ema_decay": 0.5, "early_stopping_patience": 9, "gradient_accumulation_steps": 2}},
     "moe": {"model_type": "moe", "training_params": {"test": True, "checkpoint_every": 3}},
@@ -42,6 +42,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "st": {
         "model_type": "goe_original",
         "model_params": {"router_mode": "st", "gumbel_tau": 1.0, "gumbel_tau_min": 1.0},
+        "optimizer_params": {"lr": 1e-30},  # nothing changes, so that the first epoch keeps the best weights
     },
     "wsd": {"scheduler_params": {"name": "wsd", "warmup_factor": 0.0, "min_lr_factor": 1.0}},
 }

@@ -31,8 +31,9 @@ from research_eval.main import cli, main, objective
 from research_eval.registry import MODELS_MAP
 from research_eval.schema import config_from_dict
 from research_eval.studies import adapter, pruning, workers
-from research_eval.studies.adapter import StoredTrial, trial_records
+from research_eval.studies.adapter import StoredTrial, given_values, trial_records
 from research_eval.studies.distributions import grid_values
+from research_eval.studies.initial_trials import add_trials, enqueue_grid
 from research_eval.studies.options import StudyOptions
 from research_eval.studies.pruning import PruningCallback, dominated, make_pruner, standing
 from research_eval.studies.queue import TrialQueue
@@ -361,6 +362,10 @@ def test_a_key_error_of_a_run_is_not_taken_for_a_missing_metric(monkeypatch: pyt
 
 
 def study_options_of(*more: str, **keywords: Any) -> StudyOptions:
+    return options_of_line(arguments(*more, **keywords))
+
+
+def options_of_line(line: list[str]) -> StudyOptions:
     import argparse
 
     from research_eval.cli.run import add_common_arguments
@@ -368,7 +373,7 @@ def study_options_of(*more: str, **keywords: Any) -> StudyOptions:
     parser = argparse.ArgumentParser()
     add_common_arguments(parser)
     add_study_arguments(parser)
-    return study_options(parser.parse_args(arguments(*more, **keywords)))
+    return study_options(parser.parse_args(line))
 
 
 def test_the_budget_is_exact_however_many_claim() -> None:
@@ -421,6 +426,61 @@ def test_a_heartbeat_keeps_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
         assert queue.claim("eager") is None
     time.sleep(4.5)
     assert queue.claim("eager") == trial_id
+
+
+def with_more(number: int, *flags: str, name: str = "s") -> list[str]:
+    """`arguments` without --n_trials."""
+    line = arguments("--more_trials", str(number), *flags, name=name)
+    place = line.index("--n_trials")
+    return line[:place] + line[place + 2 :]
+
+
+def test_a_study_that_is_done_says_so_and_takes_more_trials() -> None:
+    flags = ("--model_types", "dense", "--pruner", "none", "--quiet")
+    assert "are done" not in study_of(*flags, n_trials=2, epochs=1).err
+    again = study_of(*flags, n_trials=1, epochs=1)
+    assert again.code == 0
+    assert (
+        "study s: all of its 2 trials are done, and no more are asked for. Add some with --more_trials N" in again.err
+    )
+    longer = command(main, *with_more(1, *flags, "--epochs", "1"))
+    assert longer.code == 0 and "study s: 3 of 3 trials (3 finished)" in longer.out and longer.err == ""
+    assert [row["status"] for row in rows()] == ["finished"] * 3
+    assert "3 of 3 trials" in study_of(*flags, n_trials=3, epochs=1).out  # the same study as with --n_trials 3
+
+
+def test_two_commands_add_their_trials_both() -> None:
+    """The second one comes before a worker of the first has begun, and neither takes the other's for its own."""
+    first, second = (TrialQueue(options_of_line(with_more(2))) for _ in range(2))
+    add_trials(first)
+    add_trials(second)
+    assert (first.options.budget.n_trials, second.options.budget.n_trials) == (2, 4)
+    claimed = [queue.claim(f"w{number}") for number, queue in enumerate((first, first, second, second))]
+    assert len({trial.number for trial in claimed if trial is not None}) == 4
+    assert first.claim("x") is None and second.claim("x") is None
+
+
+def test_a_grid_takes_more_of_its_points() -> None:
+    line = ("--sampler", "grid", "--model_types", "dense")
+    queue = TrialQueue(options_of_line(with_more(3, *line)))
+    enqueue_grid(queue)
+    assert len(queue.own_trials()) == queue.options.budget.n_trials == 3
+    queue_again = TrialQueue(options_of_line(with_more(2, *line)))
+    enqueue_grid(queue_again)
+    points = [json.dumps(given_values(trial)) for trial in queue_again.own_trials()]
+    assert len(set(points)) == len(points) == queue_again.options.budget.n_trials == 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--n_trials", "3"), "--n_trials counts all trials of a study, and --more_trials those to be added: give one"),
+        (("--more_trials", "0"), "--more_trials: expected a whole number of at least 1, got 0"),
+    ],
+)
+def test_more_trials_that_make_no_sense(flags: tuple[str, str], message: str) -> None:
+    ended = command(main, *with_more(1, *flags))
+    assert ended.code == 2 and message in ended.err
 
 
 def test_who_was_taken_for_dead_does_not_have_the_last_word() -> None:

@@ -18,7 +18,8 @@ DESCRIPTION = "copy the runs of another database into this one"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `goe merge`."""
-    parser.add_argument("other", metavar="OTHER_DB", help="the database whose runs are copied; it is only read")
+    text = "the database whose runs are copied; it is only read (one of the public original is adopted first)"
+    parser.add_argument("other", metavar="OTHER_DB", help=text)
     add_flag(parser, "db", metavar="URL_OR_PATH", help="where they go (default: $GOE_DB, else experiment_results.db)")
 
 

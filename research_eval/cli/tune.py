@@ -56,17 +56,8 @@ FIXED_BY = {
     **{f"dataset_params.{parameter}": flag for flag, (_, parameter) in DATA_FLAGS.items()},
 }
 STUDY_ONLY = (  # flags that one experiment does not have
-    *(
-        "study_name",
-        "storage",
-        "n_trials",
-        "more_trials",
-        "dataset_type",
-        "dataset_name",
-        "model_types",
-        "sampler",
-        "pruner",
-    ),
+    *("study_name", "storage", "n_trials", "more_trials", "dataset_type", "dataset_name", "model_types", "sampler"),
+    "pruner",
     *("objectives", "max_params", "max_flops", "n_jobs", "timeout", "seeds_per_trial", "search_space", "warm_start"),
     *(name for name in DATA_FLAGS if name != "data_dir"),
 )

@@ -205,7 +205,9 @@ def summary(options: StudyOptions, records: list[TrialRecord], written: list[Pat
     if len(reasons) > MAX_REASONS:
         lines.append(f"  ... and {len(reasons) - MAX_REASONS} more")
     if len(records) < n_trials or exit_code:
-        lines.append("  the same command continues with the rest")
+        added = options.budget.more_trials is not None
+        how = f"--n_trials {n_trials} in place of --more_trials" if added else "the same command"
+        lines.append(f"  {how} continues with the rest")
     return "\n".join([*lines, *(f"  {path}" for path in written)])
 
 
