@@ -66,6 +66,13 @@ class When:
         self.name, self.values = name, values
 
 
+class Younger:
+    """Marks an option that is younger than stored configs: a config leaves it out where it has its default.
+
+    A config that does not use the option then stays equal to those that were stored before there was one.
+    """
+
+
 Count = Annotated[int, Field(ge=1, le=INT_MAX)]
 Natural = Annotated[int, Field(ge=0, le=INT_MAX)]
 Steps = Annotated[int, Field(ge=1, le=10_000)]  # executed one after the other, so that a large number never ends

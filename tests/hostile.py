@@ -876,6 +876,7 @@ def data_cases() -> Iterator[Case]:
         "a header of 5 MB": b"x" * (5 << 20) + b",label\n1,2\n",
     }
     strange = {"NUL in a text", "a quote that is not closed"}  # but texts
+    strange |= {"UTF-16", "gzip"}  # their first bytes say so
     strange |= {"labels are floats", "labels are dates", "a label of 10^18", "negative labels", "labels beyond 64 bits"}
     for name, content in csvs.items():
         codes = (0,) if name in strange else (2,)
@@ -902,7 +903,38 @@ def data_cases() -> Iterator[Case]:
         "one line of 20 MB": b'{"text": "' + b"x" * (20 << 20) + b'", "label": "a"}\n',
     }
     for name, content in jsonls.items():
-        yield case(f"JSONL, {name}", {"train.jsonl": content}, r"train|dataset_params|data")
+        codes = (0,) if name in ("UTF-16", "gzip") else (2,)
+        yield case(f"JSONL, {name}", {"train.jsonl": content}, r"train|dataset_params|data", codes)
+
+    compressed = {
+        "a gzip bomb": ("train.csv.gz", gzip.compress(good + b"x" * (200 << 20))),
+        "a Zstandard bomb": ("train.jsonl.zst", pa.compress(b" " * (200 << 20), "zstd", asbytes=True)),
+        "a gzip file that is cut off": ("train.csv.gz", gzip.compress(good * 50)[:-20]),
+        "a gzip file with a wrong checksum": ("train.csv.gz", gzip.compress(good)[:-8] + b"\0" * 8),
+        "zeros after the mark of gzip": ("train.csv.gz", b"\x1f\x8b" + b"\0" * 100),
+        "zeros after the mark of Zstandard": ("train.csv.zst", b"\x28\xb5\x2f\xfd" + b"\0" * 100),
+        "gzip in gzip": ("train.csv.gz", gzip.compress(gzip.compress(good))),
+        "a Parquet file of zeros in gzip": ("train.parquet.gz", gzip.compress(b"PAR1" + b"\0" * 100)),
+        "an archive": ("train.csv.gz", b"PK\x03\x04" + b"\0" * 100),
+    }
+    for name, (file, content) in compressed.items():
+        yield case(name, {file: content}, r"train\.(csv|jsonl|parquet)")
+    documents = {
+        "a deep list": b"[" * 200_000,
+        "deep objects": b'[{"text": ' + b'{"a":' * 5000 + b"1" + b"}" * 5000 + b"}]",
+        "not closed": b'[{"text": "a", "label": "b"}',
+        "a number": b"5",
+        "a list of numbers": b"[1, 2]",
+        "an empty list": b"[]",
+        "lists of different lengths": b'{"text": ["a"], "label": []}',
+        "duplicate keys": b'[{"text": "a", "text": "b", "label": "x"}]',
+        "NaN": b'[{"text": NaN, "label": "x"}]',
+        "half a pair": b'[{"text": "\\ud800", "label": "x"}, {"text": "a", "label": "y"}]',
+        "changing types": b'[{"text": "a", "label": 1}, {"text": "b", "label": "x"}]',
+        "a text that is a list": b'[{"text": ["a"], "label": "x"}, {"text": ["b"], "label": "y"}]',
+    }
+    for name, content in documents.items():
+        yield case(f"JSON, {name}", {"train.json": content}, r"train\.json")
 
     def patched(position: int, content: bytes) -> bytes:
         position %= len(table)
@@ -978,6 +1010,25 @@ def data_cases() -> Iterator[Case]:
     yield case(
         "a class that train lacks", {"train.csv": good, "validation.csv": csv_bytes([("x", "ugly")])}, "validation"
     )
+    for name, option in {
+        "delimiter of two characters": {"delimiter": "::"},
+        "delimiter that is a letter": {"delimiter": "a"},
+        "delimiter that is a quotation mark": {"delimiter": '"'},
+        "delimiter that is nothing": {"delimiter": ""},
+        "encoding that does not exist": {"encoding": "utf-9"},
+        "encoding that is none of texts": {"encoding": "zip"},
+        "encoding that does not fit": {"encoding": "utf-16"},
+        "columns that do not fit": {"columns": ["text"]},
+        "columns that repeat": {"columns": ["text", "text"]},
+        "no text_field": {"text_field": []},
+        "a text_field twice": {"text_field": ["text", "text"]},
+        "a text_field that is not there": {"text_field": ["text", "title"]},
+        "val_size of all rows": {"val_size": 10**6},
+        "val_size and test_size of all rows": {"val_size": 0.5, "test_size": 0.5},
+        "val_size of 0": {"val_size": 0},
+        "test_size below 0": {"test_size": -0.5},
+    }.items():
+        yield case(name, {"train.csv": good}, "|".join(option), **option)
     yield case("text_field is label_field", {"train.csv": good}, "text_field|label|train", text_field="label")
     yield case("a field that is not there", {"train.csv": good}, "text_field", text_field="'; DROP TABLE x")
     yield case("too rare words", {"train.csv": good}, "min_frequency", min_frequency=10**6)

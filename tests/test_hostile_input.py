@@ -193,7 +193,7 @@ def test_a_text_that_a_small_file_names_often_is_not_written_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "train.parquet").write_bytes(bomb_table(rows=100))  # 100 MB, of which the file holds 1
-    monkeypatch.setattr("research_eval.datasets.text.files.MAX_SPLIT_BYTES", 10_000_000)
+    monkeypatch.setattr("research_eval.datasets.text.opening.MAX_SPLIT_BYTES", 10_000_000)
     dataset = TextDataset(dataset_name="bomb", data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))
     with pytest.raises(ConfigError, match="holds more than"):
         dataset.splits()

@@ -86,7 +86,7 @@ def test_every_format_gives_the_same_splits(folder, suffix, validation_name):
 
 
 def test_line_breaks_in_a_large_csv_stay_in_their_row(folder, monkeypatch):
-    monkeypatch.setattr("research_eval.datasets.text.files.BLOCK_BYTES", 100)
+    monkeypatch.setattr("research_eval.datasets.text.tables.BLOCK_BYTES", 100)
     write(folder / "train.csv", {"text": ["one\n\ntwo\nthree\nfour"] * 20, "label": [0, 1] * 10})
     assert texts_of(load(folder), "train") == ["one two three four"] * 18
 
@@ -139,15 +139,15 @@ def test_shards_are_joined_and_a_missing_one_is_named(folder):
 
 def test_fields_are_found_by_parameter_by_table_and_by_default(folder, monkeypatch):
     rows = made_up(20)
-    write(folder / "train.csv", {"sentence": rows["text"], "kind": rows["label"]})
-    monkeypatch.setitem(providers.TEXT_FIELDS, "known", TextSource("x", None, None, ("body", "sentence"), ("kind",)))
-    by_parameter = load(folder, text_field="sentence", label_field="kind")
+    write(folder / "train.csv", {"words": rows["text"], "kind": rows["label"]})
+    monkeypatch.setitem(providers.TEXT_FIELDS, "known", TextSource("x", None, None, ("body", "words"), ("kind",)))
+    by_parameter = load(folder, text_field="words", label_field="kind")
     by_table = TextDataset(dataset_name="known", data_dir=str(folder), min_frequency=1).splits()
     assert by_parameter.fingerprint == by_table.fingerprint
-    with pytest.raises(ConfigError, match=r"train\.csv: no column 'text'; found sentence, kind\. Set .*text_field"):
+    with pytest.raises(ConfigError, match=r"train\.csv: no column 'text' .*; found words, kind\. Set .*text_field"):
         load(folder)
     with pytest.raises(ConfigError, match=r"no column 'label'.*label_field"):
-        load(folder, text_field="sentence")
+        load(folder, text_field="words")
 
 
 def test_string_labels_are_numbered_in_sorted_order_in_every_split(folder):
@@ -366,7 +366,7 @@ def test_duplicates_between_train_and_validation_are_counted_without_case_and_la
 
 def test_word_tokens_split_punctuation_lower_case_and_drop_html_breaks():
     tokenizer = train_tokenizer(["Don't stop.<br /><br/>Café!"], "word", 100, 1, lowercase=True)
-    assert tokenizer.encode("don't STOP <br>cafe").tokens == ["don", "'", "t", "stop", "cafe"]
+    assert tokenizer.encode("don't STOP <br>CAFÉ").tokens == ["don", "'", "t", "stop", "café"]
     cased = train_tokenizer(["Don't stop"], "word", 100, 1, lowercase=False)
     assert cased.encode("Don don").tokens == ["Don", "[UNK]"]
 
@@ -604,13 +604,14 @@ def test_missing_and_unreadable_files_are_explained(folder, tmp_path):
     with pytest.raises(ConfigError, match="there is no file or folder"):
         load(tmp_path / "nowhere")
     folder.mkdir()
-    with pytest.raises(ConfigError, match=r"no train\.parquet, train\.csv, train\.tsv, train\.jsonl; found nothing"):
+    with pytest.raises(ConfigError, match=r"no train\.parquet, train\.csv, .*train\.ndjson; found nothing"):
         load(folder)
     (folder / "notes.txt").write_text("hello")
     with pytest.raises(ConfigError, match=r"found notes\.txt"):
         load(folder)
+    (folder / "notes.md").write_text("hello")
     with pytest.raises(ConfigError, match=r"has to end with \.parquet"):
-        load(folder / "notes.txt")
+        load(folder / "notes.md")
     for name, content in [
         ("train.parquet", b"no parquet"),
         ("train.csv", b"text,label\na,b,c\n"),

@@ -124,8 +124,8 @@ def test_errors_name_the_source(sources: list[str], tmp_path: Path) -> None:
     write(tmp_path / "tiny" / "train.jsonl", [("one", 0), ("two", 1)])
     with pytest.raises(ConfigError, match="tiny: no validation split, and every class has one row only"):
         load([*sources, str(tmp_path / "tiny")])
-    write(tmp_path / "other" / "train.jsonl", rows_of("x", 9, 2), text_field="body")
-    with pytest.raises(ConfigError, match=r"other/train.jsonl: no column 'text'; found body, label"):
+    write(tmp_path / "other" / "train.jsonl", rows_of("x", 9, 2), text_field="words")
+    with pytest.raises(ConfigError, match=r"other/train.jsonl: no column 'text'; found words, label"):
         load([*sources, str(tmp_path / "other")])
 
 

@@ -22,6 +22,7 @@ from research_eval.config.signatures import (
     json_text,
     signature_model,
     spellings_of,
+    younger_fields,
 )
 from research_eval.datasets.kinds import DATASET_KINDS, DatasetKind
 from research_eval.errors import ConfigError
@@ -111,8 +112,13 @@ def _arguments(
         name: getattr(checked, field) for field, name in zip(model.model_fields, fields_of(model), strict=True)
     }
     arguments |= checked.model_extra or {}
-    # What JSON cannot hold stays with the constructor.
-    arguments = {name: value for name, value in arguments.items() if name in values or json_text(value) is not None}
+    # What JSON cannot hold stays with the constructor, and so does the default of a younger option.
+    left_out = younger_fields(model)
+    arguments = {
+        name: value
+        for name, value in arguments.items()
+        if name in values or (name not in left_out and json_text(value) is not None)
+    }
     fit_each_other = _try(lambda: grouped_arguments(cls, arguments), section, report)
     return arguments if fit_each_other else None
 

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
-from research_eval.annotations import REQUIRED, Aka, options_of, takes_any_option
+from research_eval.annotations import REQUIRED, Aka, Younger, options_of, takes_any_option
 from research_eval.datasets.kinds import RealWorld, Synthetic, dataset_kind
 
 # The options that the program sets itself, so that no config may set them.
@@ -77,6 +77,13 @@ def spellings_of(model: type[BaseModel]) -> dict[str, str]:
         spelling: name
         for name, field in fields_of(model).items()
         for spelling in (name, *(other for aka in field.metadata if isinstance(aka, Aka) for other in aka.names))
+    }
+
+
+def younger_fields(model: type[BaseModel]) -> set[str]:
+    """The canonical names of the options that a stored config leaves out where they have their default."""
+    return {
+        name for name, field in fields_of(model).items() if any(isinstance(word, Younger) for word in field.metadata)
     }
 
 

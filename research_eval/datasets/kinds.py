@@ -21,6 +21,8 @@ from research_eval.registry import SYNTHETIC_DATASETS, Registry
 from research_eval.wording import did_you_mean, hint, largest_of
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from research_eval.datasets.token_data import DataSplits
     from research_eval.routing.automaton import Automaton
 
@@ -51,6 +53,12 @@ class DatasetKind(ABC):
     @abstractmethod
     def splits(self, dataset_name: str, dataset_params: dict[str, Any], seed: int) -> DataSplits:
         """Make or read the data. Raises ConfigError for unusable data."""
+
+    def splits_with(
+        self, dataset_name: str, dataset_params: dict[str, Any], seed: int, tokenizer: Tokenizer
+    ) -> DataSplits:
+        """As `splits`, with the tokenizer of an earlier run if the kind trains one. Raises ConfigError."""
+        return self.splits(dataset_name, dataset_params, seed)
 
     def accepts(self, dataset_name: str, dataset_params: Mapping[str, Any]) -> bool:
         """Whether the name, together with these (unchecked) parameters, can be a data set of this kind."""
@@ -178,6 +186,13 @@ class RealWorld(DatasetKind):
         from research_eval.datasets.text import TextDataset
 
         return build(TextDataset, {"dataset_name": dataset_name, **dataset_params}).splits(seed)
+
+    def splits_with(
+        self, dataset_name: str, dataset_params: dict[str, Any], seed: int, tokenizer: Tokenizer
+    ) -> DataSplits:
+        from research_eval.datasets.text import TextDataset
+
+        return build(TextDataset, {"dataset_name": dataset_name, **dataset_params}).splits(seed, tokenizer)
 
     def accepts(self, dataset_name: str, dataset_params: Mapping[str, Any]) -> bool:
         own_files = dataset_params.get("data_dir") or dataset_params.get("sources")

@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from research_eval.datasets.kinds import dataset_kind
 from research_eval.datasets.text import TEXT_FIELDS, TextSource, source
@@ -31,15 +32,22 @@ REAL_WORLD_DATASETS: list[str] = list(TEXT_FIELDS)
 source.real_world_names = lambda: REAL_WORLD_DATASETS
 
 
-def load_splits(dataset_type: str, dataset_name: str, dataset_params: dict[str, Any], seed: int) -> DataSplits:
+def load_splits(
+    dataset_type: str, dataset_name: str, dataset_params: dict[str, Any], seed: int, tokenizer: Tokenizer | None = None
+) -> DataSplits:
     """The splits of any dataset. Raises ConfigError for unknown types and names, and for unusable data.
+
+    A `tokenizer` of an earlier run takes the place of the one that a kind would train.
 
     If the fingerprint has hashes of the splits but no `data_sha256`, that follows from them. Generated splits change
     with the seed, so for them the kind itself has to give a hash that does not.
     """
     kind = dataset_kind(dataset_type)
     kind.check_name(dataset_name, dataset_params)
-    splits = kind.splits(dataset_name, dataset_params, seed)
+    if tokenizer is None:
+        splits = kind.splits(dataset_name, dataset_params, seed)
+    else:
+        splits = kind.splits_with(dataset_name, dataset_params, seed, tokenizer)
     hashes = splits.fingerprint.get("sha256")
     if hashes and not kind.generated:
         whole = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()  # as in migration 0004

@@ -17,13 +17,14 @@ from research_eval.files import run_folder
 from research_eval.runs.continuation import Continuation, earlier_run, say_what_differs
 from research_eval.runs.folder import new_id
 from research_eval.runs.journal import Result, Watch, csv_row, start_row
+from research_eval.runs.predict import read_description, read_tokenizer
 from research_eval.runs.prepare import Prepared
 from research_eval.store.csv_file import append_if_possible, csv_accepts_rows
 from research_eval.store.pending import with_retries
 from research_eval.store.store import Store
 from research_eval.store.tables import CONTINUES
 from research_eval.system.environment import environment_record
-from research_eval.system.untrusted import stored_object
+from research_eval.system.untrusted import in_folder, stored_object
 from research_eval.training.checkpoint import checkpoint_exists
 from research_eval.training.checkpointer import CHECKPOINT_FILE
 from research_eval.training.optimizers import steps_per_epoch
@@ -74,6 +75,7 @@ class RunEntry:
         if trial is not None:
             self._known = store.find_id(trial.experiment_id)
         ids = (self._known["experiment_id"] if self._known else None, trial.experiment_id if trial else None)
+        self._keep_tokenizer()
         self.experiment_id: str = next((name for name in ids if name), None) or new_id()
 
     def _row_to_resume(self) -> dict[str, Any] | None:
@@ -112,6 +114,31 @@ class RunEntry:
             *(newest["experiment_id"], split, then[:12], now[:12]),
         )
         return None
+
+    def _keep_tokenizer(self) -> None:
+        """Load the data with the tokenizer of the run that this one continues or repeats, if it has another one.
+
+        An earlier version of the program may have trained another tokenizer on the same texts. The weights of a
+        checkpoint belong to the ids of their own tokenizer.
+        """
+        row, config = self._known, self._config
+        origin = self._parent_id if self._earlier is None else self._earlier.run_id
+        if row is None and origin is not None:
+            row = self._store.find_id(origin)
+        folder = None if row is None else run_folder(row["experiment_id"])
+        if row is None or folder is None or not in_folder(folder, "tokenizer.json").exists():
+            return
+        if row is self._known and (row["status"] == "finished" or not checkpoint_exists(folder / CHECKPOINT_FILE)):
+            return
+        source = config.dataset_type, config.dataset_name, config.dataset_params, config.seed
+        self.data = self.data or load_splits(*source)
+        known, present = (found.get("tokenizer_sha256") for found in (_fingerprint(row), self.data.fingerprint))
+        if present is None or present == known or changed_split(row, self.data) is not None:
+            return
+        tokenizer = read_tokenizer(folder, read_description(folder)["vocab_size"])
+        if tokenizer is not None and tokenizer.to_str() != self.data.tokenizer.to_str():
+            log.info("run %s: its own tokenizer is used, because the present one is another", row["experiment_id"])
+            self.data = load_splits(*source, tokenizer=tokenizer)
 
     def result_if_finished(self, to_csv: bool = True) -> Result | None:
         """The result of a run that is already finished; None if there is something left to do.
@@ -215,7 +242,13 @@ def changed_split(known: dict[str, Any], data: DataSplits) -> tuple[str, str, st
 
 def _split_hashes(row: dict[str, Any]) -> dict[str, Any]:
     """Split -> hash of its content, as a run has stored them; empty if it has not."""
+    hashes = _fingerprint(row).get("sha256")
+    return hashes if isinstance(hashes, dict) else {}
+
+
+def _fingerprint(row: dict[str, Any]) -> dict[str, Any]:
+    """What a run has stored of its data; empty if it has not."""
     try:
-        return dict(json.loads(row["env_details_json"])["data"]["sha256"])
+        return dict(json.loads(row["env_details_json"])["data"])
     except (ValueError, TypeError, LookupError, RecursionError):
         return {}

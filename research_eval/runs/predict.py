@@ -19,7 +19,8 @@ from tokenizers import Tokenizer
 from research_eval.annotations import Count, Natural
 from research_eval.config.check import config_from_dict
 from research_eval.config.sections import ExperimentConfig
-from research_eval.datasets.text import LINE_BREAK, UNK, UNK_ID, encode_texts
+from research_eval.datasets.text import UNK, UNK_ID, encode_texts
+from research_eval.datasets.text.normalizing import has_our_steps
 from research_eval.datasets.token_data import CLASSIFICATION, Batches, TokenData
 from research_eval.errors import ConfigError
 from research_eval.files import run_folder
@@ -167,7 +168,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
     text = read_limited(path, MAX_FILE_BYTES, "a tokenizer")
     content = parse_json(text, str(path))
     try:
-        if not isinstance(content, dict) or not _is_ours(content):
+        if not isinstance(content, dict) or not has_our_steps(content):
             raise ValueError("holds steps that no run of ours has")
         tokenizer = Tokenizer.from_str(text.decode())
         largest = max(tokenizer.get_vocab().values(), default=-1)
@@ -178,24 +179,6 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
     if largest >= vocab_size:
         raise ConfigError(f"{path}: id {largest} is beyond the vocabulary of {vocab_size}. Run the experiment again.")
     return tokenizer
-
-
-def _is_ours(content: dict[str, Any]) -> bool:
-    """Whether everything except the vocabulary is as `train_tokenizer` writes it.
-
-    A foreign regular expression can make matching take exponential time.
-    """
-    normalizer, words = content.get("normalizer"), content.get("pre_tokenizer")
-    steps = normalizer.get("normalizers") if isinstance(normalizer, dict) else None
-    return (
-        isinstance(steps, list)
-        and [step.get("type") for step in steps if isinstance(step, dict)] == ["Replace", "BertNormalizer"]
-        and steps[0].get("pattern") == {"Regex": LINE_BREAK}
-        and steps[0].get("content") == " "
-        and isinstance(words, dict)
-        and words.get("type") == "BertPreTokenizer"
-        and not any(content.get(key) for key in ("post_processor", "added_tokens", "truncation", "padding"))
-    )
 
 
 def load_model(config: ExperimentConfig, description: dict[str, Any], folder: Path, runtime: Runtime) -> EvaluableModel:

@@ -179,7 +179,11 @@ def header_of(path: Path, expected: Container[str], usual: str = DELIMITERS[0]) 
     It is the delimiter that gives the header most of the expected columns, and otherwise most columns; of equally good
     ones `usual`. Raises UnicodeError and csv.Error.
     """
-    headers = [(delimiter, next(_csv_lines(path, delimiter), [])) for delimiter in DELIMITERS]
+    return likeliest([(delimiter, next(_csv_lines(path, delimiter), [])) for delimiter in DELIMITERS], expected, usual)
+
+
+def likeliest(headers: list[tuple[str, list[str]]], expected: Container[str], usual: str) -> tuple[str, list[str]]:
+    """Of a header as each delimiter gives it, the one that `header_of` takes."""
     return max(headers, key=lambda one: (sum(name in expected for name in one[1]), len(one[1]), one[0] == usual))
 
 

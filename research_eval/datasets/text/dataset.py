@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import tokenizers
@@ -30,8 +31,16 @@ from research_eval.datasets.text.cache import (
     digest_texts,
 )
 from research_eval.datasets.text.hub import hub_copy
-from research_eval.datasets.text.source import TEXT_FIELDS, TextSource, source_name
-from research_eval.datasets.text.splits import Rows, folded, held_out, mixed, subset
+from research_eval.datasets.text.source import AS_USUAL, TEXT_FIELDS, ColumnNames, FileSettings, TextSource, source_name
+from research_eval.datasets.text.splits import (
+    NOTHING_HELD_OUT,
+    HeldOutSettings,
+    Rows,
+    folded,
+    mixed,
+    subset,
+    with_missing_splits,
+)
 from research_eval.datasets.text.tokenizer import (
     DEFAULT_TOKENIZER,
     UNK_ID,
@@ -65,7 +74,7 @@ class TextDataset:
     `path_length` steps of its `paths`. There is a test split if all sources have one.
     """
 
-    VERSION = 1
+    VERSION = 2  # goes up if the same rows and options give other tokens
 
     def __init__(
         self,
@@ -77,8 +86,8 @@ class TextDataset:
         data_dir: str | None = None,
         sources: Annotated[list[str], Field(min_length=2)] | None = None,
         path_length: Annotated[int, Field(ge=0, le=65536)] = 0,
-        text_field: str | None = None,
-        label_field: str | None = None,
+        file_settings: FileSettings = AS_USUAL,
+        held_out_settings: HeldOutSettings = NOTHING_HELD_OUT,
         tokenizer_settings: TokenizerSettings = DEFAULT_TOKENIZER,
         truncation: Truncation = "head",
         cache_dir: str | None = None,
@@ -94,15 +103,19 @@ class TextDataset:
         self.sources = sources
         self.path_length = path_length
         self.source = TEXT_FIELDS.get(dataset_name, TextSource(dataset_name))
-        self.text_field, self.label_field = text_field, label_field
+        self.file_settings = file_settings
+        self.held_out_settings = held_out_settings
         self.tokenizer_settings = tokenizer_settings
         self.truncation: Truncation = truncation
         self.cache = Path(cache_dir or os.environ.get("GOE_CACHE") or ".goe_cache")
 
-    def splits(self, seed: int = 0) -> DataSplits:
-        """Read, split, tokenise. The same rows for every `seed`."""
+    def splits(self, seed: int = 0, tokenizer: Tokenizer | None = None) -> DataSplits:
+        """Read, split, tokenise; with this tokenizer, or else with that of the training rows.
+
+        The same rows for every `seed`.
+        """
         rows, label_names, groups = self._rows()
-        tokenizer = self._tokenizer(rows["train"].texts)
+        tokenizer = tokenizer or self._tokenizer(rows["train"].texts)
         tokenizer_hash = digest(tokenizer.to_str())
         data, truncated = {}, {}
         for name, part in rows.items():
@@ -163,19 +176,15 @@ class TextDataset:
             return f"sources {', '.join(self.sources)}"
         return f"data_dir {self.data_dir}" if self.data_dir else f"hub {self.source.hub}"
 
-    def _fields(self, path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def _names(self, path: Path) -> ColumnNames:
         """The names that the text column and the label column may have. A source of a mix has its own."""
         source = TEXT_FIELDS.get(source_name(path), TextSource("")) if self.sources else self.source
-        return (
-            (self.text_field,) if self.text_field else source.text_fields,
-            (self.label_field,) if self.label_field else source.label_fields,
-        )
+        return ColumnNames.of(source, self.file_settings)
 
     def _chosen(self, path: Path) -> tuple[dict[str, Rows], list[str]]:
         """The rows of every split after subsets are drawn, with validation rows, and the class names."""
         rows, label_names = self.read(path)
-        if "validation" not in rows:
-            rows["train"], rows["validation"] = held_out(rows["train"], path)
+        rows = with_missing_splits(rows, self.held_out_settings, path, strict=not self.sources)
         for name, size in self.subset_sizes.items():
             rows[name] = subset(rows[name], size, name, path)
         _warn_of_untrained(rows, label_names, path)
@@ -187,21 +196,16 @@ class TextDataset:
         """The rows of every split as the files have them, and the class names."""
         from research_eval.datasets.text.files import read_rows  # Arrow takes 0.15 s to import
 
-        return read_rows(path, *self._fields(path))
+        return read_rows(path, self._names(path), self.file_settings)
 
     def _tokenizer(self, texts: list[str]) -> Tokenizer:
         """The tokenizer of these texts, from the cache if it is there."""
-        settings = self.tokenizer_settings
-        options: dict[str, Any] = {  # their text is a part of the key: with other names, caches would be built anew
-            "kind": settings.tokenizer,
-            "vocab_size": settings.tokenizer_vocab_size,
-            "min_frequency": settings.min_frequency,
-            "lowercase": settings.lowercase,
-        }
+        options = asdict(self.tokenizer_settings)  # all of them are a part of the key
         key = digest(digest_texts(texts), json.dumps(options), tokenizers.__version__)
 
         def build() -> Arrays:
-            serialised = train_tokenizer(texts, **options).to_str()
+            kind, vocab_size = options.pop("tokenizer"), options.pop("tokenizer_vocab_size")
+            serialised = train_tokenizer(texts, kind, vocab_size, **options).to_str()
             return {"tokenizer_json": np.frombuffer(serialised.encode(), np.uint8)}
 
         arrays = cached_arrays(self.cache / f"tokenizer-{key}.npz", build, check_tokenizer)

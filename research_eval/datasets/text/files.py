@@ -1,4 +1,4 @@
-"""Reading text sets from Parquet, CSV and JSONL files. Every file may be hostile: its size and nesting are limited."""
+"""Reading text sets: which files are which split, and the rows of a split, checked."""
 
 from __future__ import annotations
 
@@ -6,45 +6,66 @@ import csv as plain_csv
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import compute as pc
-from pyarrow import csv, parquet
-from pyarrow import json as jsonl
 
+from research_eval.datasets.text.class_folders import class_folders
+from research_eval.datasets.text.columns import Columns, find_columns, is_candidate
 from research_eval.datasets.text.labels import as_written, class_numbers, classes_of, names_in_schema
-from research_eval.datasets.text.source import FILE_TYPES, SPLIT_OF_NAME
+from research_eval.datasets.text.opening import check_size
+from research_eval.datasets.text.source import (
+    COMPRESSED,
+    FILE_TYPES,
+    SPLIT_OF_NAME,
+    ColumnNames,
+    FileSettings,
+    file_type,
+    stem_of,
+)
 from research_eval.datasets.text.splits import RawRows, Rows
+from research_eval.datasets.text.tables import TableFile, open_table
 from research_eval.errors import ConfigError
-from research_eval.store.csv_file import header_of
-from research_eval.system.untrusted import MAX_JSON_DEPTH, check_regular_file
+from research_eval.system.untrusted import check_regular_file
+from research_eval.wording import nearest
 
 log = logging.getLogger(__name__)
 
-BLOCK_BYTES = 1 << 24  # a CSV or JSONL row has to fit into one block
-PARQUET_ROWS = 1000  # that are decompressed at once
 SHOWN_ROWS = 5  # in a message
-MAX_SPLIT_BYTES = 2**31  # of one file, decompressed
+JOINED_BY = "\n"  # between the texts of several columns
 VARIABLE_SIZES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+# Ending of a file that is not read -> how to get one that is.
+OTHER_TYPES = {
+    **dict.fromkeys((".xlsx", ".xls", ".xlsm", ".ods"), "Save it in the spreadsheet as CSV UTF-8, and give that file."),
+    **dict.fromkeys(
+        (".pkl", ".pickle"), "Reading it could run any program. Write it with pandas: to_csv or to_parquet."
+    ),
+    **dict.fromkeys((".arrow", ".feather"), "Write it with pandas or datasets: to_parquet."),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".bz2", ".xz", ".7z", ".rar"), "Unpack it, and give what is in it."),
+}
 
 
-def read_rows(
-    path: Path, text_fields: tuple[str, ...], label_fields: tuple[str, ...]
-) -> tuple[dict[str, Rows], list[str]]:
+def read_rows(path: Path, names: ColumnNames, settings: FileSettings) -> tuple[dict[str, Rows], list[str]]:
     """The rows of every split in a folder (or of train, in one file), and the class names.
 
-    The fields are the names that the two columns may have. Raises ConfigError for files that cannot be used.
+    `names` are those that the two columns may have. Raises ConfigError for files that cannot be used.
     """
     tables: dict[str, RawRows] = {}
-    for name, paths in _files(path).items():
-        table = _read_split(paths, text_fields, label_fields, labels_needed=name != "test")
-        if table is not None:
-            tables[name] = table
+    files = _files(path)
+    if not files:
+        tables = class_folders(path, settings.encoding)
+        if not tables:
+            raise ConfigError(_without_train(path))
+    for name, paths in files.items():
+        found = _read_split(paths, names, settings, labels_needed=name != "test")
+        if found is not None:
+            tables[name], columns = found
+            names = names.preferring(columns.text, columns.label)  # the other splits have the columns of train
     tables = as_written(tables)
-    classes = classes_of(path, tables, label_fields)
+    classes = classes_of(path, tables, names.label)
     return {name: Rows(table.texts, class_numbers(table, classes)) for name, table in tables.items()}, classes.names
 
 
@@ -52,27 +73,30 @@ def read_rows(
 
 
 def _files(path: Path) -> dict[str, list[Path]]:
-    """The files of each split, train first. Raises ConfigError if a split has none, two, or missing shards."""
+    """The files of each split, train first; none if there is no train. Raises ConfigError for two files or no shard."""
     if path.is_file():
-        if path.suffix not in FILE_TYPES:
-            raise ConfigError(f"{path}: the file has to end with {', '.join(FILE_TYPES)}")
+        if not file_type(path):
+            raise ConfigError(f"{path}: {_how_to_read(path)}")
         return {"train": [path]}
     if not path.is_dir():
-        raise ConfigError(f"dataset_params.data_dir: there is no file or folder {str(path)!r}")
+        raise ConfigError(_not_there(path))
     found: defaultdict[str, defaultdict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
     for file in _listed(path):
-        match = re.fullmatch(r"([a-z]+)(?:-\d{5}-of-(\d{5})(?:-[0-9a-f]{16})?)?", file.stem)
-        if file.suffix in FILE_TYPES and match and match[1] in SPLIT_OF_NAME:
-            kind = (
-                f"{match[1]}{file.suffix}" if match[2] is None else f"{int(match[2])} shards of {match[1]}{file.suffix}"
-            )
+        match = re.fullmatch(r"([a-z]+)(?:-\d{5}-of-(\d{5})(?:-[0-9a-f]{16})?)?", stem_of(file).lower())
+        if file_type(file) and match and match[1] in SPLIT_OF_NAME:
+            name = f"{stem_of(file).partition('-')[0]}{file.name.removeprefix(stem_of(file))}"
+            kind = name if match[2] is None else f"{int(match[2])} shards of {name}"
             found[SPLIT_OF_NAME[match[1]]][kind].append(file)
+    for folder in (path, path / "data"):  # a folder for each split, with any names in it
+        for inner in sorted(folder.iterdir()) if folder.is_dir() else ():
+            split = SPLIT_OF_NAME.get(inner.name)
+            if split is not None and split not in found and inner.is_dir():
+                parts = [file for file in sorted(inner.iterdir()) if file_type(file) and file.suffix != ".txt"]
+                found[split] |= {f"{inner.name}/*{''.join(part.suffixes)}": parts for part in parts[:1]}
     if "train" not in found:
-        names = ", ".join(sorted(file.name for file in path.iterdir())[:10]) or "nothing"
-        wanted = ", ".join(f"train{suffix}" for suffix in FILE_TYPES)
-        raise ConfigError(f"{path}: no {wanted}; found {names}")
+        return {}
     files = {}
-    for split in sorted(found, key=("train", "validation", "test").index):
+    for split in sorted(filter(found.get, found), key=("train", "validation", "test").index):
         if len(found[split]) > 1:
             raise ConfigError(f"{path}: {' and '.join(found[split])} are all the {split} split. Keep one of them.")
         ((kind, files[split]),) = found[split].items()
@@ -85,93 +109,76 @@ def _listed(path: Path) -> list[Path]:
     """The files of a folder, sorted. A folder as the hub gives it has them in its folder `data`."""
     files = sorted(path.iterdir())
     inside = path / "data"
-    if inside.is_dir() and not any(file.suffix in FILE_TYPES for file in files):
+    if inside.is_dir() and not any(map(file_type, files)):
         return sorted(inside.iterdir())
     return files
 
 
-# -------------------------------------------------------------------------------------------------- one file as table
+def _how_to_read(path: Path) -> str:
+    """What to do with a file of a type that is not read."""
+    ending = Path(path.stem).suffix.lower() if path.suffix.lower() in COMPRESSED else path.suffix.lower()
+    wanted = f"the file has to end with {', '.join(FILE_TYPES)} (compressed: also {' or '.join(COMPRESSED)})"
+    remedy = OTHER_TYPES.get(ending)
+    if remedy is None:
+        remedy = "If it is a table of text, rename it: .csv, or .tsv if tabs separate its cells."
+    return f"{wanted}. {remedy}"
 
 
-def _read_csv(path: Path, fields: tuple[str, ...]) -> Any:
-    """The file as an Arrow table, with the cells of the fields as they are written."""
-    _check_size(path, path.stat().st_size)
-    return csv.read_csv(
-        path,
-        csv.ReadOptions(block_size=BLOCK_BYTES),
-        csv.ParseOptions(newlines_in_values=True, delimiter=_delimiter(path, fields)),
-        csv.ConvertOptions(column_types=dict.fromkeys(fields, pa.string())),  # a text may look like a number or a date
-    )
-
-
-def _delimiter(path: Path, fields: tuple[str, ...]) -> str:
-    """What separates the cells. A delimiter that the name of the file does not promise is reported."""
-    usual = "\t" if path.suffix == ".tsv" else ","
+def _not_there(path: Path) -> str:
+    """What to say about a path that leads nowhere."""
+    if path.exists():
+        return f"dataset_params.data_dir: {str(path)!r} is neither a folder nor a regular file. Give one of them."
     try:
-        best, _ = header_of(path, fields, usual)
-    except (UnicodeError, plain_csv.Error):  # the reader of the whole file says what is wrong with it
-        return usual
-    if best != usual:
-        log.info("%s: its cells are separated by %r", path, best)
-    return best
+        near = nearest(path.name, [other.name for other in path.parent.iterdir()])
+    except OSError:
+        near = None
+    hint = f" Did you mean {str(path.with_name(near))!r}?" if near else ""
+    relative = "" if path.is_absolute() else f" Paths begin in {str(Path.cwd())!r}."
+    return f"dataset_params.data_dir: there is no file or folder {str(path)!r}.{hint}{relative}"
 
 
-def _read_jsonl(path: Path, fields: tuple[str, ...]) -> Any:
-    """The file as an Arrow table; one JSON object a line."""
-    _check_size(path, path.stat().st_size)
-    _check_depth(path)
-    options = jsonl.ReadOptions(block_size=BLOCK_BYTES)
-    table = jsonl.read_json(path, options)
-    # Arrow takes a string such as "2024-01-31" for a time, unless it is told the type.
-    times = [field.name for field in table.schema if pa.types.is_temporal(field.type) and field.name in fields]
-    if times:
-        known = pa.schema([(name, pa.string()) for name in times])
-        table = jsonl.read_json(path, options, jsonl.ParseOptions(explicit_schema=known))
-    return table
+def _without_train(path: Path) -> str:
+    """What to say about a folder without a training split."""
+    inside = sorted(path.iterdir())
+    names = ", ".join(file.name for file in inside[:10]) or "nothing"
+    wanted = ", ".join(f"train{ending}" for ending in FILE_TYPES)
+    single = next((file for file in inside if file_type(file)), None)
+    folder = next((one for one in inside if one.is_dir() and _has_train(one)), None)
+    other = next((file for file in inside if file.suffix.lower() in OTHER_TYPES), None)
+    remedy = "Put a file of one of these names there, or set dataset_params.data_dir to the file of the training rows."
+    if folder is not None:
+        remedy = f"Set dataset_params.data_dir to {str(folder)!r}."
+    elif single is not None:
+        remedy = f"Rename the file of the training rows, or set dataset_params.data_dir to it: {str(single)!r}."
+    elif other is not None:
+        remedy = f"{other.name}: {OTHER_TYPES[other.suffix.lower()]}"
+    return f"{path}: no {wanted}; found {names}. {remedy}"
 
 
-def _read_parquet(path: Path, fields: tuple[str, ...]) -> Any:
-    """The file as an Arrow table. Raises ConfigError as soon as too much is decompressed."""
-    with parquet.ParquetFile(path) as file:  # read_table would also make columns of folder names
-        batches, num_bytes = [], 0
-        for batch in file.iter_batches(PARQUET_ROWS):  # a small file may hold one long text a million times
-            num_bytes += batch.nbytes
-            _check_size(path, num_bytes)
-            batches.append(batch)
-        return pa.Table.from_batches(batches, file.schema_arrow)
-
-
-READERS: dict[str, Callable[[Path, tuple[str, ...]], Any]] = dict(
-    zip(FILE_TYPES, (_read_parquet, _read_csv, _read_csv, _read_jsonl), strict=True)
-)
-
-
-def _check_size(path: Path, num_bytes: int) -> None:
-    """Raise ConfigError for more than MAX_SPLIT_BYTES."""
-    if num_bytes > MAX_SPLIT_BYTES:
-        raise ConfigError(f"{path}: holds more than {MAX_SPLIT_BYTES / 2**30:.0f} GiB. Give a part of it.")
-
-
-def _check_depth(path: Path) -> None:
-    """Raise ConfigError for a line that is nested deeply: Arrow's JSON reader would crash the process on it."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.count(b"[") + line.count(b"{") > MAX_JSON_DEPTH:
-                depth = deepest = 0
-                for bracket in re.findall(rb"[\[\]{}]", re.sub(rb'"(?:[^"\\]|\\.)*+"?', b"", line)):
-                    depth += 1 if bracket in b"[{" else -1
-                    deepest = max(deepest, depth)
-                if deepest > MAX_JSON_DEPTH:
-                    raise ConfigError(f"{path}:{number}: nested deeper than {MAX_JSON_DEPTH} levels")
+def _has_train(folder: Path) -> bool:
+    try:
+        return "train" in _files(folder)
+    except (ConfigError, OSError):
+        return False
 
 
 # ---------------------------------------------------------------------------------------------- a split of its tables
 
 
+class _Wanted:
+    """The names that a header should have: those of a config, and the words for texts and labels."""
+
+    def __init__(self, names: ColumnNames) -> None:
+        self._names = {*names.text, *names.label}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names or is_candidate(str(name))
+
+
 def _read_split(
-    paths: list[Path], text_fields: tuple[str, ...], label_fields: tuple[str, ...], labels_needed: bool
-) -> RawRows | None:
-    """The rows of one split; None for a split without labels if `labels_needed` is false.
+    paths: list[Path], names: ColumnNames, settings: FileSettings, labels_needed: bool
+) -> tuple[RawRows, Columns] | None:
+    """The rows of one split and their columns; None without labels if `labels_needed` is false.
 
     A label column that is empty or holds only -1, as in the test splits of GLUE, counts as no labels.
     """
@@ -179,74 +186,77 @@ def _read_split(
     try:
         for path in paths:
             check_regular_file(path)
-        tables = [READERS[path.suffix](path, (*text_fields, *label_fields)) for path in paths]
-        columns = tables[0].column_names
-        text_field = _pick(text_fields, columns, "text_field", where)
-        if not labels_needed and not set(label_fields) & set(columns):
+        files = [open_table(path, _Wanted(names), settings) for path in paths]
+        columns = find_columns(files[0], names, labels_needed)
+        if columns.label is None:
             return None
-        label_field = _pick(label_fields, columns, "label_field", where)
-        names = names_in_schema(tables[0].schema, label_field)
-        table = pa.concat_tables([table.select([text_field, label_field]) for table in tables])
-        texts = _plain(table[text_field], paths[0])
-        labels = _whole(_plain(table[label_field], paths[0]))
-        texts.validate(full=True)  # Parquet does not promise UTF-8
-        labels.validate(full=True)
-    except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
+        fields = (*columns.text, columns.label)
+        for file in files[1:]:
+            if not set(fields) <= set(file.names):
+                raise ConfigError(f"{file.path}: has other columns than {paths[0].name}. Give both the same ones.")
+        class_names = None if files[0].schema is None else names_in_schema(files[0].schema, columns.label)
+        table = pa.concat_tables([file.read(fields) for file in files])
+        parts = [_plain(table[name], paths[0]) for name in columns.text]
+        labels = _whole(_plain(table[columns.label], paths[0]))
+        for array in (*parts, labels):
+            array.validate(full=True)  # Parquet does not promise UTF-8
+    except (pa.ArrowException, OSError, KeyError, UnicodeError, plain_csv.Error) as error:
         raise ConfigError(f"{where}: cannot be read: {error}. Write the file again.") from error
-    if len(texts) == 0:
+    if len(labels) == 0:
         raise ConfigError(f"{where}: no rows. Fill the file or remove it.")
     if not labels_needed and (labels.null_count == len(labels) or set(map(str, labels.unique().to_pylist())) == {"-1"}):
         log.info("%s: no labels, so there is no test split", where)
         return None
-    _check_columns(where, (text_field, texts), (label_field, labels))
-    return RawRows(where, texts.to_pylist(), labels, names)
+    _check_columns(files, columns, parts, labels)
+    texts = parts[0].to_pylist() if len(parts) == 1 else _joined(parts)
+    return RawRows(where, texts, labels, class_names), columns
 
 
-def _check_columns(where: str, text_column: tuple[str, Any], label_column: tuple[str, Any]) -> None:
+def _joined(parts: list[Any]) -> list[str]:
+    """The texts of several columns as one: those that are not blank, in the order of the columns."""
+    rows = zip(*(part.to_pylist() for part in parts), strict=True)
+    return [JOINED_BY.join(cell for cell in cells if cell and not cell.isspace()) for cells in rows]
+
+
+def _check_columns(files: list[TableFile], columns: Columns, texts: list[Any], labels: Any) -> None:
     """Raise ConfigError unless the texts are strings, the labels strings or whole numbers, and no cell is empty."""
-    (text_field, texts), (label_field, labels) = text_column, label_column
-    if not pa.types.is_string(texts.type):
-        raise ConfigError(f"{where}: column {text_field!r} holds {texts.type}, not text. Set text_field.")
-    for name, column in (text_column, label_column):
+    where = str(files[0].path)
+    for name, column in zip(columns.text, texts, strict=True):
+        if not pa.types.is_string(column.type) and not (len(texts) > 1 and pa.types.is_null(column.type)):
+            raise ConfigError(
+                f"{where}: column {name!r} holds {column.type}, not text. Set dataset_params.text_field to a column "
+                "of texts, or write the column as text."
+            )
+    # One of several texts may be empty, since it is left out.
+    for name, column in [*(zip(columns.text, texts, strict=True) if len(texts) == 1 else ()), (columns.label, labels)]:
         if column.null_count:
-            raise ConfigError(f"{where}: column {name!r} has {column.null_count} empty cells (null). Remove the rows.")
+            rows = [row for row, is_empty in enumerate(column.is_null().to_pylist()) if is_empty]
+            places = _places(files, rows)
+            raise ConfigError(
+                f"{where}: column {name!r} has {column.null_count} empty cells (null) ({places}). Fill them in or "
+                "remove the rows."
+            )
     if not (pa.types.is_string(labels.type) or pa.types.is_int64(labels.type)):
-        raise ConfigError(f"{where}: column {label_field!r} holds {labels.type}. Labels are whole numbers or strings.")
+        raise ConfigError(
+            f"{where}: column {columns.label!r} holds {labels.type}. Labels are whole numbers or strings: write them "
+            "as strings, or set dataset_params.label_field to another column."
+        )
     if pa.types.is_string(labels.type):
         blank = [row for row, label in enumerate(labels.to_pylist()) if not label.strip()]
         if blank:
-            places = _lines_of(Path(where), blank, (text_field, label_field))
             raise ConfigError(
-                f"{where}: column {label_field!r} has {len(blank)} blank labels ({places}). "
+                f"{where}: column {columns.label!r} has {len(blank)} blank labels ({_places(files, blank)}). "
                 "Fill them in or remove the rows."
             )
 
 
-def _lines_of(path: Path, rows: list[int], fields: tuple[str, ...]) -> str:
+def _places(files: list[TableFile], rows: Sequence[int]) -> str:
     """Where rows are, for a message: their lines in a CSV file, otherwise their numbers from 1."""
-    places = [row + 1 for row in rows[:SHOWN_ROWS]]
-    what = "row"
-    if path.suffix in (".csv", ".tsv"):
-        what, last = "line", 1
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = plain_csv.reader(file, delimiter=_delimiter(path, fields))
-            starts = []  # of the rows: a cell may hold line breaks
-            for cells in reader:
-                if cells:
-                    starts.append(last)
-                last = reader.line_num + 1
-        places = [starts[place] for place in places if place < len(starts)]
+    shown, find = list(rows[:SHOWN_ROWS]), files[0].line_of_row
+    lines = find(shown) if find is not None and len(files) == 1 else None
+    what, places = ("row", [row + 1 for row in shown]) if lines is None else ("line", lines)
     more = f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
     return f"{what}{'s'[: len(rows) - 1]} {', '.join(map(str, places))}{more}"
-
-
-def _pick(candidates: tuple[str, ...], columns: list[str], key: str, where: str) -> str:
-    """The first candidate that is a column. Raises ConfigError if none is."""
-    for name in candidates:
-        if name in columns:
-            return name
-    wanted = " or ".join(map(repr, candidates))
-    raise ConfigError(f"{where}: no column {wanted}; found {', '.join(columns)}. Set dataset_params.{key}.")
 
 
 def _whole(labels: Any) -> Any:
@@ -267,7 +277,7 @@ def _plain(column: Any, path: Path) -> Any:
         kind = kind.value_type
         if any(is_kind(kind) for is_kind in VARIABLE_SIZES):  # a small file may name one long text often
             lengths = pc.binary_length(array.dictionary).cast(pa.int64())
-            _check_size(path, pc.sum(lengths.take(array.indices)).as_py() or 0)
+            check_size(path, pc.sum(lengths.take(array.indices)).as_py() or 0)
         array = array.cast(kind)
     if pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or pa.types.is_boolean(kind):
         return array.cast(pa.string())

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
+from research_eval.annotations import Younger
 from research_eval.errors import ConfigError
 from research_eval.seeding import derive_seed
 
@@ -23,6 +26,29 @@ log = logging.getLogger(__name__)
 
 SPLIT_SEED = 0
 HELD_OUT_SHARE = 0.1  # of train, if a set has no validation split
+
+Size = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]  # a number of rows, or a share of them
+
+
+@dataclass(frozen=True)
+class HeldOutSettings:
+    """How many rows of train become a split that the set lacks; the fields are options of `dataset_params`.
+
+    A share counts the rows of train before any are held out. Without `val_size`, validation is a tenth of what is left
+    after the test rows are taken; without `test_size` there is no test split. Raises ConfigError for shares that leave
+    no training rows.
+    """
+
+    val_size: Annotated[Size | None, Younger()] = None
+    test_size: Annotated[Size | None, Younger()] = None
+
+    def __post_init__(self) -> None:
+        shares = [size for size in (self.val_size, self.test_size) if isinstance(size, float)]
+        if sum(shares) >= 1:
+            raise ConfigError(f"val_size={self.val_size} and test_size={self.test_size} leave no rows for training")
+
+
+NOTHING_HELD_OUT = HeldOutSettings()
 
 
 class RawRows(NamedTuple):
@@ -45,19 +71,55 @@ class Rows(NamedTuple):
         return Rows([self.texts[row] for row in rows], self.labels[rows])
 
 
-def held_out(train: Rows, path: Path) -> tuple[Rows, Rows]:
-    """Train and validation rows made from `train`: validation gets a tenth of every class.
+def with_missing_splits(rows: dict[str, Rows], wanted: HeldOutSettings, path: Path, strict: bool) -> dict[str, Rows]:
+    """The splits, with validation and, if it is wanted, test rows made from train if the set has none.
 
-    A class with two rows or more gives at least one. Raises ConfigError if no class has two.
+    The test rows are drawn first, so they stay the same if `val_size` changes. Raises ConfigError for more rows than
+    there are and, if `strict`, for the size of a split that the set has.
     """
-    rng = np.random.default_rng(derive_seed(SPLIT_SEED, "validation split"))
+    rows = dict(rows)
+    total = len(rows["train"].texts)
+    for name, option, size in (("test", "test_size", wanted.test_size), ("validation", "val_size", wanted.val_size)):
+        where = f"{path}: dataset_params.{option}={size}"
+        if name in rows and size is not None and strict:
+            raise ConfigError(
+                f"{where}: the set has a {name} split of {len(rows[name].texts)} rows. Leave {option} out, or remove "
+                f"the {name} split"
+            )
+        if name in rows or (name == "test" and size is None):
+            continue
+        share_or_rows = HELD_OUT_SHARE if size is None else size
+        if isinstance(size, float):
+            share_or_rows = size * total / len(rows["train"].texts)  # a share of what is left
+        rows["train"], rows[name] = held_out(
+            rows["train"], share_or_rows, name, f"{path}: no {name} split" if size is None else where
+        )
+    return rows
+
+
+def held_out(train: Rows, size: float, name: str, where: str) -> tuple[Rows, Rows]:
+    """The rows that stay in train, and those of the split `name`; every class gives its share.
+
+    `size` is a share below 1 or a whole number of rows. A class with two rows or more gives at least one, if there are
+    enough to give, and keeps at least one. Raises ConfigError, beginning with `where`, if that is not possible.
+    """
+    rng = np.random.default_rng(derive_seed(SPLIT_SEED, f"{name} split"))
     chosen = np.zeros(len(train.texts), bool)
+    turns = np.full(len(train.texts), np.inf)  # if `size` is a number of rows, the first turns are held out
     for label in np.unique(train.labels):
         rows = rng.permutation(np.flatnonzero(train.labels == label))
         if len(rows) > 1:
-            chosen[rows[: max(1, round(len(rows) * HELD_OUT_SHARE))]] = True
+            chosen[rows[: min(max(1, round(len(rows) * size)), len(rows) - 1)]] = True
+            turns[rows] = (np.arange(len(rows)) + 0.5) / len(rows)  # so the first n turns have the shares of all rows
+            turns[rows[0]], turns[rows[-1]] = 0, np.inf
     if not chosen.any():
-        raise ConfigError(f"{path}: no validation split, and every class has one row only: add rows or a split")
+        raise ConfigError(f"{where}, and every class has one row only: add rows or a split")
+    if isinstance(size, int):
+        most = int(np.isfinite(turns).sum())
+        if size > most:
+            raise ConfigError(f"{where}: {most} rows can be held out, because each class keeps one. Lower it")
+        chosen = np.zeros(len(train.texts), bool)
+        chosen[np.argsort(turns, kind="stable")[:size]] = True
     return train.take(np.flatnonzero(~chosen)), train.take(np.flatnonzero(chosen))
 
 

@@ -15,9 +15,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
-from research_eval.annotations import Range
+from research_eval.annotations import Range, Younger
+from research_eval.datasets.text.normalizing import UnicodeForm, normalizer_of, word_splitter
 from research_eval.errors import ConfigError
 
 TokenizerKind = Literal["word", "wordpiece", "bpe"]
@@ -25,37 +26,49 @@ Truncation = Literal["head", "head_tail"]
 
 PAD, UNK = "[PAD]", "[UNK]"
 UNK_ID = 1  # [PAD] is 0
-LINE_BREAK = r"<br\s*/?>"  # of web pages
 MAX_ALPHABET = 1000  # characters that WordPiece and BPE start from
 ENCODE_ROWS = 1000  # texts per call: bounds the memory held by encodings
 
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """What is trained as the tokenizer; the fields are options of `dataset_params`."""
+    """What is trained as the tokenizer, and how texts are changed for it; the fields are options of `dataset_params`.
+
+    Everything that changes a text is an option here: `lowercase` (accents and vowel signs stay), `strip_accents` (of
+    Latin, Greek and Cyrillic letters), `unicode_form` (texts that look the same become equal), `turkish_i` (I becomes
+    ı, and İ becomes i), `html_line_breaks` (`<br />` becomes a blank) and `drop_invisible` (control characters and
+    marks of the writing direction vanish). Raises ConfigError for options that do not fit each other.
+    """
 
     tokenizer: TokenizerKind = "word"
     tokenizer_vocab_size: Annotated[int, Field(ge=100, le=1_000_000)] = 20_000
     min_frequency: Annotated[int, Field(ge=1), Range(1, 4)] = 2
     lowercase: bool = True
+    strip_accents: Annotated[bool, Younger()] = False
+    unicode_form: Annotated[UnicodeForm, Younger()] = "nfc"
+    turkish_i: Annotated[bool, Younger()] = False
+    html_line_breaks: Annotated[bool, Younger()] = True
+    drop_invisible: Annotated[bool, Younger()] = True
+
+    def __post_init__(self) -> None:
+        if self.turkish_i and not self.lowercase:
+            raise ConfigError("turkish_i=true says how capitals become small letters: set lowercase to true")
 
 
 DEFAULT_TOKENIZER = TokenizerSettings()
 
 
 def train_tokenizer(
-    texts: Sequence[str], kind: TokenizerKind, vocab_size: int, min_frequency: int, lowercase: bool
+    texts: Sequence[str], kind: TokenizerKind, vocab_size: int, min_frequency: int, lowercase: bool, **changes: Any
 ) -> Tokenizer:
-    """A tokenizer with [PAD] = 0 and [UNK] = 1. It replaces line breaks of web pages (`<br />`) by blanks.
+    """A tokenizer with [PAD] = 0 and [UNK] = 1. `changes` are the options of `normalizer_of`.
 
     The same texts give the same tokenizer in every process. Raises ConfigError if no word occurs `min_frequency` times.
     """
-    normalizer = normalizers.Sequence(
-        [normalizers.Replace(Regex(LINE_BREAK), " "), normalizers.BertNormalizer(lowercase=lowercase)]
-    )
+    normalizer = normalizer_of(lowercase, **changes)
     tokenizer, trainer = _untrained(texts, kind, vocab_size, min_frequency, normalizer)
     tokenizer.normalizer = normalizer
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.pre_tokenizer = word_splitter()
     tokenizer.train_from_iterator(texts, trainer, length=len(texts))
     # A user's text may contain "[PAD]". A special token would match there, and 0 must stay padding, so the special
     # tokens become plain entries of the vocabulary.
@@ -94,7 +107,9 @@ def _untrained(
 def _alphabet(texts: Sequence[str], normalizer: normalizers.Normalizer, limit: int) -> list[str]:
     """The `limit` most frequent characters, in the order of their code points."""
     counts: Counter[str] = Counter()
-    for character, count in Counter("".join(texts)).items():
+    # A letter and its accent may be two characters that the normalizer makes one, so it has to see the whole text.
+    whole = "".join(text if text.isascii() else normalizer.normalize_str(text) for text in texts)
+    for character, count in Counter(whole).items():
         for part in normalizer.normalize_str(character).split():
             counts.update(dict.fromkeys(part, count))
     by_frequency = sorted(counts, key=lambda character: (-counts[character], character))
