@@ -372,7 +372,7 @@ def test_the_table_shows_seeds_interval_solve_rate_and_trials(lab: Lab) -> None:
     assert float(row["param_count"]) == 12345
     (line,) = [line for line in done.out.splitlines() if line.startswith("dense ")]
     assert re.split(r"  +", line) == [
-        *("dense", "4", "0.7500", "[0.2759, 0.9594]", "2/4", "[0.15, 0.85]", "0.4500", "12.3k"),
+        *("dense", "4", "0.7500", "[0.2759, 0.9594]", "2/4", "[0.15, 0.85]", "0.4500", "[0.3030, 0.6063]", "12.3k"),
         "5 (4 finished, 1 diverged)",
     ]
     assert "1 more of the chosen config's seeds ended without a result" in done.out

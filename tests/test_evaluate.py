@@ -6,6 +6,7 @@ N samples  C classes  B batch  H heads  L length  E width of a head
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,9 @@ from torch.nn import functional as F
 from research_eval.datasets.token_data import Batches, TokenData
 from research_eval.experiment import prepare
 from research_eval.models.base_model import EvaluableModel
-from research_eval.training.evaluate import Evaluation, evaluate, flop_counter, measure_flops, measure_latency
+from research_eval.system import load
+from research_eval.training.evaluate import Evaluation, evaluate, flop_counter, measure_flops
+from research_eval.training.latency import FEWEST, measure_latency
 from research_eval.training.runtime import Runtime
 
 CPU = Runtime("cpu")
@@ -165,7 +168,7 @@ def test_flops_are_a_mean_over_short_and_long_batches() -> None:
 def test_latency_is_measured_on_whole_batches_of_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that only models move: one second per token of the batch's length."""
     clock = [0.0]
-    monkeypatch.setattr("research_eval.training.evaluate.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("research_eval.training.latency.time.perf_counter", lambda: clock[0])
     seen = []
 
     class Slow(Oracle):
@@ -180,14 +183,67 @@ def test_latency_is_measured_on_whole_batches_of_all_lengths(monkeypatch: pytest
     batches = Batches(TokenData.from_padded(ids_NL, np.zeros(len(lengths), np.int64)), 4)
     latency = measure_latency(Slow(np.eye(2, dtype=np.float32)), batches, CPU, repeats=4)
     assert set(seen) == {4}
+    assert len(seen) == 4 + 4 * 4, "a repetition to warm up, and four that count"
+    del latency["inference_latency_load"]
     assert latency == {
         "inference_latency_ms_batch": 2500.0,
-        "inference_latency_ms_batch_p95": pytest.approx(3850.0),
+        "inference_latency_ms_batch_p95": 4000.0,
+        "inference_latency_spread": 0.0,
+        "inference_latency_repetitions": 4.0,
         "inference_samples_per_second": pytest.approx(16 / 10),
     }
+
+
+def test_a_slow_model_is_measured_a_few_times_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass takes as many seconds as there were passes before it: 0 and 1 to warm up, then 2 and 3, 4 and 5, ..."""
+    clock, passes = [0.0], []
+    monkeypatch.setattr("research_eval.training.latency.time.perf_counter", lambda: clock[0])
+
+    class Slower(Oracle):
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+            clock[0] += len(passes)
+            passes.append(1)
+            return super().forward(input_ids)
+
+    batches = Batches(TokenData.from_padded(np.ones((8, 3), np.int64), np.zeros(8, np.int64)), 4)
+    latency = measure_latency(Slower(np.eye(2, dtype=np.float32)), batches, CPU)
+    assert len(passes) == 2 + 2 * FEWEST
+    assert latency["inference_latency_repetitions"] == FEWEST == 5
+    assert latency["inference_latency_ms_batch"] == 1000 * np.median([2.5, 4.5, 6.5, 8.5, 10.5])
+    assert latency["inference_latency_spread"] == pytest.approx((8.5 - 4.5) / 6.5)
+
+
+@pytest.mark.parametrize(("others", "waited", "expected"), [(0, 0, 0), (3, 0, 0.375), (0, 2, 0.5), (3, 2, 0.5)])
+def test_the_load_is_the_work_of_others_and_the_time_without_a_core(
+    others: float, waited: float, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four seconds on two cores: this process works with two threads, of which the first is the one that measures."""
+    clock = {"perf_counter": 10.0, "process_time": 5.0, "thread_time": 4.0}
+    busy = [100.0]
+    for name in clock:
+        monkeypatch.setattr(load.time, name, lambda name=name: clock[name])
+    monkeypatch.setattr(load, "_busy_seconds", lambda: busy[0])
+    monkeypatch.setattr(load.os, "cpu_count", lambda: 2)
+    meter = load.LoadMeter()
+    clock |= {"perf_counter": 14.0, "process_time": 5.0 + 8 - waited, "thread_time": 4.0 + 4 - waited}
+    busy[0] += 8 - waited + others
+    assert meter.share() == pytest.approx(expected)
+    assert meter.share(computes=False) == pytest.approx(others / 8)
+    monkeypatch.setattr(load, "_busy_seconds", lambda: None)
+    assert meter.share() == pytest.approx(waited / 4)
+    assert math.isnan(meter.share(computes=False)), "nothing is known"
+
+
+def test_a_process_that_shares_its_core_notices_the_load() -> None:
+    meter, end = load.LoadMeter(), time.thread_time() + 0.02
+    while time.thread_time() < end:
+        pass
+    time.sleep(0.06)  # as if another program had the core
+    assert meter.share() > 0.5
 
 
 def test_latency_of_a_split_smaller_than_a_batch() -> None:
     model, batches = prepared("dense")
     small = Batches(batches.data, 500)
-    assert all(value > 0 for value in measure_latency(model, small, CPU, repeats=2).values())
+    latency = measure_latency(model, small, CPU, repeats=2)
+    assert latency["inference_latency_ms_batch"] > 0 and latency["inference_samples_per_second"] > 0

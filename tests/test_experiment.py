@@ -65,6 +65,9 @@ METRICS = {
     "test_f1",
     # beyond the documented ones
     "inference_latency_ms_batch_p95",
+    "inference_latency_spread",
+    "inference_latency_repetitions",
+    "inference_latency_load",
     "inference_samples_per_second",
     "active_flops_per_sample",
     *(f"{split}_{name}_per_class" for split in ("val", "test") for name in ("precision", "recall", "f1", "support")),

@@ -6,13 +6,14 @@ Equal seeds see the same data in the same order, so that the differences of pair
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
 from research_eval.analysis.runs import Group, Results
+from research_eval.analysis.samples import SampleTest, corrected, sample_test
 from research_eval.analysis.statistics import PairedDifference, holm, paired_difference
-from research_eval.analysis.summary import Options
+from research_eval.analysis.summary import Options, without_samples
 from research_eval.analysis.tables import Table, bounds_of, interval_text, metric_text
 from research_eval.errors import ConfigError
 from research_eval.store.metrics import direction
@@ -30,7 +31,8 @@ class Comparison:
     seeds: list[int | str]
     difference: PairedDifference
     test: PairedDifference | None  # None unless every common seed has the score on both sides
-    adjusted_p: float | None  # with Holm's correction over all comparisons of a table
+    samples: SampleTest  # the test score once more, on the samples of the test split
+    adjusted_p: float | None = None  # with Holm's correction over all comparisons of a table
 
 
 def all_pairs(model_types: Sequence[str]) -> list[Pair]:
@@ -49,7 +51,7 @@ def parse_pair(text: str) -> Pair:
 def compare(results: Results, best: Sequence[Group], pairs: Sequence[Pair], options: Options) -> list[Comparison]:
     """Compare every pair on every task on which both are among the best groups.
 
-    Holm's correction covers all tests together.
+    Holm's correction covers all tests over seeds together, and all tests over samples together.
     """
     chosen = {(group.task, group.model_type): group for group in best}
     found: list[Comparison] = []
@@ -59,8 +61,9 @@ def compare(results: Results, best: Sequence[Group], pairs: Sequence[Pair], opti
                 found.append(_compared(label, chosen[task, first], chosen[task, second], options))
     p_values = [one.difference.p_value for one in found if one.difference.p_value is not None]
     adjusted = iter(holm(p_values))
+    samples = iter(corrected([one.samples for one in found]))
     return [
-        one if one.difference.p_value is None else Comparison(**{**vars(one), "adjusted_p": next(adjusted)})
+        replace(one, samples=next(samples), adjusted_p=None if one.difference.p_value is None else next(adjusted))
         for one in found
     ]
 
@@ -79,7 +82,7 @@ def _compared(label: str, first: Group, second: Group, options: Options) -> Comp
         seeds,
         _paired(scores, seeds, options.metric, options.confidence),
         _paired(tests, seeds, options.test_metric, options.confidence) if tested else None,
-        None,
+        sample_test(first, second, seeds if tested else [], options.test_metric, options.confidence),
     )
 
 
@@ -98,14 +101,20 @@ def comparison_table(results: Results, found: Sequence[Comparison], options: Opt
     """The comparisons for people; `comparison_csv` is for programs."""
     percent = f"{100 * options.confidence:g} %"
     tasks, tests = len(results.tasks) > 1, any(one.test for one in found)
+    samples = any(one.samples.difference is not None for one in found)
     columns = ["difference", *["task"] * tasks, "common seeds", options.metric, f"{percent} t-interval"]
-    columns += ["effect size", "p", "p (Holm)", *[options.test_metric] * tests, "remark"]
+    columns += ["effect size", "p", "p (Holm)", *[options.test_metric] * tests]
+    columns += [f"{percent} over samples", "p (samples)", "p (samples, Holm)"] * samples + ["remark"]
     rows = []
     for one in found:
         line = [f"{one.first.model_type} - {one.second.model_type}", *[one.task] * tasks, str(len(one.seeds))]
         line += [_signed(one.difference, options.metric), interval_text(one.difference.interval, options.metric)]
         line += [_optional(one.difference.effect_size, "+.2f"), p_text(one.difference.p_value), p_text(one.adjusted_p)]
-        line += [_signed(one.test, options.test_metric)] * tests + [one.difference.note]
+        line += [_signed(one.test, options.test_metric)] * tests
+        if samples:
+            line.append(interval_text(one.samples.interval, options.test_metric))
+            line += [p_text(one.samples.p_value), p_text(one.samples.adjusted_p)]
+        line.append(one.difference.note)
         rows.append(line)
     title = f"{results.dataset_name}: paired differences between the best configs by {options.metric}"
     return Table(title, columns, rows, ("difference", "task", "remark"), _notes(found, options))
@@ -139,16 +148,36 @@ def _notes(found: Sequence[Comparison], options: Options) -> list[str]:
         f"{better} means that the first is better.",
         "Effect size: mean over standard deviation of the differences, corrected for few seeds (Hedges).",
         f"p: paired t-test, two-sided; Holm: adjusted for the {tests} tests of this table." if tests else "",
+        *_sample_notes(found, options),
         "Both configs were chosen by the scores that are compared: where one of them had many more trials, "
         "compare fresh seeds.",
     ]
     return [note for note in notes if note]
 
 
+def _sample_notes(found: Sequence[Comparison], options: Options) -> list[str]:
+    """What the columns about the test samples mean, and which comparisons have none."""
+    methods = {
+        "McNemar": "McNemar's exact test on the samples that only one of the two runs answers correctly",
+        "bootstrap": "paired bootstrap over the samples, of the difference of the means over seeds",
+    }
+    used = [text for method, text in methods.items() if any(one.samples.method == method for one in found)]
+    notes = []
+    if used:
+        notes.append(
+            f"Over samples: the difference in {options.test_metric} that another test split of this size would give "
+            f"for these trained models; p (samples): {', or '.join(used)}. Other seeds are not a part of it."
+        )
+    names = [(f"{one.first.model_type} - {one.second.model_type}", one.samples.reason) for one in found]
+    return notes + without_samples(names)
+
+
 def comparison_csv(found: Sequence[Comparison], options: Options) -> tuple[list[str], list[list[Any]]]:
     """The columns and rows of a CSV file, with every number in full."""
     columns = ["first", "second", "task", "num_common_seeds", "common_seeds", "metric", "difference", "low", "high"]
     columns += ["effect_size", "p_value", "p_value_holm", "test_metric", "test_difference", "test_low", "test_high"]
+    columns += ["sample_test", "num_test_samples", "samples_low", "samples_high", "p_value_samples"]
+    columns += ["p_value_samples_holm", "only_first_right", "only_second_right"]
     columns += ["remark", "first_experiment_ids", "second_experiment_ids"]
     rows = []
     for one in found:
@@ -159,7 +188,10 @@ def comparison_csv(found: Sequence[Comparison], options: Options) -> tuple[list[
                 *(one.first.model_type, one.second.model_type, one.task, len(one.seeds), " ".join(map(str, one.seeds))),
                 *(options.metric, one.difference.mean, low, high, one.difference.effect_size),
                 *(one.difference.p_value, one.adjusted_p),
-                *(options.test_metric, one.test.mean if one.test else None, test_low, test_high, one.difference.note),
+                *(options.test_metric, one.test.mean if one.test else None, test_low, test_high),
+                *(one.samples.method, one.samples.num_samples or None, *(one.samples.interval or (None, None))),
+                *(one.samples.p_value, one.samples.adjusted_p, one.samples.only_first, one.samples.only_second),
+                one.difference.note,
                 *(" ".join(run.experiment_id for run in group.runs) for group in (one.first, one.second)),
             ]
         )

@@ -134,7 +134,7 @@ def points_of(results: Results, task: str, cost: str, score: Score, confidence: 
     """
     found = []
     for group in results.of_task(task):
-        value, price = group.mean(score.metric), group.mean(cost)
+        value, price = group.mean(score.metric), group.cost(cost)
         if value is not None and price is not None:
             interval = mean_interval(group.values(score.metric), confidence, bounds_of(score.metric))
             found.append((group, price, value, interval))

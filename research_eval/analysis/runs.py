@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import PurePath
-from statistics import fmean
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from research_eval.analysis.statistics import FEWEST
-from research_eval.store.metrics import gain_sign
+from research_eval.store.metrics import gain_sign, latency_parts
 from research_eval.system.untrusted import stored_object
 
 if TYPE_CHECKING:
@@ -42,9 +42,13 @@ class Group:
     runs: tuple[RunRow, ...]
     lost: int  # seeds of this config that ended without a result
 
+    def by_seed(self) -> dict[int | str, RunRow]:
+        """Seed -> run. A run without a known seed has its id as the key."""
+        return {_seed(run): run for run in self.runs}
+
     def scores(self, metric: str) -> dict[int | str, float]:
-        """Seed -> value, for the runs with a finite value. A run without a known seed has its id as the key."""
-        found = {_seed(run): run.metrics.get(metric, math.nan) for run in self.runs}
+        """Seed -> value, for the runs with a finite value."""
+        found = {seed: run.metrics.get(metric, math.nan) for seed, run in self.by_seed().items()}
         return {seed: value for seed, value in found.items() if math.isfinite(value)}
 
     def values(self, metric: str) -> list[float]:
@@ -55,6 +59,11 @@ class Group:
         """The mean over the seeds; None if no run has a finite value."""
         values = self.values(metric)
         return fmean(values) if values else None
+
+    def cost(self, metric: str) -> float | None:
+        """The mean over the seeds; for a latency the median, because one busy moment would spoil a mean."""
+        values = self.values(metric)
+        return median(values) if values and latency_parts(metric) else self.mean(metric)
 
     @property
     def name(self) -> str:

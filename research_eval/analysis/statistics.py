@@ -79,8 +79,58 @@ def wilson_interval(successes: int, trials: int, confidence: float = CONFIDENCE)
     >>> [round(bound, 4) for bound in wilson_interval(5, 5)]
     [0.5655, 1.0]
     """
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    return _wilson(successes / trials, z * z / trials)
+    return _wilson(successes / trials, _z(confidence) ** 2 / trials)
+
+
+def share_interval(rate: float, variance: float, trials: int, confidence: float = CONFIDENCE) -> Interval | None:
+    """Wilson's interval of a rate whose estimate has this variance, with the normal quantile; for many trials.
+
+    With the variance of a binomial rate, p (1 - p) / trials, it is `wilson_interval`. At 0 and 1 nothing varies, and
+    the number of trials counts. None if nothing varies in between.
+
+    >>> share_interval(0.9, 0.9 * 0.1 / 50, 50) == wilson_interval(45, 50)
+    True
+    """
+    spread = rate * (1 - rate)
+    if spread > 0 and variance <= 0:
+        return None
+    return _wilson(rate, _z(confidence) ** 2 * (variance / spread if spread > 0 else 1 / trials))
+
+
+def normal_interval(mean: float, variance: float, trials: int, confidence: float = CONFIDENCE) -> Interval | None:
+    """The interval of a mean whose estimate has this variance, for many trials; None if nothing varies."""
+    half = _z(confidence) * math.sqrt(variance)
+    return Interval(mean - half, mean + half) if half > 0 and trials > 1 else None
+
+
+def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval | None:
+    """The interval of the median between two of the sorted values, for any continuous distribution.
+
+    The median lies below the k-th value or above the k-th last one with a binomial probability; k is the largest for
+    which it is small enough. None if there are too few values: for 95 %, fewer than six.
+
+    >>> median_interval([5, 1, 4, 2, 6, 3]), median_interval([5, 1, 4, 2, 3])
+    (Interval(low=1, high=6), None)
+    """
+    ordered, outside, rank = sorted(values), 0.5 ** len(values), 0
+    while 2 * outside <= 1 - confidence and rank < len(values) / 2:
+        rank += 1
+        outside += math.comb(len(values), rank) * 0.5 ** len(values)
+    return Interval(ordered[rank - 1], ordered[-rank]) if rank else None
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """The two-sided p-value of McNemar's exact test: samples that only one of two models answers correctly.
+
+    If both models are equally good, each of them is the right one with probability 1/2.
+
+    >>> round(mcnemar(1, 9), 6)
+    0.021484
+    """
+    from scipy.special import bdtr
+
+    fewer = min(only_first, only_second)
+    return min(1.0, 2 * float(bdtr(fewer, only_first + only_second, 0.5)))
 
 
 def _wilson(rate: float, weight: float) -> Interval:
@@ -166,6 +216,11 @@ def pareto_front(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
         if last is None or scores[index] > scores[last] or equal:
             front.append(index)
     return front
+
+
+def _z(confidence: float) -> float:
+    """The factor of the standard error for a two-sided interval of many values."""
+    return NormalDist().inv_cdf((1 + confidence) / 2)
 
 
 def _hedges(freedom: int) -> float:

@@ -9,13 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from research_eval.analysis.runs import Group, Results
+from research_eval.analysis.samples import SampleError, sample_error
 from research_eval.analysis.statistics import FEWEST, Interval, mean_interval, no_spread, wilson_interval
 from research_eval.analysis.tables import Table, bounds_of, interval_text, is_score, metric_text, short_number
-from research_eval.store.metrics import DEFAULT_METRIC, direction, score_of_epoch
+from research_eval.store.metrics import (
+    DEFAULT_METRIC,
+    LATENCY,
+    MEASURED_LATENCY,
+    SPREAD_LIMIT,
+    direction,
+    latency_parts,
+    latency_remark,
+    score_of_epoch,
+)
 
 # Metric of a cost -> its title in tables. The tables for people show a few of them, the CSV file shows all.
 COSTS = {
@@ -26,6 +36,11 @@ COSTS = {
     "train_flops": "training FLOPs",
     "training_duration_seconds": "training s",
 }
+LATENCIES = (  # columns of the CSV file: how far to trust the latency, and the latency of `goe measure`
+    *latency_parts(f"{LATENCY}_ms_batch").values(),
+    f"{MEASURED_LATENCY}_ms_batch",
+    *latency_parts(f"{MEASURED_LATENCY}_ms_batch").values(),
+)
 SHOWN_COSTS = ("param_count", "inference_latency_ms_batch", "inference_flops_per_sample")
 STATUSES = ("finished", "pruned", "failed", "diverged", "interrupted", "running")
 
@@ -92,6 +107,7 @@ class Row:
     group: Group
     score: Estimate
     test: Estimate
+    test_samples: SampleError
     costs: dict[str, float | None]
     spent: dict[str, int]  # status -> runs of this model type on this task
 
@@ -108,7 +124,8 @@ def summary_rows(results: Results, best: Sequence[Group], options: Options) -> l
             group,
             estimate(group, options.metric, options.confidence, options.solved_at),
             estimate(group, options.test_metric, options.confidence, options.solved_at),
-            {name: group.mean(name) for name in COSTS},
+            sample_error(group, options.test_metric, options.confidence),
+            {name: group.cost(name) for name in COSTS},
             {status: results.spent[group.task, group.model_type][status] for status in STATUSES},
         )
         for group in best
@@ -126,7 +143,13 @@ def summary_table(results: Results, rows: Sequence[Row], options: Options) -> Ta
     tasks = len(results.tasks) > 1
     columns = ["model", *["task"] * tasks, "seeds", options.metric, f"{percent} interval"]
     columns += [f"solved (≥ {options.solved_at:g})", f"{percent} Wilson"] * rates
-    columns += [options.test_metric] * tests + [COSTS[name] for name in SHOWN_COSTS] + ["trials spent"]
+    # Of the two intervals of the test score, the table leaves out one that no row has.
+    over_seeds = any(row.test.interval is not None or row.test.saturated for row in rows)
+    over_samples = any(row.test_samples.interval is not None for row in rows)
+    columns += [options.test_metric] * tests
+    columns += [f"{percent} over seeds"] * over_seeds + [f"{percent} over samples"] * over_samples
+    columns += [COSTS[name] for name in SHOWN_COSTS] + ["trials spent"]
+    measured = shown_latency(rows)
     cells = []
     for row in rows:
         line = [row.group.model_type, *[results.tasks[row.group.task]] * tasks, str(len(row.score.values))]
@@ -134,7 +157,13 @@ def summary_table(results: Results, rows: Sequence[Row], options: Options) -> Ta
         # Columns that would tell nothing are left out of the table, see above.
         line += rate_texts(row.score) if rates else []
         line += [_test_text(row, options.test_metric)] * tests
-        line += [short_number(row.costs[name]) for name in SHOWN_COSTS] + [spent_text(row.spent)]
+        line += [spread_text(row.test, options.test_metric) if row.test.values else ""] * over_seeds
+        line += [interval_text(row.test_samples.interval, options.test_metric)] * over_samples
+        line += [
+            latency_text(row.group, measured) if latency_parts(name) else short_number(row.costs[name])
+            for name in SHOWN_COSTS
+        ]
+        line.append(spent_text(row.spent))
         cells.append(line)
     return Table(
         f"{results.dataset_name}: best config of each model type by {options.metric}",
@@ -152,6 +181,38 @@ def spread_text(score: Estimate, metric: str) -> str:
     if score.saturated:
         return "all seeds equal"
     return "no interval"
+
+
+def shown_latency(rows: Sequence[Row]) -> str:
+    """The metric that the column of the latency shows: that of `goe measure --store` if all rows have it.
+
+    Figures with other batch sizes or numbers of threads do not compare.
+    """
+    settings = {
+        tuple(
+            value
+            for part in ("batch_size", "num_threads")
+            for value in row.group.values(f"{MEASURED_LATENCY}_{part}")[:1]
+        )
+        for row in rows
+    }
+    every = all(row.group.values(f"{MEASURED_LATENCY}_ms_batch") for row in rows)
+    return f"{MEASURED_LATENCY if every and len(settings) == 1 else LATENCY}_ms_batch"
+
+
+def latency_text(group: Group, metric: str) -> str:
+    """The median over the seeds with how far to trust it: `24.8 (spread 8 %)`, `93 (busy, spread 31 %)`.
+
+    A group is busy if one of its runs was. Its spread is the largest of its runs, or their range if that is more.
+    """
+    values, parts = group.values(metric), latency_parts(metric)
+    if not values:
+        return ""
+    spreads = group.values(parts["spread"])
+    if spreads:
+        spreads.append((max(values) - min(values)) / median(values))
+    remark = latency_remark(max(group.values(parts["load"]), default=None), max(spreads, default=None))
+    return short_number(median(values)) + f" ({remark})" * bool(remark)
 
 
 def rate_texts(score: Estimate) -> list[str]:
@@ -187,6 +248,13 @@ def _notes(results: Results, rows: Sequence[Row], options: Options) -> list[str]
     notes += _passed_over(results, rows, options)
     if any(row.test.values for row in rows):
         notes.append(f"{options.test_metric} is shown for the chosen config; nothing was chosen by it.")
+    if any(row.test_samples.interval is not None for row in rows):
+        notes.append(
+            "Over seeds: what other seeds would give. Over samples: what another test split of this size would give "
+            "for these trained models."
+        )
+    notes += without_samples([(row.group.model_type, row.test_samples.reason) for row in rows])
+    notes += _latency_notes(rows)
     if any(len(row.score.values) < FEWEST for row in rows):
         notes.append(f"No interval: fewer than {FEWEST} seeds.")
     if any(row.score.saturated for row in rows):
@@ -198,6 +266,28 @@ def _notes(results: Results, rows: Sequence[Row], options: Options) -> list[str]
                 f"{row.group.model_type}: {row.group.lost} more of the chosen config's seeds ended without a result; "
                 "its scores leave them out."
             )
+    return notes
+
+
+def without_samples(reasons: Sequence[tuple[str, str]]) -> list[str]:
+    """One line for all that has no interval over the test samples, with the first reason; no line if all have one."""
+    missing = {name: reason for name, reason in reversed(reasons) if reason}
+    if not missing:
+        return []
+    names = list(dict.fromkeys(name for name, reason in reasons if reason))
+    return [f"No interval over test samples for {', '.join(names)}: {missing[names[0]]}."]
+
+
+def _latency_notes(rows: Sequence[Row]) -> list[str]:
+    """Where the shown latency comes from, and what to do about one that cannot be trusted."""
+    metric = shown_latency(rows)
+    texts = [latency_text(row.group, metric) for row in rows]
+    notes = ["The latency is that of `goe measure`."] if metric.startswith(MEASURED_LATENCY) else []
+    if any("busy" in text or "unsteady" in text for text in texts):
+        notes.append(
+            "Busy: other programs ran while the latency was measured. Unsteady: its repetitions or seeds differ by "
+            f"more than {100 * SPREAD_LIMIT:.0f} %. Measure again: goe measure --store --run ID ID."
+        )
     return notes
 
 
@@ -232,7 +322,10 @@ def summary_csv(results: Results, rows: Sequence[Row], options: Options) -> tupl
         record |= _figures(options.metric, row.score)
         record |= {"solved": row.score.solved, "solve_rate_low": rate[0], "solve_rate_high": rate[1]}
         record |= _figures(options.test_metric, row.test)
-        record |= row.costs | {"trials_spent": row.trials}
+        low, high = row.test_samples.interval or (None, None)
+        record |= {f"{options.test_metric}_samples_low": low, f"{options.test_metric}_samples_high": high}
+        record |= {"num_test_samples": row.test_samples.num_samples or None}
+        record |= row.costs | {name: row.group.cost(name) for name in LATENCIES} | {"trials_spent": row.trials}
         record |= {f"trials_{status}": count for status, count in row.spent.items()}
         record |= {"seeds_lost": row.group.lost}
         record |= {"seeds": " ".join(str(run.seed) for run in row.group.runs if run.seed is not None)}

@@ -38,7 +38,7 @@ def commands() -> tuple[Command, ...]:
 
     They are imported here, because the script `main.py` needs only two of them and answers sooner without the others.
     """
-    from research_eval.cli import analyze, doctor, export, init_db, merge, predict, replay, runs, suggest
+    from research_eval.cli import analyze, doctor, export, init_db, measure, merge, predict, replay, runs, suggest
 
     return (
         Command("run", run.add_arguments, run.run_command, run.DESCRIPTION),
@@ -51,6 +51,7 @@ def commands() -> tuple[Command, ...]:
         Command("replay", replay.add_arguments, replay.replay_command, replay.DESCRIPTION),
         Command("doctor", doctor.add_arguments, doctor.doctor_command, doctor.DESCRIPTION),
         Command("init-db", init_db.add_arguments, init_db.init_db_command, init_db.DESCRIPTION),
+        Command("measure", measure.add_arguments, measure.measure_command, measure.DESCRIPTION),
         Command("predict", predict.add_arguments, predict.predict_command, predict.DESCRIPTION),
     )
 

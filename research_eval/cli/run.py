@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from research_eval.cli.common import DB_HELP, add_flag
 from research_eval.errors import ConfigError
-from research_eval.store.metrics import DEFAULT_METRIC
+from research_eval.store.metrics import DEFAULT_METRIC, with_remark
 from research_eval.system.best_effort import attempted, print_product
 from research_eval.system.untrusted import parse_json
 from research_eval.wording import nearest
@@ -245,7 +245,8 @@ def summary(config: ExperimentConfig, result: Result) -> str:
     # A model without routes has no path length, and a run without a test split no test score.
     for name, form in {**score_formats(result.metrics), **SHOWN_METRICS}.items():
         if name in result.metrics:
-            lines.append(f"  {name:<28} {form.format(result.metrics[name])}")
+            text = with_remark(form.format(result.metrics[name]), name, result.metrics)
+            lines.append(f"  {name:<28} {text}")
     for path, count in result.metrics.get("common_paths", [])[:SHOWN_PATHS]:
         lines.append(f"  {count:6d} samples took {' -> '.join(['start', *map(str, path), 'stop'])}")
     lines.append(f"  run {result.experiment_id} in {result.folder}")

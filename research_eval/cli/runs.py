@@ -19,6 +19,7 @@ from research_eval.cli.filters import FILTERS, RUN_HELP, add_filters, filter_of
 from research_eval.cli.text import changes_lines, differences_lines, number, pairs, print_table, short
 from research_eval.errors import ConfigError
 from research_eval.files import file_stem
+from research_eval.store.metrics import latency_parts, with_remark
 from research_eval.system.best_effort import print_product
 from research_eval.wording import printable
 
@@ -110,7 +111,7 @@ def _list(store: Store, arguments: argparse.Namespace) -> None:
         sort=sort,
         reverse=arguments.reverse,
         limit=limit or None,
-        metrics=list(shown),
+        metrics=[*shown, *(part for name in shown for part in latency_parts(name).values())],
     )
     if arguments.json:
         from research_eval.store.values import strict_json
@@ -140,7 +141,9 @@ def runs_table(rows: list[dict[str, Any]], metrics: list[str]) -> tuple[list[str
     names = ["experiment_id", "status", "run_type", "experiment_name", "model_type", "dataset_name", "seed"]
     columns = [[row[name] for row in rows] for name in names]
     texts = [["-" if value is None else str(value) for value in column] for column in columns]
-    texts += [_metric_column([row["metrics"].get(name) for row in rows]) for name in metrics]
+    for name in metrics:
+        column = _metric_column([row["metrics"].get(name) for row in rows])
+        texts.append([with_remark(text, name, row["metrics"]) for text, row in zip(column, rows, strict=True)])
     texts.append([f"{row['timestamp']:%Y-%m-%d %H:%M:%S}" if row["timestamp"] else "-" for row in rows])
     header = [titles.get(name, name) for name in [*names, *metrics, "timestamp"]]
     numbers = set(range(len(names) - 1, len(header) - 1))
@@ -189,7 +192,9 @@ def describe(store: Store, name: str) -> str:
         "folder": f"runs/{file_stem(experiment_id)}",
     }
     metrics = store.metrics(experiment_id)
-    numbers = {name: number(value) for name, value in metrics.items() if isinstance(value, float)}
+    numbers = {
+        name: with_remark(number(value), name, metrics) for name, value in metrics.items() if isinstance(value, float)
+    }
     others = {name: short(value) for name, value in metrics.items() if not isinstance(value, float)}
     environment = {name: short(value) for name, value in flatten(json_object(row["env_details_json"])).items()}
     config = [printable(line) for line in json.dumps(json_object(row["full_config_json"]), indent=2).splitlines()]

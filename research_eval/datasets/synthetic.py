@@ -94,7 +94,7 @@ def synthetic_splits(dataset_name: str, dataset_params: dict[str, Any], seed: in
             "params": dict(dataset_params),
             "seed": seed,
             "sampling": sampling,
-            "sha256": {name: _sha256(split) for name, split in splits.items()},
+            "sha256": {name: split.sha256() for name, split in splits.items()},
             "data_sha256": _probe_sha256(dataset_name, dataset_params),
             "distinct_inputs": dict(zip(SPLITS, (len(np.unique(part.keys)) for part in drawn), strict=True)),
             "train_validation_duplicates": duplicates,
@@ -240,16 +240,8 @@ def _probe_sha256(dataset_name: str, dataset_params: dict[str, Any]) -> str | No
         dataset = _build(dataset_name, dataset_params, seed=0)
         parts = [drawn(dataset, number, name) for number, name in enumerate((*SPLITS, *dataset.further_tests))]
         again = drawn(_build(dataset_name, dataset_params, seed=0), 1, SPLITS[1])
-        hashes = [_sha256(part.token_data(sorted(values))) for part in (*parts, again)]
+        hashes = [part.token_data(sorted(values)).sha256() for part in (*parts, again)]
     except Exception:  # a user's generator may raise anything
         log.debug("no probe of %s", dataset_name, exc_info=True)
         return None
     return hashlib.sha256("".join(hashes[:-1]).encode()).hexdigest() if hashes[1] == hashes[-1] else None
-
-
-def _sha256(data: TokenData) -> str:
-    """Hash of a split, the same on machines of either byte order."""
-    digest = hashlib.sha256()
-    for array in (data.tokens, data.offsets, data.labels):
-        digest.update(np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<")).tobytes())
-    return digest.hexdigest()

@@ -5,6 +5,7 @@ N samples  S tokens in all  B batch  L length of the batch's longest sample  T s
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -63,6 +64,13 @@ class TokenData:
     def sample(self, index: int) -> list[int]:
         """The tokens of one sample."""
         return [int(token) for token in self.tokens[self.offsets[index] : self.offsets[index + 1]]]
+
+    def sha256(self) -> str:
+        """Hash of the samples in their order, the same on machines of either byte order."""
+        digest = hashlib.sha256()
+        for array in (self.tokens, self.offsets, self.labels):
+            digest.update(np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<")).tobytes())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from research_eval.config.sections import ExperimentConfig
 from research_eval.datasets.kinds import dataset_kind
 from research_eval.datasets.token_data import Batches, DataSplits, TokenData
+from research_eval.files import file_stem
 from research_eval.models.base_model import EvaluableModel
 from research_eval.routing.alarms import SCORE
 from research_eval.routing.automaton import certification_metrics
+from research_eval.store.predictions import Predictions, one_per_sample, write_predictions
+from research_eval.system.best_effort import attempted
+from research_eval.system.load import LoadMeter
 from research_eval.system.untrusted import in_folder
 from research_eval.tasks.base import Evaluation, Task, task_of
 from research_eval.training.checkpoint import load_tensors, load_weights
 from research_eval.training.checkpointer import MODEL_FILE
-from research_eval.training.evaluate import evaluate, measure_flops, measure_latency
+from research_eval.training.evaluate import evaluate, measure_flops
+from research_eval.training.latency import measure_latency
 from research_eval.training.optimizers import steps_per_epoch
 from research_eval.training.routing_watch import alarm_metrics, regret_metrics, routing_metrics
 from research_eval.training.runtime import Runtime
 from research_eval.training.state import TrainingState
+
+log = logging.getLogger(__name__)
 
 AUTOMATON_FILE = "automaton.png"
 
@@ -63,6 +72,8 @@ def score(
             values = {"loss": test.loss, **test.scores}
             metrics |= {f"test_{name}{score}": value for score, value in values.items()}
             metrics |= _details(f"test_{name}".rstrip("_"), test, split)
+            with attempted(log, f"{folder}: no file of the predictions on the test split"):
+                _write_predictions(folder, f"test_{name}".rstrip("_"), test, split, data, task)
     # If the test split was scored, the model has its best weights on validation from here on.
     metrics |= _certification(model, config, folder)
     if data.validation.paths is not None:
@@ -83,6 +94,7 @@ def _costs(
 
     `active_flops_per_sample` is the analytic figure, averaged over the lengths of the validation split.
     """
+    meter = LoadMeter()  # counting FLOPs takes time too, and a longer look sees more of the load of the machine
     per_epoch = steps_per_epoch(config, len(data.train))
     forward_flops, training_flops = measure_flops(model, validation, runtime, task=task)
     # One analytic count per distinct length, weighted by the number of its samples.
@@ -95,7 +107,7 @@ def _costs(
         "active_param_count": model.get_active_parameter_count(),
         "inference_flops_per_sample": forward_flops,
         "train_flops": training_flops * len(data.train) * state.step / per_epoch,
-        **measure_latency(model, validation, runtime),
+        **measure_latency(model, validation, runtime, meter=meter),
     }
     if None not in analytic:  # the model knows its own FLOPs
         costs["active_flops_per_sample"] = float(np.average(np.array(analytic, float), weights=counts))
@@ -111,6 +123,32 @@ def _details(split: str, evaluation: Evaluation, data: TokenData) -> dict[str, l
             [int(group), float(evaluation.correct_N[groups_N == group].mean())] for group in np.unique(groups_N)
         ]
     return details
+
+
+def _write_predictions(
+    folder: Path, split_name: str, evaluation: Evaluation, split: TokenData, data: DataSplits, task: Task
+) -> None:
+    """Write the answers to a test split, in the order of the split, as far as the task has one per sample."""
+    order = np.argsort(evaluation.rows_N)
+
+    def ordered(values_N: NDArray[Any] | None) -> NDArray[Any] | None:
+        found = one_per_sample(values_N)
+        return None if found is None else found[order]
+
+    part = split_name.removeprefix("test_")
+    known = data.fingerprint.get("sha256", {}).get(part)
+    path = in_folder(folder, f"predictions_{file_stem(split_name)}.parquet")
+    write_predictions(
+        path,
+        Predictions(
+            task.name,
+            known or split.sha256(),
+            evaluation.losses_N[order],
+            ordered(evaluation.targets_N),
+            ordered(evaluation.answers_N),
+            ordered(evaluation.correct_N),
+        ),
+    )
 
 
 def _certification(model: EvaluableModel, config: ExperimentConfig, folder: Path) -> dict[str, Any]:

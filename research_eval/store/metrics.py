@@ -5,9 +5,10 @@ This module needs no SQLAlchemy, so the command line may import it before `--hel
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Collection
-from typing import Literal
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
 
 from research_eval.errors import ConfigError
 from research_eval.wording import nearest
@@ -24,8 +25,13 @@ USUAL = (  # every finished run has these, and a choice may use them; models add
     *("final_val_f1", "final_val_acc", "final_val_loss", "best_val_f1_across_epochs"),
     *("param_count", "active_param_count", "inference_flops_per_sample", "train_flops", "peak_memory_mb"),
     *("inference_latency_ms_batch", "inference_latency_ms_batch_p95", "inference_samples_per_second"),
+    *("inference_latency_spread", "inference_latency_repetitions", "inference_latency_load"),
     *("active_flops_per_sample", "training_duration_seconds"),
 )
+LATENCY, MEASURED_LATENCY = "inference_latency", "measured_latency"  # beginnings of names: after the run, `goe measure`
+# Beyond these limits a measured time is marked: other programs used this share of the machine, or the distance of the
+# quartiles of the repetitions has this share of their median.
+LOAD_LIMIT, SPREAD_LIMIT = 0.2, 0.2
 _COSTS = re.compile(r"loss|latency|seconds|duration|flops|param_count|memory|regret|num_alarms")
 # Whole words, because short ones such as "mae" may also be a part of other names.
 _ERRORS = re.compile(r"(^|_)(gap|rmse|mse|mae|error|distance|perplexity|nats|bits)($|_)")
@@ -85,6 +91,38 @@ def default_metric(names: Collection[str]) -> str:
 def is_measured(name: str) -> bool:
     """Whether a clock or the operating system measured the value, so that an equal run gets another one."""
     return bool(_MEASURED.search(name))
+
+
+def latency_parts(metric: str) -> dict[str, str]:
+    """For a measured time: the metrics that say how far to trust it, as "load" and "spread". Empty for other metrics.
+
+    >>> latency_parts("inference_latency_ms_batch")
+    {'load': 'inference_latency_load', 'spread': 'inference_latency_spread'}
+    """
+    known = {f"{prefix}_ms_batch": prefix for prefix in (LATENCY, MEASURED_LATENCY)}
+    return {part: f"{known[metric]}_{part}" for part in ("load", "spread")} if metric in known else {}
+
+
+def latency_remark(load: float | None, spread: float | None) -> str:
+    """How far to trust a measured time, in words; empty if nothing is known, as for runs of earlier versions.
+
+    >>> latency_remark(0.0, 0.08), latency_remark(0.9, 0.35), latency_remark(None, None)
+    ('spread 8 %', 'busy, unsteady, spread 35 %', '')
+    """
+    is_busy = load is not None and load > LOAD_LIMIT
+    words = ["busy"] if is_busy else []
+    if spread is not None and math.isfinite(spread):
+        words += ["unsteady"] * (spread > SPREAD_LIMIT) + [f"spread {100 * spread:.0f} %"]
+    return ", ".join(words)
+
+
+def with_remark(text: str, metric: str, metrics: Mapping[str, Any]) -> str:
+    """The text of a metric's value; a measured time gets the remark that the other metrics of the run give it."""
+    parts = latency_parts(metric)
+    values = {part: metrics.get(name) for part, name in parts.items()}
+    known = {part: value if isinstance(value, float) else None for part, value in values.items()}
+    remark = latency_remark(known["load"], known["spread"]) if parts else ""
+    return f"{text} ({remark})" if remark else text
 
 
 def check_selectable(name: str, option: str) -> None:

@@ -121,6 +121,17 @@ class Store(Queries):
             connection.execute(metrics_table.delete().where(metrics_table.c.experiment_id == experiment_id))
             _insert_metrics(connection, {experiment_id: metrics})
 
+    def replace_metrics(self, experiment_id: str, metrics: dict[str, Any]) -> None:
+        """Store these metrics of a finished run; its other metrics stay. Raises ConfigError."""
+        normal = normal_metrics(metrics)
+        table = metrics_table.c
+        with self._write(durable=True) as connection:
+            self._update(connection, experiment_id)
+            connection.execute(
+                metrics_table.delete().where(table.experiment_id == experiment_id, table.metric_name.in_(normal))
+            )
+            _insert_metrics(connection, {experiment_id: normal})
+
     def merge_records(
         self, records: dict[str, RunRecord], replaces: Callable[[RunRecord, RunRecord], bool]
     ) -> dict[str, RunRecord]:

@@ -27,7 +27,8 @@ from research_eval.store.values import canonical_json
 from research_eval.studies.adapter import StoredTrial, experimental, given_values
 from research_eval.studies.distributions import Infeasible, contains
 from research_eval.studies.options import StudyOptions
-from research_eval.training.evaluate import measure_flops, measure_latency
+from research_eval.training.evaluate import measure_flops
+from research_eval.training.latency import measure_latency
 from research_eval.training.state import Pruned
 
 MAX_PROPOSALS = 300  # for one trial; the last third of them is random, without the sampler

@@ -25,6 +25,7 @@ class Evaluation:
     """The result of an evaluation: the mean loss, the task's scores by name, and values per sample.
 
     `rows_N` is each sample's place in the split, in the order of evaluation. The model's records have the same order.
+    A task may leave out everything after `rows_N` except `correct_N`: `evaluate` fills it in.
     """
 
     loss: float
@@ -33,6 +34,8 @@ class Evaluation:
     rows_N: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     losses_N: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
     correct_N: NDArray[np.bool_] | None = None  # True at right answers; None if answers are not right or wrong
+    targets_N: NDArray[Any] | None = None  # labels, or numbers to be predicted
+    answers_N: NDArray[Any] | None = None  # what `Task.answers` keeps of the outputs: for classification, the classes
 
     @property
     def accuracy(self) -> float:

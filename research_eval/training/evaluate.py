@@ -1,12 +1,12 @@
-"""Scores, latency and FLOPs of a model.
+"""Scores and FLOPs of a model.
 
 B batch  O outputs per sample  N samples of a split
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -41,34 +41,15 @@ def evaluate(
         targets.append(batch.labels)
         rows.append(np.arange(len(batch.labels)) if batch.rows is None else batch.rows)
     answers_N, targets_N, losses_N = (torch.cat(parts).cpu() for parts in (answers, targets, losses))
-    return task.evaluation(answers_N, targets_N, losses_N, np.concatenate(rows), num_outputs)
-
-
-@torch.no_grad()
-def measure_latency(model: EvaluableModel, batches: Batches, runtime: Runtime, repeats: int = 30) -> dict[str, float]:
-    """Milliseconds per batch (median and 95th percentile), and samples per second.
-
-    The batches cover all lengths. The first three of them run once more before, as a warm-up.
-    """
-    model.eval()
-    order = [rows for rows in batches.order(0) if len(rows) == batches.batch_size] or batches.order(0)
-    chosen = [batches.take(order[index % len(order)]) for index in np.linspace(0, len(order) - 1, repeats).astype(int)]
-    seconds = []
-    for number, batch in enumerate([*chosen[:3], *chosen]):
-        runtime.synchronize()  # the clock must not count work of the batch before
-        start = time.perf_counter()
-        with runtime.autocast():
-            model.run(batch)
-        runtime.synchronize()
-        if number >= 3:
-            seconds.append(time.perf_counter() - start)
-    model.start_recording()  # drop the records of these passes
-    samples = sum(len(batch.labels) for batch in chosen)
-    return {
-        "inference_latency_ms_batch": 1000 * float(np.median(seconds)),
-        "inference_latency_ms_batch_p95": 1000 * float(np.percentile(seconds, 95)),
-        "inference_samples_per_second": samples / sum(seconds),
-    }
+    rows_N = np.concatenate(rows)
+    evaluation = task.evaluation(answers_N, targets_N, losses_N, rows_N, num_outputs)
+    return replace(
+        evaluation,
+        rows_N=rows_N,
+        losses_N=losses_N.numpy(),
+        targets_N=targets_N.numpy(),
+        answers_N=answers_N.numpy(),
+    )
 
 
 def measure_flops(
