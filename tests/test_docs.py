@@ -35,7 +35,7 @@ from pydantic import BaseModel
 from support import MODELS, ROOT
 
 from research_eval import experiment, main
-from research_eval.cli import analyze, run, suggest, tune
+from research_eval.cli import analyze, measure, run, suggest, tune
 from research_eval.datasets.text import TextDataset
 from research_eval.db_utils import DB_FILE, STATUSES, Store
 from research_eval.registry import MODELS_MAP, SYNTHETIC_DATASETS
@@ -418,6 +418,7 @@ def test_the_flags_are_those_of_the_parser(capsys: pytest.CaptureFixture[str]) -
     common = {"epochs", "batch_size", "seed", "dry_run"}  # that mean something else in a study
     assert flags_on("studies.md", "Flags") == flags_of(tune.add_study_arguments) | common
     assert flags_on("suggestions.md", "Flags") == flags_of(suggest.add_arguments)
+    assert flags_on("evaluation.md", "Measure latency again") == flags_of(measure.add_arguments)
     assert flags_on("analysis.md", "Flags") == flags_of(analyze.add_arguments)
     for command in ("predict", "init-db"):
         with pytest.raises(SystemExit):
