@@ -116,6 +116,14 @@ def test_runs_on_the_same_samples_add_no_samples_and_runs_on_their_own_do(here: 
     same, own = group("dense", labels, [answers] * 3), group("moe", labels, [answers] * 3, "abc")
     assert sample_error(same, "test_acc", 0.95).interval == pytest.approx(wilson_interval(80, 100))
     assert sample_error(own, "test_acc", 0.95) == SampleError(pytest.approx(wilson_interval(240, 300)), 300)
+    apart = group(
+        "goe", labels, [[1, 0] * 10 + [0, 1] * 40, answers]
+    )  # the errors of the two runs are on other samples
+    found = sample_error(apart, "test_acc", 0.95).interval
+    assert found is not None
+    for share in found:
+        weight = 1.959964**2 * (0.4 * 0.5**2 + 0.6 * 1**2 - 0.8**2) / 100 / (0.8 * 0.2)
+        assert (share - 0.8) ** 2 == pytest.approx(weight * share * (1 - share), rel=1e-5)
     f1 = {one.model_type: sample_error(one, "test_f1", 0.95).interval for one in (same, own)}
     assert f1["dense"] is not None and f1["moe"] is not None
     widths = [high - low for low, high in (f1["dense"], f1["moe"])]
@@ -129,7 +137,7 @@ def test_a_draw_of_cells_scores_like_the_samples_themselves(seed: int, classes: 
     rng = np.random.default_rng(seed)
     labels_N, answers_RN = rng.integers(0, classes, 30), rng.integers(0, classes + 1, (runs, 30))
     table = np.unique(np.stack([labels_N, *answers_RN]), axis=1)
-    counts_DK = rng.multinomial(30, np.full(table.shape[1], 1 / table.shape[1]), 4)
+    counts_DK = rng.multinomial(3, np.full(table.shape[1], 1 / table.shape[1]), 4)  # few, so that classes are missing
     for row in range(runs):
         fast = samples._macro_f1(table[0], table[row + 1], counts_DK)
         slow = [
@@ -243,13 +251,11 @@ def copied(lab: Path, here: Path) -> Path:
     return here
 
 
-def test_the_file_has_the_answers_of_the_stored_weights_in_the_order_of_the_split(
-    lab: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(lab)
-    name = runs_of(lab, "dense")[0].name
-    found = read_predictions(name)
-    config = small_config(training_params={"test": True})
+def test_the_file_has_the_answers_of_the_stored_weights_in_the_order_of_the_split(here: Path) -> None:
+    """Evaluation sorts these samples by length."""
+    config = small_config(dataset_name="majority", dataset_params={"num_samples": 100}, training_params={"test": True})
+    name = run_in(here, config).experiment_id
+    found, longer = read_predictions(name), read_predictions(name, "predictions_test_len_200.parquet")
     data = load_splits(config.dataset_type, config.dataset_name, config.dataset_params, config.seed)
     assert data.test is not None and found is not None
     assert found.labels_N is not None and found.predictions_N is not None and found.correct_N is not None
@@ -261,6 +267,7 @@ def test_the_file_has_the_answers_of_the_stored_weights_in_the_order_of_the_spli
     likely = [one.probabilities[label] for one, label in zip(again, found.labels_N, strict=True)]
     assert found.losses_N == pytest.approx(-np.log(likely), rel=1e-4)
     assert found.correct_N.tolist() == (found.labels_N == found.predictions_N).tolist()
+    assert longer is not None and longer.split_sha256 == data.further_tests["len_200"].sha256()
 
 
 def test_without_a_test_there_is_no_file(here: Path) -> None:
@@ -302,7 +309,8 @@ def analyzed(*words: str) -> tuple[str, list[dict[str, str]], list[dict[str, str
 
 def test_analyze_shows_both_intervals_and_the_paired_test(copied: Path) -> None:
     out, rows, pairs = analyzed()
-    assert "95 % over samples" in out and "95 % over seeds" in out and "p (samples)" in out
+    assert out.count("95 % over samples") == 2, "in both tables"
+    assert "95 % over seeds" in out and "p (samples)" in out
     for row in rows:
         assert row["num_test_samples"] == "60", "three seeds with 20 samples of their own"
         assert float(row["test_f1_samples_low"]) < float(row["test_f1"]) < float(row["test_f1_samples_high"])
