@@ -96,13 +96,13 @@ def test_models_take_turns_and_a_change_of_the_machine_cancels(monkeypatch: pyte
 def test_the_ratio_is_that_of_neighbours_with_an_interval_between_two_of_them() -> None:
     subject = sleeping("a", [], lambda _: 0)
     times, first = (
-        np.array([[2.0], [6.0], [4.0], [9.0], [2.0], [4.0]]),
+        np.array([[2.0], [6.0], [4.0], [9.0], [2.0], [9.0]]),
         np.array([[1.0], [2.0], [4.0], [3.0], [1.0], [1.0]]),
     )
     found = Measured(subject, times, first, 0.0)
-    assert found.ratios == [2, 3, 1, 3, 2, 4]
+    assert found.ratios == [2, 3, 1, 3, 2, 9]
     assert found.ratio == 2.5
-    assert found.ratio_interval() == (1, 4)
+    assert found.ratio_interval() == (1, 9)
     assert Measured(subject, times[:5], first[:5], 0.0).ratio_interval() is None, "five are too few for 95 %"
 
 

@@ -47,8 +47,8 @@ class Group:
         return {_seed(run): run for run in self.runs}
 
     def scores(self, metric: str) -> dict[int | str, float]:
-        """Seed -> value, for the runs with a finite value."""
-        found = {seed: run.metrics.get(metric, math.nan) for seed, run in self.by_seed().items()}
+        """Seed -> value, for the runs with a finite value. A run without a known seed has its id as the key."""
+        found = {_seed(run): run.metrics.get(metric, math.nan) for run in self.runs}
         return {seed: value for seed, value in found.items() if math.isfinite(value)}
 
     def values(self, metric: str) -> list[float]:

@@ -275,7 +275,7 @@ def without_samples(reasons: Sequence[tuple[str, str]]) -> list[str]:
     if not missing:
         return []
     names = list(dict.fromkeys(name for name, reason in reasons if reason))
-    return [f"No interval over test samples for {', '.join(names)}: {missing[names[0]]}."]
+    return [f"No interval over test samples for {', '.join(names)}: {missing[names[0]].removesuffix('.')}."]
 
 
 def _latency_notes(rows: Sequence[Row]) -> list[str]:
