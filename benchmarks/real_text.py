@@ -17,6 +17,7 @@ from typing import Any
 
 from research_eval.analysis.statistics import half_width as interval
 from research_eval.datasets.text import TextDataset
+from research_eval.datasets.text.baselines import linear_scores
 from research_eval.db_utils import Store
 from research_eval.schema import load_config
 
@@ -27,18 +28,9 @@ MODELS = ("dense", "moe", "goe", "goe_original")
 
 def baseline(dataset: str, data_dir: Path) -> float:
     """Macro-F1 of logistic regression on TF-IDF of words and word pairs, fitted to every training row."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import f1_score
-    from sklearn.pipeline import make_pipeline
-
     rows, _ = TextDataset(dataset_name=dataset, data_dir=str(data_dir / dataset)).read(data_dir / dataset)
-    scored = rows["test" if "test" in rows else "validation"]
-    model = make_pipeline(
-        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2), LogisticRegression(C=10, max_iter=1000)
-    )
-    model.fit(rows["train"].texts, rows["train"].labels)
-    return float(f1_score(scored.labels, model.predict(scored.texts), average="macro"))
+    scores = linear_scores(rows)
+    return scores["test_f1" if "test" in rows else "val_f1"]
 
 
 def train(job: tuple[str, str, int], arguments: argparse.Namespace) -> None:

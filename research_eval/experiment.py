@@ -37,13 +37,16 @@ def run(
     trial: TrialRun | None = None,
     progress: Display | None = None,
     to_csv: bool = True,
+    show_data: bool = True,
 ) -> Result:
     """Train, score and store one experiment; `resume` continues the newest run of the same config, also a shorter one.
 
     The screen shows the progress, unless it goes to a `progress` of the caller. `to_csv` adds the run, unless it is a
-    trial, to the CSV file. Raises ConfigError before any work for what the user has to change. A run that diverges, is
-    pruned or interrupted is a Result with that status; every other problem is stored as failed and raised. After the
-    result is stored, a problem is only a warning.
+    trial, to the CSV file. `show_data` logs what is known of the data.
+
+    Raises ConfigError before any work for what the user has to change. A run that diverges, is pruned or interrupted is
+    a Result with that status; every other problem is stored as failed and raised. After the result is stored, a problem
+    is only a warning.
     """
     with Store(db) as store:
         merge_pending(store)
@@ -53,7 +56,8 @@ def run(
             return finished
         prepared = prepare(config, entry.data)
         entry.check(prepared)
-        log.info("%s: %s", config.dataset_name, prepared.data.summary())
+        if show_data:
+            entry.show_data(prepared.data)
         with claimed_folder(entry.experiment_id) as folder:
             entry.begin(prepared.runtime, prepared.data, folder)
             save_description(folder, config, prepared.data)
@@ -86,7 +90,7 @@ def _train_and_store(
             result.error,
         )
         return result
-    result = Result(experiment_id, "finished", metrics, folder)
+    result = Result.finished(experiment_id, metrics, folder, data.fingerprint)
     journal.end(config, result, stored)
     with attempted(log, f"run {experiment_id}: the checkpoint before the last one stays"):
         drop_previous(folder)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any, Protocol, runtime_checkable
 
 _PLAIN_TYPES = frozenset({float, str, int, bool, list, tuple, dict, type(None)})
@@ -64,6 +64,22 @@ def printable(text: str, replacement: str | None = None) -> str:
         letter if letter.isprintable() else ascii(letter)[1:-1] if replacement is None else replacement
         for letter in text
     )
+
+
+def aligned(header: list[str], rows: list[list[str]], right: Set[int] = frozenset()) -> list[str]:
+    """The rows as lines with aligned columns. `right` has the indices of columns with numbers. No rows, no lines."""
+    if not rows:
+        return []
+    from rich.cells import cell_len
+
+    table = [header, *([printable(cell) for cell in row] for row in rows)]
+    widths = [max(map(cell_len, column)) for column in zip(*table, strict=True)]
+
+    def padded(cell: str, index: int) -> str:
+        blanks = " " * (widths[index] - cell_len(cell))
+        return blanks + cell if index in right else cell + blanks
+
+    return ["  ".join(padded(cell, index) for index, cell in enumerate(row)).rstrip() for row in table]
 
 
 def shown(value: Any, length: int = 80) -> str:

@@ -348,6 +348,8 @@ def allowed_values(schema: dict[str, Any]) -> str:
         return " or ".join(map(allowed_values, schema["anyOf"]))
     if "$ref" in schema or schema.get("type") == "object":
         return "section"
+    if "const" in schema:
+        return f"`{json.dumps(schema['const'])}`"
     if "enum" in schema:
         return ", ".join(f"`{json.dumps(value)}`" for value in schema["enum"])
     word = {"string": "text", "null": "`null`", "boolean": "`true`, `false`"}.get(schema["type"], schema["type"])

@@ -358,8 +358,10 @@ def test_closing_the_iterator_stops_the_runs(monkeypatch: pytest.MonkeyPatch) ->
 def test_lines_begin_with_the_seed() -> None:
     ended = run_seeds("--seeds", "0-1", model_type="moe")
     for seed in "01":
-        for text in ("parity: 80 training", "epoch 1/2  val_loss ", "epoch 2/2  val_loss "):
+        for text in ("epoch 1/2  val_loss ", "epoch 2/2  val_loss "):
             assert f"seed {seed}: {text}" in ended.err
+    assert re.search("^seed 0: data: parity\nseed 0: +train +validation +test\n", ended.err, re.MULTILINE)
+    assert ended.err.count("data: parity") == 1  # the other seeds have the same task
     assert set(re.findall("^(.*?): ", ended.err, re.MULTILINE)) == {"seed 0", "seed 1"}
 
 

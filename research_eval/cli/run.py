@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from research_eval.cli.common import DB_HELP, add_flag
 from research_eval.errors import ConfigError
+from research_eval.store.data_facts import SHORT_NAMES, baseline_score
 from research_eval.store.metrics import DEFAULT_METRIC, with_remark
 from research_eval.system.best_effort import attempted, print_product
 from research_eval.system.untrusted import parse_json
@@ -38,8 +39,8 @@ OVERRIDES = {
     "precision": "training_params.precision",
     "data_dir": "dataset_params.data_dir",
 }
-RUN_ONLY = ("seeds", "resume")  # flags that a study does not have
 NEAR_KEY = 0.75  # similarity of an unknown flag and the key that the message names
+RUN_ONLY = ("seeds", "resume", "baselines")  # flags that a study does not have
 SECTION_KEY = re.compile(r"--((?:dataset|model|optimizer|scheduler|training)_params\.\w+)(=.*)?", re.DOTALL)
 CLASS_SCORES = {  # metric -> format, for tasks with classes
     "final_val_f1": "{:.4f}",
@@ -82,6 +83,12 @@ def add_run_arguments(parser: argparse._ActionsContainer, required: bool = True)
     """Add the flags of one experiment."""
     add_flag(parser, "json_config_path", metavar="FILE", required=required, help="the experiment (JSON with comments)")
     add_flag(parser, "seeds", metavar="A-B", help="one run per seed, such as 0-4 or 0,2,5")
+    add_flag(
+        parser,
+        "baselines",
+        action="store_true",
+        help="first fit TF-IDF + logistic regression to the same texts; all later runs show its scores beside theirs",
+    )
     add_flag(
         parser,
         "resume",
@@ -205,6 +212,10 @@ def run_command(arguments: argparse.Namespace) -> int:
     ]
     for key, value in overrides.items():
         log.info("%s = %r from the command line replaces the file's value", key, value)
+    if arguments.baselines:
+        from research_eval.datasets.kinds import dataset_kind
+
+        dataset_kind(configs[0].dataset_type).fit_baselines(configs[0].dataset_name, configs[0].dataset_params)
     if arguments.dry_run:
         from research_eval.runs.dry_run import describe
 
@@ -235,6 +246,13 @@ def score_formats(metrics: Mapping[str, Any]) -> dict[str, str]:
     return {**on_validation, "final_val_loss": "{:.4f}", **on_test}
 
 
+def _beside(result: Result, metric: str, form: str, width: int) -> str:
+    """The scores of the baselines in this metric, to be printed after a value of `width` characters."""
+    found = {name: baseline_score(scores, metric) for name, scores in result.baselines.items()}
+    texts = [f"{SHORT_NAMES[name]} {form.format(value)}" for name, value in found.items() if value is not None]
+    return f"{' ' * max(1, 9 - width)}({', '.join(texts)})" if texts else ""
+
+
 def summary(config: ExperimentConfig, result: Result) -> str:
     """The lines that a run prints at its end."""
     lines = [
@@ -246,7 +264,7 @@ def summary(config: ExperimentConfig, result: Result) -> str:
     for name, form in {**score_formats(result.metrics), **SHOWN_METRICS}.items():
         if name in result.metrics:
             text = with_remark(form.format(result.metrics[name]), name, result.metrics)
-            lines.append(f"  {name:<28} {text}")
+            lines.append(f"  {name:<28} {text}{_beside(result, name, form, len(text))}")
     for path, count in result.metrics.get("common_paths", [])[:SHOWN_PATHS]:
         lines.append(f"  {count:6d} samples took {' -> '.join(['start', *map(str, path), 'stop'])}")
     lines.append(f"  run {result.experiment_id} in {result.folder}")

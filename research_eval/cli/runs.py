@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import re
+import shutil
 from typing import TYPE_CHECKING, Any
 
 from research_eval.cli.common import DB_HELP, DEFAULT_HELP, add_flag, names_of
@@ -173,6 +174,7 @@ def _metric_column(values: list[Any]) -> list[str]:
 def describe(store: Store, name: str) -> str:
     """All that the store knows of a run, for people. Raises ConfigError for an unknown run."""
     from research_eval.store.changes import flatten, json_object
+    from research_eval.store.data_facts import FACTS, facts_lines, facts_of, facts_table
     from research_eval.store.find import find_run
 
     row = find_run(store, name)
@@ -196,11 +198,16 @@ def describe(store: Store, name: str) -> str:
         name: with_remark(number(value), name, metrics) for name, value in metrics.items() if isinstance(value, float)
     }
     others = {name: short(value) for name, value in metrics.items() if not isinstance(value, float)}
-    environment = {name: short(value) for name, value in flatten(json_object(row["env_details_json"])).items()}
+    record = json_object(row["env_details_json"])
+    facts = facts_of(row["env_details_json"])
+    if facts_table(facts)[1]:  # the section `data` shows these
+        record = {**record, "data": {name: value for name, value in facts.items() if name not in FACTS}}
+    environment = {name: short(value) for name, value in flatten(record).items()}
     config = [printable(line) for line in json.dumps(json_object(row["full_config_json"]), indent=2).splitlines()]
     sections = {
         f"run {printable(experiment_id)}": pairs({name: value for name, value in facts.items() if value is not None}),
         "config": [f"  {line}" for line in config],
+        "data": [f"  {line}" for line in facts_lines(facts, shutil.get_terminal_size().columns - 2)],
         "environment": pairs(environment),
         "metrics": pairs(numbers),
         "lists": pairs(others),

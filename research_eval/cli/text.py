@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from research_eval.system.best_effort import print_product
-from research_eval.wording import printable, shortened
+from research_eval.wording import aligned, printable, shortened
 
 if TYPE_CHECKING:
     from research_eval.store.changes import Change, MetricDifference
@@ -63,22 +63,6 @@ def pairs(values: dict[str, Any]) -> list[str]:
     names = [printable(name) for name in values]
     width = max(map(len, names), default=0)
     return [f"  {name:<{width}}  {printable(str(value))}" for name, value in zip(names, values.values(), strict=True)]
-
-
-def aligned(header: list[str], rows: list[list[str]], right: Set[int] = frozenset()) -> list[str]:
-    """The rows as lines with aligned columns. `right` has the indices of columns with numbers. No rows, no lines."""
-    if not rows:
-        return []
-    from rich.cells import cell_len
-
-    table = [header, *([printable(cell) for cell in row] for row in rows)]
-    widths = [max(map(cell_len, column)) for column in zip(*table, strict=True)]
-
-    def padded(cell: str, index: int) -> str:
-        blanks = " " * (widths[index] - cell_len(cell))
-        return blanks + cell if index in right else cell + blanks
-
-    return ["  ".join(padded(cell, index) for index, cell in enumerate(row)).rstrip() for row in table]
 
 
 def print_table(header: list[str], rows: list[list[str]], numbers: set[int]) -> None:

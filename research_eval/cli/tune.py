@@ -129,10 +129,6 @@ def study_options(arguments: argparse.Namespace) -> StudyOptions:
         raise ConfigError("--n_trials counts all trials of a study, and --more_trials those to be added: give one")
     whole["n_jobs"] = _num_workers(given("n_jobs", DEFAULTS["n_jobs"]))
     base = _base(arguments, whole)
-    objectives = _objectives(given("objectives"), _selected_by(base))
-    sampler = given("sampler", "tpe")
-    if sampler == "cmaes" and len(objectives) > 1:
-        raise ConfigError("--sampler: cmaes takes one objective. Use tpe, gp or nsga2 for several.")
     narrowing = read_search_space(given("search_space")) if given("search_space") is not None else {}
     sets = _narrowing_of(arguments)
     for name, values in sets.items():  # a value of --set replaces that of the file
@@ -149,6 +145,11 @@ def study_options(arguments: argparse.Namespace) -> StudyOptions:
     types = names_of(_words(given("model_types", list(DEFAULT_TYPES))))
     if not types:
         raise ConfigError("--model_types: give at least one")
+    space = build_space(types, base, narrowing)
+    objectives = _objectives(given("objectives"), _selected_by(space.base))
+    sampler = given("sampler", "tpe")
+    if sampler == "cmaes" and len(objectives) > 1:
+        raise ConfigError("--sampler: cmaes takes one objective. Use tpe, gp or nsga2 for several.")
     max_params, max_flops = given("max_params"), given("max_flops")
     for name, value in {"timeout": given("timeout"), "max_flops": max_flops}.items():
         if value is not None and not (math.isfinite(value) and value > 0):
@@ -161,7 +162,7 @@ def study_options(arguments: argparse.Namespace) -> StudyOptions:
     return StudyOptions(
         study_name=base["experiment_name"],
         storage=storage_url(given("storage", DEFAULT_STORAGE)),
-        space=build_space(types, base, narrowing),
+        space=space,
         budget=Budget(
             n_trials=whole["n_trials"],
             seeds_per_trial=whole["seeds_per_trial"],
@@ -203,10 +204,14 @@ def key_of(flag: str) -> str | None:
 
 
 def _selected_by(base: Mapping[str, Any]) -> str:
-    """The score that the task of the data selects the weights by: "f1" for classification."""
+    """The metric that selects the weights: the one that the study fixes, else the score of the data's task."""
+    from research_eval.config.sections import metric_of_validation
     from research_eval.datasets.kinds import dataset_kind
     from research_eval.registry import TASKS
 
+    fixed = base.get("training_params", {}).get("select_by")
+    if isinstance(fixed, str):
+        return metric_of_validation(fixed)
     task = dataset_kind(base["dataset_type"]).task(base["dataset_name"])
     selected_by: str = TASKS.get_or_explain(task).selected_by
     return selected_by

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from research_eval.annotations import Choice, Count, Kernels, Natural, Positive, Range, Share, Weight, When
+from research_eval.annotations import Choice, Count, Kernels, Natural, Positive, Range, Share, Weight, When, Younger
+from research_eval.config.signatures import younger_fields
 from research_eval.datasets.kinds import DATASET_KINDS
 from research_eval.files import MAX_NAME
 from research_eval.registry import DISPATCHERS, TASKS, Registered
@@ -75,6 +76,16 @@ def _known_device(device: str) -> str:
     return device
 
 
+def metric_of_validation(name: str) -> str:
+    """`f1` for `f1`, `val_f1` and `final_val_f1`. Raises ValueError for a score of the test split."""
+    if name.startswith("test_"):
+        raise ValueError("expected a metric of the validation split such as 'f1' or 'loss': nothing is chosen by test")
+    return name.removeprefix("final_").removeprefix("val_")
+
+
+ValidationMetric = Annotated[str, AfterValidator(metric_of_validation)]
+
+
 class TrainingParams(_Section):
     """How the training runs; none of it changes what is trained."""
 
@@ -88,10 +99,16 @@ class TrainingParams(_Section):
     """Batches whose gradients are averaged into one optimiser step."""
     label_smoothing: Share = 0.0
     """Share of each target that is spread evenly over the classes."""
+    class_weights: Annotated[Literal["balanced"] | list[Positive] | None, Younger()] = None
+    """Weight of each class in the training loss: balanced (inverse to its rows), one number per class, or null."""
+    select_by: Annotated[ValidationMetric | None, Younger()] = None
+    """Validation metric whose best epoch gives the weights, such as f1, acc or loss; null for the task's own."""
     ema_decay: Share = 0.0
     """Decay of the moving average of the weights that is evaluated; 0 for no average."""
     early_stopping_patience: Count | None = None
     """Stop after so many epochs without a better validation score; null for never."""
+    early_stopping_metric: Annotated[ValidationMetric | None, Younger()] = None
+    """Validation metric that early stopping watches; null for the one of select_by."""
     eval_batch_size: Count | None = None
     """Samples per batch in evaluation; null for the training batch size."""
     checkpoint_every: Count | None = None
@@ -108,7 +125,7 @@ class TrainingParams(_Section):
     """CPU threads of torch; null for torch's own choice."""
     kernels: Kernels = "auto"
     """How experts are executed: auto (what suits the device), plain (with the padding), slices or grouped."""
-    dispatcher: Annotated[str, Registered(DISPATCHERS)] = "local"
+    dispatcher: Annotated[str, Registered(DISPATCHERS), Younger()] = "local"
     """How rows reach the process that holds their expert: local (one process), or a dispatcher of your own."""
     keep_memory: bool = False
     """Linux: let the process keep freed memory instead of giving it back to the system after every step."""
@@ -142,7 +159,7 @@ class ExperimentConfig(_Section):
     optimizer_params: OptimizerParams = Field(default_factory=OptimizerParams)
     scheduler_params: SchedulerParams = Field(default_factory=SchedulerParams)
     training_params: TrainingParams = Field(default_factory=TrainingParams)
-    task: Annotated[str, Registered(TASKS)] | None = None
+    task: Annotated[Annotated[str, Registered(TASKS)] | None, Younger()] = None
     """What the model is trained for, a key in TASKS; null for the task that the dataset is made for."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,9 +167,8 @@ class ExperimentConfig(_Section):
         config = self.model_dump(mode="json")
         if self.optimizer_params.name != "sgd":
             del config["optimizer_params"]["momentum"]
-        # Keys that are younger than stored runs are left out if they have their default, so that configs compare equal.
-        if self.task is None:
-            del config["task"]
-        if self.training_params.dispatcher == "local":
-            del config["training_params"]["dispatcher"]
+        for section, values in ((self, config), (self.training_params, config["training_params"])):
+            for name in younger_fields(type(section)):
+                if getattr(section, name) == type(section).model_fields[name].default:
+                    del values[name]
         return config

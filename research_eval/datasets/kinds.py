@@ -60,6 +60,13 @@ class DatasetKind(ABC):
         """As `splits`, with the tokenizer of an earlier run if the kind trains one. Raises ConfigError."""
         return self.splits(dataset_name, dataset_params, seed)
 
+    def fit_baselines(self, dataset_name: str, dataset_params: dict[str, Any]) -> None:
+        """Fit the baselines that take time and store their scores, so that `splits` has them in the fingerprint.
+
+        Raises ConfigError for a kind that has none.
+        """
+        raise ConfigError(f"--baselines: TF-IDF is for text, and {dataset_name} is something else. Leave the flag out.")
+
     def accepts(self, dataset_name: str, dataset_params: Mapping[str, Any]) -> bool:
         """Whether the name, together with these (unchecked) parameters, can be a data set of this kind."""
         return dataset_name in self.names()
@@ -193,6 +200,11 @@ class RealWorld(DatasetKind):
         from research_eval.datasets.text import TextDataset
 
         return build(TextDataset, {"dataset_name": dataset_name, **dataset_params}).splits(seed, tokenizer)
+
+    def fit_baselines(self, dataset_name: str, dataset_params: dict[str, Any]) -> None:
+        from research_eval.datasets.text import TextDataset
+
+        build(TextDataset, {"dataset_name": dataset_name, **dataset_params}).fit_baselines()
 
     def accepts(self, dataset_name: str, dataset_params: Mapping[str, Any]) -> bool:
         own_files = dataset_params.get("data_dir") or dataset_params.get("sources")

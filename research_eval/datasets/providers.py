@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer
 
 from research_eval.datasets.kinds import dataset_kind
+from research_eval.datasets.label_facts import label_facts
 from research_eval.datasets.text import TEXT_FIELDS, TextSource, source
 from research_eval.datasets.token_data import Batches, DataSplits
 from research_eval.registry import SYNTHETIC_DATASETS
@@ -39,8 +40,9 @@ def load_splits(
 
     A `tokenizer` of an earlier run takes the place of the one that a kind would train.
 
-    If the fingerprint has hashes of the splits but no `data_sha256`, that follows from them. Generated splits change
-    with the seed, so for them the kind itself has to give a hash that does not.
+    The fingerprint gets what labels and lengths say (`label_facts`). If it has hashes of the splits but no
+    `data_sha256`, that follows from them. Generated splits change with the seed, so for them the kind itself has to
+    give a hash that does not.
     """
     kind = dataset_kind(dataset_type)
     kind.check_name(dataset_name, dataset_params)
@@ -52,6 +54,9 @@ def load_splits(
     if hashes and not kind.generated:
         whole = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()  # as in migration 0004
         splits.fingerprint.setdefault("data_sha256", whole)
+    facts = label_facts(splits)
+    baselines = facts.pop("baselines", {}) | splits.fingerprint.get("baselines", {})
+    splits.fingerprint.update(facts | splits.fingerprint | ({"baselines": baselines} if baselines else {}))
     return splits
 
 

@@ -93,12 +93,6 @@ class DataSplits:
     further_tests: dict[str, TokenData] = field(default_factory=dict)  # longer samples, unseen combinations, ...
     task: str = CLASSIFICATION  # the task of models, by its name in the registry of tasks
 
-    def summary(self) -> str:
-        """The sizes of train and validation in words, and how many samples they share if the fingerprint says so."""
-        duplicates = self.fingerprint.get("train_validation_duplicates")
-        shared = "" if duplicates is None else f", of which {duplicates:,} occur in training too"
-        return f"{len(self.train):,} training and {len(self.validation):,} validation samples{shared}"
-
 
 class Batch(NamedTuple):
     """`input_ids` [B, L] int64, padded with 0; `attention_mask` [B, L], True where a token is real; `labels` [B].

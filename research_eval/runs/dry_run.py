@@ -10,6 +10,7 @@ import torch
 from research_eval.config.sections import ExperimentConfig
 from research_eval.datasets.token_data import Batches, DataSplits
 from research_eval.models.base_model import EvaluableModel
+from research_eval.runs.data_block import data_block
 from research_eval.runs.prepare import prepare
 from research_eval.tasks.base import task_of
 from research_eval.training.evaluate import measure_flops
@@ -44,7 +45,7 @@ def describe(config: ExperimentConfig) -> str:
     ]
     shapes = [(name, " x ".join(map(str, parameter.shape))) for name, parameter in model.named_parameters()]
     width = max(len(name) for name, _ in [*rows, *shapes])
-    lines = [json.dumps(config.to_dict(), indent=2), ""]
+    lines = [json.dumps(config.to_dict(), indent=2), "", *data_block(config.dataset_name, data), ""]
     lines += [f"{name:<{width}}  {text}" for name, text in [*rows, ("", ""), *shapes]]
     return "\n".join(line.rstrip() for line in lines)
 

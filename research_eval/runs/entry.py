@@ -15,11 +15,13 @@ from research_eval.datasets.token_data import DataSplits
 from research_eval.errors import ConfigError
 from research_eval.files import run_folder
 from research_eval.runs.continuation import Continuation, earlier_run, say_what_differs
+from research_eval.runs.data_block import data_block
 from research_eval.runs.folder import new_id
 from research_eval.runs.journal import Result, Watch, csv_row, start_row
 from research_eval.runs.predict import read_description, read_tokenizer
 from research_eval.runs.prepare import Prepared
 from research_eval.store.csv_file import append_if_possible, csv_accepts_rows
+from research_eval.store.data_facts import facts_of
 from research_eval.store.pending import with_retries
 from research_eval.store.store import Store
 from research_eval.store.tables import CONTINUES
@@ -136,7 +138,8 @@ class RunEntry:
         if present is None or present == known or changed_split(row, self.data) is not None:
             return
         tokenizer = read_tokenizer(folder, read_description(folder)["vocab_size"])
-        if tokenizer is not None and tokenizer.to_str() != self.data.tokenizer.to_str():
+        trained = self.data.tokenizer
+        if tokenizer is not None and trained is not None and tokenizer.to_str() != trained.to_str():
             log.info("run %s: its own tokenizer is used, because the present one is another", row["experiment_id"])
             self.data = load_splits(*source, tokenizer=tokenizer)
 
@@ -149,7 +152,8 @@ class RunEntry:
             return None
         name = self.experiment_id
         log.info("run %s of this config is finished: nothing to resume", name)
-        result = Result(name, "finished", self._store.metrics(name), run_folder(name))
+        facts = facts_of(self._known["env_details_json"])
+        result = Result.finished(name, self._store.metrics(name), run_folder(name), facts)
         if to_csv and self._trial is None:  # the row may be missing, for example after a full disk
             append_if_possible(csv_row(self._config, result), unless_known=("experiment_id", "status"))
         return result
@@ -175,6 +179,12 @@ class RunEntry:
                     "the data are not those of run %s (%s split: sha256 %s, now %s): the two runs are kept apart",
                     *(self._parent_id, changed[0], changed[2][:12], changed[1][:12]),
                 )
+
+    def show_data(self, data: DataSplits) -> None:
+        """Log what is known of the data, unless the run is one of the many of a study."""
+        if self._trial is None:
+            for line in data_block(self._config.dataset_name, data):
+                log.info("%s", line)
 
     def wants_csv_row(self, to_csv: bool) -> bool:
         """Whether the CSV file gets a row at the end: not for a trial, and not if the file cannot be continued.

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from research_eval.config.sections import ExperimentConfig
 from research_eval.errors import signal_of
+from research_eval.store.data_facts import Baselines, baselines_of
 from research_eval.store.metrics import FLOPS_VERSION
 from research_eval.store.pending import RunWriter, Write
 from research_eval.store.records import HistoryRow
@@ -27,7 +28,7 @@ Watch = Callable[[int, dict[str, float]], None]  # (epoch, scores); may raise Pr
 
 @dataclass(frozen=True)
 class Result:
-    """The end of a run. `metrics` is empty unless `status` is "finished".
+    """The end of a run. `metrics` and `baselines`, the scores of simple models, are empty unless it is "finished".
 
     `exit_code` is the exit status of the program: 0 for success, 128 plus the signal's number after a signal, otherwise
     1.
@@ -39,6 +40,12 @@ class Result:
     folder: Path
     error: str | None = None
     exit_code: int = 0
+    baselines: Baselines = field(default_factory=dict)
+
+    @classmethod
+    def finished(cls, experiment_id: str, metrics: dict[str, Any], folder: Path, facts: Mapping[str, Any]) -> Result:
+        """The result of a finished run; `facts` is the fingerprint of its data."""
+        return cls(experiment_id, "finished", metrics, folder, baselines=baselines_of(facts))
 
 
 def start_row(

@@ -21,6 +21,8 @@ from research_eval.models.base_model import EvaluableModel, adapt
 from research_eval.registry import DISPATCHERS, MODELS_MAP
 from research_eval.system.environment import check_fits
 from research_eval.tasks.base import task_of
+from research_eval.tasks.class_weights import class_weights
+from research_eval.tasks.selection import check_metric
 from research_eval.training.runtime import Runtime
 from research_eval.wording import largest_of
 
@@ -46,14 +48,35 @@ def prepare(config: ExperimentConfig, data: DataSplits | None = None) -> Prepare
         data = load_splits(config.dataset_type, config.dataset_name, config.dataset_params, config.seed)
     if options.test and data.test is None:  # fail now, and not after the training
         raise ConfigError(f"training_params.test: {config.dataset_name} has no test split with labels: set it to false")
+    _check_options(config, data)
     context = model_context(config, data)
     check_model_fits(config.model_type, config.model_params, context, copies=4 if runtime.device.type == "cpu" else 1)
     runtime.seed(config.seed, "init")  # the initial weights depend on the seed, and not on what ran before
     model = adapt(create_model(config.model_type, config.model_params, context, runtime.device), config.model_type)
+    _check_weighted_loss(config, model)
     set_execution(model, Execution(options.kernels, DISPATCHERS.get_or_explain(options.dispatcher)()))
     if options.compile:
         compile_blocks(model)
     return Prepared(runtime, data, model)
+
+
+def _check_options(config: ExperimentConfig, data: DataSplits) -> None:
+    """Raise ConfigError for training options that do not fit the data or the task."""
+    options, task = config.training_params, task_of(config.task, data)
+    class_weights(options.class_weights, data)
+    check_metric(options.select_by, "select_by", task, data)
+    check_metric(options.early_stopping_metric, "early_stopping_metric", task, data)
+
+
+def _check_weighted_loss(config: ExperimentConfig, model: EvaluableModel) -> None:
+    """Raise ConfigError for class weights beside a model that computes the task loss itself."""
+    kind = type(model)
+    computes = kind.losses is EvaluableModel.losses and kind.task_loss is not EvaluableModel.task_loss
+    if config.training_params.class_weights is not None and computes:
+        raise ConfigError(
+            f"training_params.class_weights: {config.model_type} has a task loss of its own, which takes no weights. "
+            "Set it to null."
+        )
 
 
 def model_context(config: ExperimentConfig, data: DataSplits) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def score(
     metrics |= {
         "final_val_loss": evaluation.loss,
         **{f"final_val_{name}": value for name, value in evaluation.scores.items()},
-        f"best_val_{task.selected_by}_across_epochs": state.best_score,
+        **{f"best_val_{name}_across_epochs": value for name, value in _best(state, task, config).items()},
         **_details("val", evaluation, data.validation),
         **_costs(state, model, data, config, runtime, validation, task),
     }
@@ -79,6 +79,13 @@ def score(
     if data.validation.paths is not None:
         metrics |= regret_metrics(model, scored, task.num_outputs(data), runtime, task)
     return metrics | {"peak_memory_mb": runtime.peak_memory_mb()}
+
+
+def _best(state: TrainingState, task: Task, config: ExperimentConfig) -> dict[str, float | None]:
+    """The best value over the epochs of the task's score, and of the metric that selected the weights."""
+    selected_by = config.training_params.select_by or task.selected_by
+    best = {**state.best_others, selected_by: state.best_score}
+    return {name: best[name] for name in dict.fromkeys([task.selected_by, selected_by])}
 
 
 def _costs(

@@ -99,8 +99,9 @@ def _in_turn(
     """One run after the other in this process."""
     to_csv = len(configs) == 1 or csv_accepts_rows()  # one run finds it out itself
     for config in configs:
+        is_first = config is configs[0]
         try:
-            ending: Ending = run(config, db=db, resume=resume, quiet=quiet, to_csv=to_csv)
+            ending: Ending = run(config, db=db, resume=resume, quiet=quiet, to_csv=to_csv, show_data=is_first)
         except Exception as problem:
             if len(configs) > 1:
                 traceback.clear_frames(problem.__traceback__)  # they hold the model, and with it the GPU's memory
@@ -209,7 +210,8 @@ class _Pool:
             elif num_at_work < self._size:
                 num_at_work += 1
                 messages, sender = self._context.Pipe(duplex=False)
-                process = self._context.Process(target=_work, args=(sender, job.config, self._shared))
+                arguments = sender, job.config, self._shared, job.number == 0
+                process = self._context.Process(target=_work, args=arguments)
                 process.start()
                 sender.close()  # the process has its own: when it ends, `messages` ends
                 job.process, job.messages = process, messages
@@ -325,7 +327,7 @@ def _can_be_sent(entry: tuple[str, str, type]) -> bool:
 # ------------------------------------------------------------------------------------------------- a worker process
 
 
-def _work(sender: Connection, config: ExperimentConfig, shared: _Shared) -> None:
+def _work(sender: Connection, config: ExperimentConfig, shared: _Shared, show_data: bool) -> None:
     """The body of a process: one run. The parent receives its progress, its log and its ending."""
 
     def send(message: tuple[str, Any]) -> None:
@@ -348,7 +350,14 @@ def _work(sender: Connection, config: ExperimentConfig, shared: _Shared) -> None
         logger.setLevel(logging.INFO)
         logger.addHandler(_Relay(relay))
         try:
-            ending: Ending = run(config, db=shared.db, resume=shared.resume, progress=relay, to_csv=shared.to_csv)
+            ending: Ending = run(
+                config,
+                db=shared.db,
+                resume=shared.resume,
+                progress=relay,
+                to_csv=shared.to_csv,
+                show_data=show_data,
+            )
         except Exception as problem:
             problem.add_note(f"In the process of {_name(config)}:\n{traceback.format_exc()}")
             ending = problem

@@ -191,6 +191,7 @@ class PooledProgress(_Bars):
         self._tasks: dict[int, TaskID] = {}
         self._totals: dict[int, int] = {}
         self._last_lines: dict[int, float] = {}  # of steps, by training
+        self._warnings: set[str] = set()  # in the logs of all trainings
 
     def show(self, number: int, kind: str, content: Any) -> None:
         """What training `number` has relayed."""
@@ -203,7 +204,12 @@ class PooledProgress(_Bars):
         elif kind == "warn":
             self._line(number, logging.WARNING, content[0])
         elif kind == "log":
-            self._line(number, *content)
+            level, text = content
+            # What one run says of the data, the others say too.
+            if level != logging.WARNING or text not in self._warnings:
+                self._line(number, level, text)
+            if level == logging.WARNING:
+                self._warnings.add(text)
 
     def _start(self, number: int, step: int, total: int) -> None:
         self._totals[number] = total

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from research_eval.datasets.token_data import DataSplits
 from research_eval.registry import TASKS
-from research_eval.store.metrics import direction
+from research_eval.store.metrics import gain_sign
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,16 @@ class Evaluation:
         """Share of right answers; NaN for a task whose answers are not right or wrong."""
         return float("nan") if self.correct_N is None else float(self.correct_N.mean()) if len(self.correct_N) else 0.0
 
+    def metric(self, name: str) -> float:
+        """The loss or a score, by its name without `val_`."""
+        return self.loss if name == "loss" else self.scores[name]
+
 
 class Task(ABC):
     """A task kind. Objects have no state: every method is a function of its arguments."""
 
     name: ClassVar[str]
     selected_by: ClassVar[str]  # name of the score (without `val_`) that selects the best weights
-
-    @property
-    def maximizes(self) -> bool:
-        """Whether a larger `selected_by` is better. This follows from the score's name (store/metrics.py)."""
-        return direction(f"val_{self.selected_by}") == "maximize"
 
     @abstractmethod
     def num_outputs(self, data: DataSplits) -> int:
@@ -103,11 +102,12 @@ def task_of(name: str | None, data: DataSplits) -> Task:
     return task
 
 
-def is_better(task: Task, score: float, best: float | None) -> bool:
-    """Whether a score is better than the best so far; None means that there is no score yet."""
-    if best is None:
-        return True
-    return score > best if task.maximizes else score < best
+def is_better(name: str, value: float, best: float | None) -> bool:
+    """Whether a metric is better than the best so far; None means that there is none yet.
+
+    `name` is that of a score or "loss"; the direction follows from it (store/metrics.py).
+    """
+    return best is None or gain_sign(f"val_{name}") * (value - best) > 0
 
 
 def mean_loss(losses_N: Tensor) -> float:

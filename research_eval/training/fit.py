@@ -13,6 +13,8 @@ from research_eval.config.sections import ExperimentConfig
 from research_eval.datasets.token_data import Batches, DataSplits
 from research_eval.models.base_model import EvaluableModel
 from research_eval.tasks.base import Evaluation, Task, is_better, task_of
+from research_eval.tasks.class_weights import weighted
+from research_eval.tasks.selection import Selection
 from research_eval.training.checkpointer import CHECKPOINT_FILE as CHECKPOINT_FILE
 from research_eval.training.checkpointer import MODEL_FILE as MODEL_FILE
 from research_eval.training.checkpointer import Checkpointer
@@ -55,6 +57,7 @@ def fit(
     """
     parallel = parallel or OneProcess()
     options, task = config.training_params, task_of(config.task, data)
+    selection = Selection.of(task, options.select_by, options.early_stopping_metric)
     train = Batches(
         data.train, config.batch_size, runtime.device, config.seed, curriculum_epochs=options.curriculum * config.epochs
     )
@@ -67,7 +70,7 @@ def fit(
     schedule = build_schedule(optimizer, config.scheduler_params, total_steps)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema_decay)) if options.ema_decay else None
     scored = _scored_model(model, average)
-    loss_of = parallel.wrap(TrainingLoss(model, task, config.optimizer_params.aux_loss_coeff, options.label_smoothing))
+    loss_of = parallel.wrap(_training_loss(model, task, data, config, runtime))
     watch = RoutingWatch(model, validation, task, data, config, runtime, folder)
     runtime.seed(config.seed, "training")  # before `restore`, which loads the generators of a checkpoint
     checkpointer = Checkpointer(folder, model, average, optimizer, schedule)
@@ -102,7 +105,8 @@ def fit(
                     _check_finite("validation loss", evaluation.loss, state.step)
                     metrics = watch.epoch_end(epoch + 1, scored, evaluation, state.reports)
                     observer.epoch_end(state.step, evaluation, metrics)
-                    _keep_best(state, evaluation, task, scored, checkpointer, options.early_stopping_patience)
+                    gains = _keep_best(state, evaluation, task, selection, scored, checkpointer)
+                    _count_patience(state, gains, options.early_stopping_patience)
                 # All processes have to stop at the same step, also if only one received the signal.
                 stop = parallel.agree(request.signal)
                 if due or stop or (epoch_ends and state.step == total_steps):
@@ -123,6 +127,15 @@ def _scored_model(model: EvaluableModel, average: AveragedModel | None) -> Evalu
         return model
     assert isinstance(average.module, EvaluableModel)
     return average.module
+
+
+def _training_loss(
+    model: EvaluableModel, task: Task, data: DataSplits, config: ExperimentConfig, runtime: Runtime
+) -> TrainingLoss:
+    """The loss that the steps minimise: that of the task, with the weights of the classes if the config has some."""
+    options = config.training_params
+    trained = weighted(task, options.class_weights, data, runtime.device)
+    return TrainingLoss(model, trained, config.optimizer_params.aux_loss_coeff, options.label_smoothing)
 
 
 def _evaluated(
@@ -152,19 +165,30 @@ def _keep_best(
     state: TrainingState,
     evaluation: Evaluation,
     task: Task,
+    selection: Selection,
     scored: EvaluableModel,
     checkpointer: Checkpointer,
-    patience: int | None,
-) -> None:
+) -> bool:
     """Save the weights if they have the best validation score so far; on equal scores the lower loss decides.
 
-    Only a better score resets the patience of early stopping.
+    Returns whether the metric of early stopping is better than before; an equal value is no gain.
     """
-    score = evaluation.scores[task.selected_by]
-    better = is_better(task, score, state.best_score)
+    name = selection.weights
+    score = evaluation.metric(name)
+    better = {name: is_better(name, score, state.best_score)}
     equal = score == state.best_score and state.best_loss is not None and evaluation.loss < state.best_loss
-    state.epochs_without_gain = 0 if better else state.epochs_without_gain + 1
-    if better or equal:
+    if better[name] or equal:
         state.best_score, state.best_step, state.best_loss = score, state.step, evaluation.loss
-        checkpointer.save_best(scored, state.step, (task.selected_by, score))
+        checkpointer.save_best(scored, state.step, (name, score))
+    for other in {selection.stopping, task.selected_by} - {name}:
+        value = evaluation.metric(other)
+        better[other] = is_better(other, value, state.best_others.get(other))
+        if better[other]:
+            state.best_others[other] = value
+    return better[selection.stopping]
+
+
+def _count_patience(state: TrainingState, gains: bool, patience: int | None) -> None:
+    """Count the epochs without a gain, and stop the training after `patience` of them; None for never."""
+    state.epochs_without_gain = 0 if gains else state.epochs_without_gain + 1
     state.stopped_early = patience is not None and state.epochs_without_gain >= patience

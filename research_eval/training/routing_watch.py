@@ -22,6 +22,7 @@ from research_eval.models.base_model import EvaluableModel, logits_of, routed_pa
 from research_eval.routing.alarms import SCORE, Circumstances, find_alarms, has_alarms
 from research_eval.routing.report import routing_report, transition_metrics
 from research_eval.routing.trace_files import ROUTING_FOLDER, write_trace
+from research_eval.store.metrics import gain_sign
 from research_eval.tasks.base import Evaluation, Task
 from research_eval.training.evaluate import evaluate
 from research_eval.training.runtime import Runtime
@@ -49,6 +50,7 @@ class RoutingWatch:
     ) -> None:
         self._validation = validation
         self._task = task
+        self._selected_by = config.training_params.select_by or task.selected_by
         self._num_classes = data.num_classes
         self._runtime = runtime
         self._folder = folder / ROUTING_FOLDER if config.training_params.trace_routing else None
@@ -66,9 +68,8 @@ class RoutingWatch:
         if self._folder is not None:
             metrics |= routing_metrics(model, evaluation, self._validation.data, self._num_classes, self._task)
             metrics |= training_mode_metrics(model, self._validation, evaluation, self._runtime, self._task)
-        score = evaluation.scores[self._task.selected_by]
         kept = {name: value for name, value in metrics.items() if _is_kept(name, value)}
-        reports.append(kept | {SCORE: score if self._task.maximizes else -score})
+        reports.append(kept | {SCORE: gain_sign(f"val_{self._selected_by}") * evaluation.metric(self._selected_by)})
         # Each alarm fires once per run: report it in its own epoch only.
         alarms = [alarm for alarm in find_alarms(reports, self._circumstances) if alarm.epoch == epoch]
         if self._folder is not None:

@@ -35,9 +35,10 @@ class TrainingState:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     step: Natural = 0
-    best_score: float | None = None  # validation value of the score that selects the weights
+    best_score: float | None = None  # validation value of the metric that selects the weights
     best_step: Natural = 0
     best_loss: float | None = None  # validation loss at the best step
+    best_others: dict[str, float] = field(default_factory=dict)  # of the metric of early stopping and the task's score
     epochs_without_gain: Natural = 0
     stopped_early: bool = False
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0

@@ -39,7 +39,7 @@ def check_tokenizer(arrays: Arrays) -> None:
 
 def check_tokens(arrays: Arrays, num_samples: int, vocab_size: int) -> None:
     """Raise Damaged if the arrays are not `num_samples` (N) encoded texts with ids below `vocab_size`."""
-    tokens, offsets = arrays["tokens"], arrays["offsets"]
+    tokens, offsets, full_lengths = arrays["tokens"], arrays["offsets"], arrays["full_lengths"]
     if not (
         tokens.dtype == np.int32
         and offsets.dtype == np.int64
@@ -47,7 +47,9 @@ def check_tokens(arrays: Arrays, num_samples: int, vocab_size: int) -> None:
         and tokens.shape == (offsets[-1],)
         and offsets[0] == 0
         and (np.diff(offsets) > 0).all()
-        and arrays["num_cut"].shape == ()
+        and full_lengths.dtype == np.int32
+        and full_lengths.shape == (num_samples,)
+        and (full_lengths >= np.diff(offsets)).all()
         and tokens.min() > 0
         and tokens.max() < vocab_size
     ):
@@ -80,8 +82,13 @@ def cached_arrays(path: Path, build: Callable[[], Arrays], check: Callable[[Arra
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise ConfigError(f"{path.parent}: cannot write the cache ({error}). Set cache_dir or GOE_CACHE.") from error
+        raise unwritable(path.parent, error) from error
     return arrays
+
+
+def unwritable(folder: Path, error: OSError) -> ConfigError:
+    """The error for a cache folder that cannot be written."""
+    return ConfigError(f"{folder}: cannot write the cache ({error}). Set cache_dir or GOE_CACHE.")
 
 
 def digest(*parts: str | NDArray[Any]) -> str:

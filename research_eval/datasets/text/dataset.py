@@ -22,6 +22,9 @@ from pydantic import Field
 from tokenizers import Tokenizer
 
 from research_eval.annotations import Choice, accept_flat_options
+from research_eval.datasets.label_facts import length_facts
+from research_eval.datasets.text.advice import tokenizer_advice
+from research_eval.datasets.text.baselines import fit_linear_baseline, stored_scores
 from research_eval.datasets.text.cache import (
     Arrays,
     cached_arrays,
@@ -30,17 +33,18 @@ from research_eval.datasets.text.cache import (
     digest,
     digest_texts,
 )
+from research_eval.datasets.text.facts import text_facts, warn_of
 from research_eval.datasets.text.hub import hub_copy
 from research_eval.datasets.text.source import AS_USUAL, TEXT_FIELDS, ColumnNames, FileSettings, TextSource, source_name
 from research_eval.datasets.text.splits import (
     NOTHING_HELD_OUT,
     HeldOutSettings,
     Rows,
-    folded,
     mixed,
     subset,
     with_missing_splits,
 )
+from research_eval.datasets.text.subsets import ALL_ROWS, SubsetSettings
 from research_eval.datasets.text.tokenizer import (
     DEFAULT_TOKENIZER,
     UNK_ID,
@@ -81,8 +85,7 @@ class TextDataset:
         *,
         dataset_name: str,
         max_length: Annotated[int, Field(ge=1, le=65536), Choice(64, 128, 256)] = 256,
-        train_samples: Annotated[int, Field(ge=2)] | None = None,
-        val_samples: Annotated[int, Field(ge=1)] | None = None,
+        subset_settings: SubsetSettings = ALL_ROWS,
         data_dir: str | None = None,
         sources: Annotated[list[str], Field(min_length=2)] | None = None,
         path_length: Annotated[int, Field(ge=0, le=65536)] = 0,
@@ -94,7 +97,7 @@ class TextDataset:
     ) -> None:
         self.dataset_name = dataset_name
         self.max_length = max_length
-        self.subset_sizes = {"train": train_samples, "validation": val_samples}
+        self.subsets = subset_settings
         if sources and data_dir:
             raise ConfigError(f"data_dir={data_dir!r} and sources={sources} are both given: choose one of them")
         if path_length and not sources:
@@ -117,21 +120,23 @@ class TextDataset:
         rows, label_names, groups = self._rows()
         tokenizer = tokenizer or self._tokenizer(rows["train"].texts)
         tokenizer_hash = digest(tokenizer.to_str())
-        data, truncated = {}, {}
+        data, full_lengths = {}, {}
         for name, part in rows.items():
-            data[name], truncated[name] = self._encode(tokenizer, tokenizer_hash, part, groups.get(name))
+            data[name], full_lengths[name] = self._encode(tokenizer, tokenizer_hash, part, groups.get(name))
         unknown = {name: round(float((part.tokens == UNK_ID).mean()), 6) for name, part in data.items()}
         num_tokens = sum(len(part.tokens) for part in data.values())
         if sum(unknown[name] * len(part.tokens) for name, part in data.items()) > MANY_UNKNOWN * num_tokens:
             settings = self.tokenizer_settings
-            other = "" if settings.tokenizer == "bpe" else ' "tokenizer": "bpe" knows parts of words.'
             log.warning(
-                "%s: unknown to the tokenizer (%s, min_frequency %d) are %s of the tokens.%s",
+                "%s: unknown to the tokenizer (%s, min_frequency %d) are %s of the tokens. %s",
                 *(self.dataset_name, settings.tokenizer, settings.min_frequency),
                 ", ".join(f"{share:.0%} in {name}" for name, share in unknown.items()),
-                other,
+                tokenizer_advice(rows["train"].texts, rows["validation"].texts, settings),
             )
-        train_texts = set(map(folded, rows["train"].texts))
+        facts = text_facts(rows)
+        warn_of(facts, {name: len(part.texts) for name, part in rows.items()}, self.dataset_name)
+        hashes = _hashes(rows)
+        linear = stored_scores(self._baseline_path(hashes))
         return DataSplits(
             train=data["train"],
             validation=data["validation"],
@@ -144,15 +149,30 @@ class TextDataset:
             fingerprint={
                 "version": self.VERSION,
                 "source": self._origin(),
+                "read_from": {name: part.origin for name, part in rows.items()},
                 "rows": {name: len(part.texts) for name, part in rows.items()},
-                "sha256": {name: digest(digest_texts(part.texts), part.labels) for name, part in rows.items()},
+                "sha256": hashes,
                 "tokenizer_sha256": tokenizer_hash,
                 "vocab_size": tokenizer.get_vocab_size(),
-                "train_validation_duplicates": sum(folded(text) in train_texts for text in rows["validation"].texts),
-                "truncated_share": truncated,
+                "train_validation_duplicates": facts["shared_texts"]["validation"]["train"],
+                **facts,
+                "token_lengths": {name: length_facts(lengths) for name, lengths in full_lengths.items()},
+                "truncated_share": {
+                    name: round(float((lengths > self.max_length).mean()), 6) for name, lengths in full_lengths.items()
+                },
                 "unknown_share": unknown,
+                **({"baselines": {"tfidf_logreg": linear}} if linear else {}),
             },
         )
+
+    def fit_baselines(self) -> None:
+        """Fit the linear baseline, whose scores are in the fingerprint from then on. Raises ConfigError."""
+        rows, _, _ = self._rows()
+        fit_linear_baseline(rows, self._baseline_path(_hashes(rows)))
+
+    def _baseline_path(self, hashes: dict[str, str]) -> Path:
+        """Where the scores of the linear baseline on rows with these hashes are stored."""
+        return self.cache / f"tfidf-{digest(json.dumps(hashes))}.json"
 
     def _rows(self) -> tuple[dict[str, Rows], list[str], dict[str, NDArray[np.int64]]]:
         """The rows of every split, the class names, and for a mix the source number of each row by split."""
@@ -185,9 +205,11 @@ class TextDataset:
         """The rows of every split after subsets are drawn, with validation rows, and the class names."""
         rows, label_names = self.read(path)
         rows = with_missing_splits(rows, self.held_out_settings, path, strict=not self.sources)
-        for name, size in self.subset_sizes.items():
-            rows[name] = subset(rows[name], size, name, path)
-        _warn_of_untrained(rows, label_names, path)
+        wanted = self.subsets
+        trainable = np.unique(rows["train"].labels)
+        for name, size in (("train", wanted.train_samples), ("validation", wanted.val_samples)):
+            rows[name] = subset(rows[name], size, name, path, wanted.stratify)
+        _warn_of_untrained(rows, label_names, trainable, path)
         if len(np.unique(rows["train"].labels)) < 2:
             raise ConfigError(f"{path}: the training rows have one class only; a classifier needs two or more")
         return rows, label_names
@@ -213,37 +235,46 @@ class TextDataset:
 
     def _encode(
         self, tokenizer: Tokenizer, tokenizer_hash: str, rows: Rows, groups: NDArray[np.int64] | None
-    ) -> tuple[TokenData, float]:
-        """The split as tokens, and the share of its samples that were cut."""
+    ) -> tuple[TokenData, NDArray[np.int32]]:
+        """The split as tokens, and how many tokens its N texts have before they are cut."""
         key = digest(digest_texts(rows.texts), tokenizer_hash, f"{self.max_length} {self.truncation}")
 
         def build() -> Arrays:
             encoded = encode_texts(tokenizer, rows.texts, self.max_length, self.truncation)
-            return {"tokens": encoded.tokens, "offsets": encoded.offsets, "num_cut": np.array(encoded.num_cut)}
+            return encoded._asdict()
 
         arrays = cached_arrays(
-            self.cache / f"tokens-{key}.npz",
+            self.cache / f"encoded-{key}.npz",
             build,
             lambda arrays: check_tokens(arrays, len(rows.texts), tokenizer.get_vocab_size()),
         )
         paths_NT = (
             np.repeat(groups[:, None], self.path_length, axis=1) if groups is not None and self.path_length else None
         )
-        data = TokenData(arrays["tokens"], arrays["offsets"], rows.labels, paths_NT, groups)
-        return data, round(int(arrays["num_cut"]) / len(data), 6)
+        return TokenData(arrays["tokens"], arrays["offsets"], rows.labels, paths_NT, groups), arrays["full_lengths"]
 
 
-def _warn_of_untrained(rows: dict[str, Rows], label_names: list[str], path: Path) -> None:
-    """Say which classes have no training row: a model cannot learn them, but every score counts them."""
+def _hashes(rows: dict[str, Rows]) -> dict[str, str]:
+    """Split -> hash of its texts and labels."""
+    return {name: digest(digest_texts(part.texts), part.labels) for name, part in rows.items()}
+
+
+def _warn_of_untrained(rows: dict[str, Rows], label_names: list[str], trainable: NDArray[np.int64], path: Path) -> None:
+    """Say which classes have no training row: a model cannot learn them, but every score counts them.
+
+    `trainable` are the classes that had training rows before a subset was drawn.
+    """
     counts = {name: np.bincount(part.labels, minlength=len(label_names)) for name, part in rows.items()}
     missing = np.flatnonzero(counts["train"] == 0)
     if len(missing):
         scored = [f"{sum(count[missing])} rows of {name}" for name, count in counts.items() if sum(count[missing])]
         names = ", ".join(label_names[number] for number in missing[:SHOWN_CLASSES])
+        lost = set(missing.tolist()) & set(trainable.tolist())
         log.warning(
-            "%s: %d of %d classes have no training row (%s%s)%s",
+            "%s: %d of %d classes have no training row (%s%s)%s%s",
             *(path, len(missing), len(label_names), names, ", ..." if len(missing) > SHOWN_CLASSES else ""),
             f", and {' and '.join(scored)} belong to them" if scored else "",
+            '. Set "stratify": true to draw train_samples class by class' if lost else "",
         )
 
 

@@ -66,7 +66,8 @@ def read_rows(path: Path, names: ColumnNames, settings: FileSettings) -> tuple[d
             names = names.preferring(columns.text, columns.label)  # the other splits have the columns of train
     tables = as_written(tables)
     classes = classes_of(path, tables, names.label)
-    return {name: Rows(table.texts, class_numbers(table, classes)) for name, table in tables.items()}, classes.names
+    rows = {name: Rows(table.texts, class_numbers(table, classes), table.origin) for name, table in tables.items()}
+    return rows, classes.names
 
 
 # ------------------------------------------------------------------------------------------------------ which files
@@ -209,7 +210,9 @@ def _read_split(
         return None
     _check_columns(files, columns, parts, labels)
     texts = parts[0].to_pylist() if len(parts) == 1 else _joined(parts)
-    return RawRows(where, texts, labels, class_names), columns
+    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    origin = f"{paths[0].name}{more}: text from {', '.join(map(repr, columns.text))}, label from {columns.label!r}"
+    return RawRows(where, texts, labels, class_names, origin), columns
 
 
 def _joined(parts: list[Any]) -> list[str]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from research_eval.annotations import Younger
+from research_eval.datasets.text.subsets import stratified
 from research_eval.errors import ConfigError
 from research_eval.seeding import derive_seed
 
@@ -58,17 +59,19 @@ class RawRows(NamedTuple):
     texts: list[str]
     labels: Any
     class_names: list[str] | None  # in the metadata of the file
+    origin: str = ""  # files and columns, for people
 
 
 class Rows(NamedTuple):
-    """One split: N texts and their class numbers [N]."""
+    """One split: N texts, their class numbers [N], and where they come from."""
 
     texts: list[str]
     labels: NDArray[np.int64]
+    origin: str = ""
 
     def take(self, rows: NDArray[np.int64]) -> Rows:
         """The rows with these numbers."""
-        return Rows([self.texts[row] for row in rows], self.labels[rows])
+        return Rows([self.texts[row] for row in rows], self.labels[rows], self.origin)
 
 
 def with_missing_splits(rows: dict[str, Rows], wanted: HeldOutSettings, path: Path, strict: bool) -> dict[str, Rows]:
@@ -120,18 +123,23 @@ def held_out(train: Rows, size: float, name: str, where: str) -> tuple[Rows, Row
             raise ConfigError(f"{where}: {most} rows can be held out, because each class keeps one. Lower it")
         chosen = np.zeros(len(train.texts), bool)
         chosen[np.argsort(turns, kind="stable")[:size]] = True
-    return train.take(np.flatnonzero(~chosen)), train.take(np.flatnonzero(chosen))
+    held = train.take(np.flatnonzero(chosen))._replace(origin=f"{chosen.mean():.0%} of train, of each class its share")
+    return train.take(np.flatnonzero(~chosen)), held
 
 
-def subset(rows: Rows, size: int | None, name: str, path: Path) -> Rows:
-    """`size` random rows (files are often sorted by label); all rows if `size` is None or too large."""
+def subset(rows: Rows, size: int | None, name: str, path: Path, stratify: bool = False) -> Rows:
+    """`size` random rows (files are often sorted by label); all rows if `size` is None or too large.
+
+    With `stratify` the rows are drawn class by class.
+    """
     if size is None or size == len(rows.texts):
         return rows
     if size > len(rows.texts):
         log.warning("%s: %s: %d samples are wanted and %d are there: all are used", path, name, size, len(rows.texts))
         return rows
     rng = np.random.default_rng(derive_seed(SPLIT_SEED, f"{name} subset"))
-    return rows.take(rng.permutation(len(rows.texts))[:size])
+    order = rng.permutation(len(rows.texts))
+    return rows.take(stratified(rows.labels, order, size) if stratify else order[:size])
 
 
 def mixed(
@@ -151,7 +159,8 @@ def mixed(
             continue
         found = [splits[name] for splits, _ in parts.values()]
         labels = [part.labels + first for part, first in zip(found, first_labels[:-1], strict=True)]
-        rows[name] = Rows(list(chain.from_iterable(part.texts for part in found)), np.concatenate(labels))
+        texts = list(chain.from_iterable(part.texts for part in found))
+        rows[name] = Rows(texts, np.concatenate(labels), "; ".join(dict.fromkeys(part.origin for part in found)))
         groups[name] = np.repeat(np.arange(len(found)), [len(part.texts) for part in found])
     return rows, label_names, groups
 

@@ -117,11 +117,11 @@ def _alphabet(texts: Sequence[str], normalizer: normalizers.Normalizer, limit: i
 
 
 class EncodedTexts(NamedTuple):
-    """`tokens` [S]; sample i is `tokens[offsets[i]:offsets[i + 1]]`; `num_cut` samples were longer than allowed."""
+    """`tokens` [S]; sample i is `tokens[offsets[i]:offsets[i + 1]]`, of the `full_lengths[i]` tokens of its text."""
 
     tokens: NDArray[np.int32]
     offsets: NDArray[np.int64]
-    num_cut: int
+    full_lengths: NDArray[np.int32]
 
 
 def encode_texts(
@@ -133,14 +133,14 @@ def encode_texts(
     """
     head = max_length if truncation == "head" else max_length // 4
     tail = max_length - head
-    tokens, lengths, num_cut = [np.zeros(0, np.int32)], [], 0
+    tokens, full_lengths, lengths = [np.zeros(0, np.int32)], [], []
     for start in range(0, len(texts), ENCODE_ROWS):
         encodings = tokenizer.encode_batch_fast(texts[start : start + ENCODE_ROWS], add_special_tokens=False)
         rows = [encoding.ids or [UNK_ID] for encoding in encodings]
-        num_cut += sum(len(row) > max_length for row in rows)
+        full_lengths += [len(row) for row in rows]
         rows = [row if len(row) <= max_length else row[:head] + row[len(row) - tail :] for row in rows]
         tokens.append(np.fromiter(chain.from_iterable(rows), np.int32))
         lengths += [len(row) for row in rows]
     offsets = np.zeros(len(texts) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
-    return EncodedTexts(np.concatenate(tokens), offsets, num_cut)
+    return EncodedTexts(np.concatenate(tokens), offsets, np.array(full_lengths, np.int32))
