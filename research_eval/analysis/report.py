@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from research_eval.analysis.comparison import Comparison, comparison_table
+from research_eval.analysis.data import TaskData
 from research_eval.analysis.figures import label
 from research_eval.analysis.points import COST_LABELS, Curve, Point, Score, is_wide, panels, points_of, styles
 from research_eval.analysis.runs import (
@@ -31,10 +32,20 @@ from research_eval.analysis.runs import (
     with_enough_seeds,
 )
 from research_eval.analysis.statistics import mean_interval
-from research_eval.analysis.summary import COSTS, SHOWN_COSTS, Options, Row, rate_texts, spread_text
+from research_eval.analysis.summary import (
+    COSTS,
+    NO_DATA,
+    SHOWN_COSTS,
+    Options,
+    Row,
+    baseline_of,
+    rate_texts,
+    spread_text,
+)
 from research_eval.analysis.summary import summary_table as summary_table_of
-from research_eval.analysis.tables import bounds_of, interval_text, metric_text, one_line, short_number
+from research_eval.analysis.tables import Table, bounds_of, interval_text, metric_text, one_line, short_number
 from research_eval.files import RUNS_FOLDER, file_stem
+from research_eval.store.data_facts import FACTS, facts_notes, facts_table
 from research_eval.store.metrics import gain_sign
 from research_eval.system.untrusted import stored_object
 
@@ -63,6 +74,7 @@ def report_html(
     curves: Mapping[str, Mapping[str, Sequence[Curve]]],
     score: Score,
     options: Options,
+    data: Mapping[str, TaskData] = NO_DATA,
 ) -> str:
     """The text of the page. `curves`: task -> series -> a curve for each of the best configs.
 
@@ -91,6 +103,7 @@ def report_html(
         summary=summary_table_of(results, rows, options),
         comparison=comparison_table(results, comparisons, options) if comparisons else None,
         listed=listed,
+        known=_known(results, data),
         routing=_routing(results, rows, options),
         recipes=[_recipe(store, results, row) for row in rows],
         command=_command(results, options),
@@ -258,6 +271,8 @@ def _card(results: Results, row: Row, options: Options) -> dict[str, Any]:
         "seeds": str(len(row.score.values)),
         f"solved (≥ {options.solved_at:g})": f"{solved} {rate}".strip(),
         options.test_metric: metric_text(row.test.mean, options.test_metric),
+        "majority class": metric_text(baseline_of(row, "majority", options.metric), options.metric),
+        "TF-IDF": metric_text(baseline_of(row, "tfidf_logreg", options.metric), options.metric),
         "parameters": short_number(row.costs["param_count"]),
         "trials spent": f"{row.trials:,}",
     }
@@ -267,6 +282,17 @@ def _card(results: Results, row: Row, options: Options) -> dict[str, Any]:
         "score": metric_text(row.score.mean, options.metric),
         "facts": {name: text for name, text in facts.items() if text},
     }
+
+
+def _known(results: Results, data: Mapping[str, TaskData]) -> list[Table]:
+    """What is known of the data of each task; nothing for a task whose runs have stored no facts."""
+    tables = []
+    for task, known in data.items():
+        columns, rows = facts_table(known.facts)
+        if rows:
+            rows = [[row[0].replace("  ", "\u2003", 1), *row[1:]] for row in rows]  # HTML drops blanks
+            tables.append(Table(results.tasks[task], columns, rows, left=("",), notes=facts_notes(known.facts)))
+    return tables
 
 
 def _listed(results: Results, options: Options) -> dict[str, Any]:
@@ -341,8 +367,13 @@ def _recipe(store: Store, results: Results, row: Row) -> dict[str, Any]:
         "command": command,
         "config": json.dumps(row.group.config, indent=2) if row.group.config else row.group.runs[0].config_json,
         "runs": [run.experiment_id for run in row.group.runs],
-        "environment": flat(environment),
+        "environment": flat({**environment, "data": _not_shown(environment.get("data"))}),
     }
+
+
+def _not_shown(data: Any) -> Any:
+    """What the section about the data does not show."""
+    return {name: value for name, value in data.items() if name not in FACTS} if isinstance(data, dict) else data
 
 
 def _command(results: Results, options: Options) -> str:

@@ -7,15 +7,17 @@ the best of few, and the test score, by which nothing is chosen.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
 
+from research_eval.analysis.data import TaskData
 from research_eval.analysis.runs import Group, Results
 from research_eval.analysis.samples import SampleError, sample_error
 from research_eval.analysis.statistics import FEWEST, Interval, mean_interval, no_spread, wilson_interval
 from research_eval.analysis.tables import Table, bounds_of, interval_text, is_score, metric_text, short_number
+from research_eval.store.data_facts import BASELINES, Baselines, baseline_score
 from research_eval.store.metrics import (
     DEFAULT_METRIC,
     LATENCY,
@@ -42,6 +44,7 @@ LATENCIES = (  # columns of the CSV file: how far to trust the latency, and the 
     *latency_parts(f"{MEASURED_LATENCY}_ms_batch").values(),
 )
 SHOWN_COSTS = ("param_count", "inference_latency_ms_batch", "inference_flops_per_sample")
+NO_DATA: Mapping[str, TaskData] = {}
 STATUSES = ("finished", "pruned", "failed", "diverged", "interrupted", "running")
 
 
@@ -110,6 +113,7 @@ class Row:
     test_samples: SampleError
     costs: dict[str, float | None]
     spent: dict[str, int]  # status -> runs of this model type on this task
+    baselines: Baselines = field(default_factory=dict)  # of the task
 
     @property
     def trials(self) -> int:
@@ -117,7 +121,9 @@ class Row:
         return sum(self.spent.values())
 
 
-def summary_rows(results: Results, best: Sequence[Group], options: Options) -> list[Row]:
+def summary_rows(
+    results: Results, best: Sequence[Group], options: Options, data: Mapping[str, TaskData] = NO_DATA
+) -> list[Row]:
     """A row for each of the best groups. The groups have to contain all metrics (`with_all_metrics`)."""
     return [
         Row(
@@ -127,6 +133,7 @@ def summary_rows(results: Results, best: Sequence[Group], options: Options) -> l
             sample_error(group, options.test_metric, options.confidence),
             {name: group.cost(name) for name in COSTS},
             {status: results.spent[group.task, group.model_type][status] for status in STATUSES},
+            data[group.task].baselines if group.task in data else {},
         )
         for group in best
     ]
@@ -165,6 +172,10 @@ def summary_table(results: Results, rows: Sequence[Row], options: Options) -> Ta
         ]
         line.append(spent_text(row.spent))
         cells.append(line)
+    for task in dict.fromkeys(row.group.task for row in rows):
+        for name, score, test in _baseline_texts(next(row for row in rows if row.group.task == task), options):
+            shown = {"model": name, "task": results.tasks[task], options.metric: score, options.test_metric: test}
+            cells.append([shown.get(column, "") for column in columns])
     return Table(
         f"{results.dataset_name}: best config of each model type by {options.metric}",
         columns,
@@ -172,6 +183,17 @@ def summary_table(results: Results, rows: Sequence[Row], options: Options) -> Ta
         left=("model", "task", "trials spent"),
         notes=_notes(results, rows, options),
     )
+
+
+def _baseline_texts(row: Row, options: Options) -> list[tuple[str, str, str]]:
+    """Name, score and test score of each baseline of the row's task that has a score of this kind."""
+    lines = []
+    for name, scores in row.baselines.items():
+        values = [baseline_score(scores, metric) for metric in (options.metric, options.test_metric)]
+        if any(value is not None for value in values):
+            texts = [metric_text(value, options.metric) for value in values]
+            lines.append((BASELINES[name], texts[0], texts[1]))
+    return lines
 
 
 def spread_text(score: Estimate, metric: str) -> str:
@@ -325,6 +347,7 @@ def summary_csv(results: Results, rows: Sequence[Row], options: Options) -> tupl
         low, high = row.test_samples.interval or (None, None)
         record |= {f"{options.test_metric}_samples_low": low, f"{options.test_metric}_samples_high": high}
         record |= {"num_test_samples": row.test_samples.num_samples or None}
+        record |= {f"{name}_{options.metric}": baseline_of(row, name, options.metric) for name in BASELINES}
         record |= row.costs | {name: row.group.cost(name) for name in LATENCIES} | {"trials_spent": row.trials}
         record |= {f"trials_{status}": count for status, count in row.spent.items()}
         record |= {"seeds_lost": row.group.lost}
@@ -334,6 +357,11 @@ def summary_csv(results: Results, rows: Sequence[Row], options: Options) -> tupl
         records.append(record)
     columns = list(records[0]) if records else []
     return columns, [list(record.values()) for record in records]
+
+
+def baseline_of(row: Row, name: str, metric: str) -> float | None:
+    """The score of a baseline on the row's task; None if it has none in this metric."""
+    return baseline_score(row.baselines.get(name, {}), metric)
 
 
 def _figures(metric: str, score: Estimate) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from research_eval.wording import did_you_mean
 
 if TYPE_CHECKING:
     from research_eval.analysis.comparison import Comparison, Pair
+    from research_eval.analysis.data import TaskData
     from research_eval.analysis.points import Curve, Score
     from research_eval.analysis.runs import Group, Results
     from research_eval.analysis.summary import Options, Row
@@ -234,11 +235,13 @@ class Writer:
         Raises OSError if a file cannot be written, after the others are written.
         """
         from research_eval.analysis.comparison import all_pairs, compare
+        from research_eval.analysis.data import data_of_tasks
         from research_eval.analysis.summary import summary_rows
 
         wants, everything = vars(self.arguments), self.arguments.run_all
         _make_folder(Path(self.arguments.output_dir))
-        rows = summary_rows(self.results, self.best, self.options)
+        data = data_of_tasks(self.store, self.best)
+        rows = summary_rows(self.results, self.best, self.options, data)
         problems: list[OSError] = []
         if wants["run_summary_table"] or everything or not _wanted(self.arguments):
             with _collected(problems):
@@ -260,7 +263,7 @@ class Writer:
                 self._write_comparisons(comparisons)
         if wants["run_report"] or everything:
             with _collected(problems):
-                self._write_report(rows, comparisons, curves)
+                self._write_report(rows, comparisons, curves, data)
         for problem in problems[1:]:
             log.warning("%s: %s", problem.filename, problem.strerror)
         if problems:
@@ -337,11 +340,13 @@ class Writer:
                 found.setdefault(task, {})[series] = [curve for curve in curves if curve is not None]
         return found
 
-    def _write_report(self, rows: Sequence[Row], comparisons: Sequence[Comparison], curves: Curves) -> None:
+    def _write_report(
+        self, rows: Sequence[Row], comparisons: Sequence[Comparison], curves: Curves, data: Mapping[str, TaskData]
+    ) -> None:
         """Write the HTML page."""
         from research_eval.analysis.report import report_html
 
-        page = report_html(self.store, self.results, rows, comparisons, curves, self.score, self.options)
+        page = report_html(self.store, self.results, rows, comparisons, curves, self.score, self.options, data)
         self._save("report.html", page)
 
 

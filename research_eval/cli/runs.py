@@ -199,15 +199,15 @@ def describe(store: Store, name: str) -> str:
     }
     others = {name: short(value) for name, value in metrics.items() if not isinstance(value, float)}
     record = json_object(row["env_details_json"])
-    facts = facts_of(row["env_details_json"])
-    if facts_table(facts)[1]:  # the section `data` shows these
-        record = {**record, "data": {name: value for name, value in facts.items() if name not in FACTS}}
+    data = facts_of(row["env_details_json"])
+    if facts_table(data)[1]:  # the section `data` shows these
+        record = {**record, "data": {name: value for name, value in data.items() if name not in FACTS}}
     environment = {name: short(value) for name, value in flatten(record).items()}
     config = [printable(line) for line in json.dumps(json_object(row["full_config_json"]), indent=2).splitlines()]
     sections = {
         f"run {printable(experiment_id)}": pairs({name: value for name, value in facts.items() if value is not None}),
         "config": [f"  {line}" for line in config],
-        "data": [f"  {line}" for line in facts_lines(facts, shutil.get_terminal_size().columns - 2)],
+        "data": [f"  {line}" for line in facts_lines(data, shutil.get_terminal_size().columns - 2)],
         "environment": pairs(environment),
         "metrics": pairs(numbers),
         "lists": pairs(others),
