@@ -3,7 +3,8 @@
 An interval over seeds asks: would other seeds do as well? An interval over samples asks: would these trained models do
 as well on another test split of the same size? Runs store their answers in their folder (`store.predictions`).
 
-N samples  R runs  K cells: different combinations of a label and the predictions of all runs  D draws  C classes
+N samples  R runs  K cells: different combinations of a label and the predictions of all runs
+P pairs of a label and the prediction of one run  D draws  C classes
 """
 
 from __future__ import annotations
@@ -218,18 +219,20 @@ def _macro_f1(
     """Mean F1 over the classes that occur in the labels or the predictions of the draw, [D]; as in the task."""
     from scipy.sparse import csr_array
 
-    classes, numbers = np.unique(np.concatenate([labels_K, predictions_K]), return_inverse=True)
-    truth_K, guess_K = numbers[: len(labels_K)], numbers[len(labels_K) :]
-    places_K = np.arange(len(labels_K))
+    # One run has far fewer pairs of a label and an answer than all runs together have cells.
+    pairs_XP, numbers_K = np.unique(np.stack([labels_K, predictions_K]), axis=1, return_inverse=True)
+    size = pairs_XP.shape[1]
+    counts_DP = np.stack([np.bincount(numbers_K.ravel(), weights=counts_K, minlength=size) for counts_K in counts_DK])
+    classes, numbers = np.unique(pairs_XP, return_inverse=True)
+    truth_P, guess_P = numbers.reshape(2, size)
 
-    def of_classes(numbers_K: NDArray[Any], weights_K: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The weighted counts of the cells of each class, [D, C]."""
-        chosen_KC = csr_array((weights_K, (places_K, numbers_K)), shape=(len(labels_K), len(classes)))
-        return counts_DK @ chosen_KC
+    def of_classes(numbers_P: NDArray[Any], weights_P: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The weighted counts of the pairs of each class, [D, C]."""
+        return counts_DP @ csr_array((weights_P, (np.arange(size), numbers_P)), shape=(size, len(classes)))
 
-    every_K = np.ones(len(labels_K))
-    hits_DC = of_classes(truth_K, (truth_K == guess_K).astype(np.float64))
-    total_DC = of_classes(truth_K, every_K) + of_classes(guess_K, every_K)
+    every_P = np.ones(size)
+    hits_DC = of_classes(truth_P, (truth_P == guess_P).astype(np.float64))
+    total_DC = of_classes(truth_P, every_P) + of_classes(guess_P, every_P)
     f1_DC = 2 * hits_DC / np.maximum(total_DC, 1)
     return f1_DC.sum(1) / (total_DC > 0).sum(1)
 

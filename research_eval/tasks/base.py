@@ -25,7 +25,7 @@ class Evaluation:
     """The result of an evaluation: the mean loss, the task's scores by name, and values per sample.
 
     `rows_N` is each sample's place in the split, in the order of evaluation. The model's records have the same order.
-    A task may leave out everything after `rows_N` except `correct_N`: `evaluate` fills it in.
+    A task may leave out the arrays: `evaluate` fills them in, except `correct_N`.
     """
 
     loss: float
