@@ -17,6 +17,8 @@ MAX_STEM = 100
 MAX_NAME = 200  # characters of a run, a study or a data set
 RUNS_FOLDER = Path("runs")
 LOCK_FILE = ".lock"
+CONFIG_FILE = "config.json"  # of a run, complete
+MODEL_FILE = "model.safetensors"  # of a run: the weights with the best score on validation
 ID_LETTERS = frozenset(string.ascii_letters + string.digits + "-_")
 
 

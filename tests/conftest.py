@@ -29,6 +29,12 @@ def _repeatable() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes long on a busy machine is not shown, so that the output of commands is always the same."""
+    monkeypatch.setattr("research_eval.system.phases.SECONDS_BEFORE_SHOWN", 600.0)
+
+
 @pytest.fixture
 def build_model() -> Callable[..., EvaluableModel]:
     """build_model(name, **arguments): a small model without dropout, the same one at every call."""

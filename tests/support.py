@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -170,7 +171,12 @@ def python(*arguments: str | Path, folder: Path, **variables: str) -> Ended:
         text=True,
         check=False,
     )
-    return Ended(done.returncode, done.stdout, done.stderr)
+    return Ended(done.returncode, done.stdout, without_phases(done.stderr))
+
+
+def without_phases(text: str) -> str:
+    """The output without lines such as "importing torch ...", which depend on the speed of the machine."""
+    return re.sub(r"^.* \.\.\.\n", "", text, flags=re.MULTILINE)
 
 
 # ------------------------------------------------------------------------------------------------------- models

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from pydantic import BaseModel
-from support import MODELS, ROOT
+from support import MODELS, ROOT, without_phases
 
 from research_eval import experiment, main
 from research_eval.cli import analyze, measure, run, suggest, tune
@@ -244,7 +244,8 @@ def check_console(sandbox: Path, text: str) -> None:
     script = "".join(line.removeprefix("$ ") for line in lines if line.startswith("$ "))
     expected = "".join(line for line in lines if not line.startswith("$ "))
     done = shell(sandbox, script, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert doctest.OutputChecker().check_output(expected, done.stdout, doctest.ELLIPSIS), done.stdout
+    printed = without_phases(done.stdout)
+    assert doctest.OutputChecker().check_output(expected, printed, doctest.ELLIPSIS), printed
 
 
 def run_sql(database: Path, query: str) -> None:

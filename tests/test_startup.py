@@ -92,7 +92,8 @@ class Drawing(EvaluableModel):
         nn.init.xavier_normal_(self.weight)
 
 config_from_dict({small_settings(model_type="drawing")!r})
-config_from_dict({small_settings(model_type="dense")!r})
+for model_type in MODELS_MAP:
+    config_from_dict({small_settings(model_type="dense")!r} | {{"model_type": model_type, "model_params": {{}}}})
 """
     modules = imported_by(program, tmp_path)
     assert "research_eval.models.dense" in modules and not modules & COMPILER

@@ -19,6 +19,7 @@ from research_eval.errors import ConfigError
 from research_eval.store.data_facts import SHORT_NAMES, baseline_score
 from research_eval.store.metrics import DEFAULT_METRIC, with_remark
 from research_eval.system.best_effort import attempted, print_product
+from research_eval.system.phases import import_torch, phase
 from research_eval.system.untrusted import parse_json
 from research_eval.wording import nearest
 
@@ -192,7 +193,7 @@ def run_command(arguments: argparse.Namespace) -> int:
 
     Exit code 0; 1 for a run that failed or diverged; 128 + the number of a signal that stopped a run.
     """
-    from research_eval.config.check import load_config
+    from research_eval.config.check import check_early, load_config
 
     overrides = {
         key: getattr(arguments, name) for name, key in OVERRIDES.items() if getattr(arguments, name) is not None
@@ -206,10 +207,13 @@ def run_command(arguments: argparse.Namespace) -> int:
     overrides |= sets
     origins = {key: f"--set {key}" for key in sets}
     seeds = [None] if arguments.seeds is None else parse_seeds(arguments.seeds)
-    configs = [
-        load_config(arguments.json_config_path, overrides | ({} if seed is None else {"seed": seed}), origins)
-        for seed in seeds
-    ]
+    check_early(arguments.json_config_path, overrides, needs_data=not arguments.resume)
+    import_torch()
+    with phase("checking the config"):
+        configs = [
+            load_config(arguments.json_config_path, overrides | ({} if seed is None else {"seed": seed}), origins)
+            for seed in seeds
+        ]
     for key, value in overrides.items():
         log.info("%s = %r from the command line replaces the file's value", key, value)
     if arguments.baselines:
@@ -221,7 +225,8 @@ def run_command(arguments: argparse.Namespace) -> int:
 
         print_product(f"{describe(configs[0])}\n")
         return 0
-    from research_eval.studies.seeds import run_all
+    with phase("importing the program"):
+        from research_eval.studies.seeds import run_all
 
     # The results come one by one. After a stopped run there are none for the seeds that follow it.
     exit_code = 0

@@ -21,6 +21,7 @@ from research_eval.files import MAX_NAME
 from research_eval.store.metrics import check_selectable, check_spelling
 from research_eval.system.best_effort import print_product
 from research_eval.system.environment import usable_cores
+from research_eval.system.phases import import_torch, phase
 from research_eval.wording import hint
 
 if TYPE_CHECKING:
@@ -114,9 +115,6 @@ def study_options(arguments: argparse.Namespace) -> StudyOptions:
 
     Raises ConfigError.
     """
-    from research_eval.studies.adapter import storage_url
-    from research_eval.studies.options import Budget, Method, StudyOptions
-    from research_eval.studies.space import build_space, read_search_space
 
     def given(name: str, default: Any = None) -> Any:
         """The value of a flag; the default if the flag is missing or None."""
@@ -128,6 +126,14 @@ def study_options(arguments: argparse.Namespace) -> StudyOptions:
     if more_trials is not None and given("n_trials") is not None:
         raise ConfigError("--n_trials counts all trials of a study, and --more_trials those to be added: give one")
     whole["n_jobs"] = _num_workers(given("n_jobs", DEFAULTS["n_jobs"]))
+    from research_eval.config.check import check_data_paths
+
+    check_data_paths("dataset_params.data_dir", given("data_dir"))
+    import_torch()  # after what can be checked without it
+    with phase("importing the program"):
+        from research_eval.studies.adapter import storage_url
+        from research_eval.studies.options import Budget, Method, StudyOptions
+        from research_eval.studies.space import build_space, read_search_space
     base = _base(arguments, whole)
     narrowing = read_search_space(given("search_space")) if given("search_space") is not None else {}
     sets = _narrowing_of(arguments)
@@ -321,6 +327,7 @@ def tune_command(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print_product(f"{options.space.describe()}\n")
         return 0
-    from research_eval.studies.tune import tune
+    with phase("importing the program"):
+        from research_eval.studies.tune import tune
 
     return tune(options, arguments.timeout, arguments.quiet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,36 @@ from research_eval.config.complaints import Location, Report
 from research_eval.config.construction import dataset_params, model_params
 from research_eval.config.jsonc import MAX_DEPTH, read_object, read_text
 from research_eval.config.sections import ExperimentConfig
+from research_eval.errors import ConfigError
 from research_eval.registry import load_extensions
-from research_eval.system.untrusted import steers
+from research_eval.system.untrusted import steers, user_path
 from research_eval.wording import shown
 
 MAX_TEXT = 4096  # characters of one string, which is the length that a path may have
+
+
+def check_early(path: str | Path, overrides: Mapping[str, Any], needs_data: bool) -> None:
+    """Find the mistakes that need no torch, whose import takes seconds on a busy machine.
+
+    These are a file that is no JSON and, if it `needs_data`, text data that are not there. `load_config` finds all
+    others together: most of them follow from constructors. Raises ConfigError.
+    """
+    data, _, _ = read_object(read_text(path), str(path))
+    _override(data, overrides, {})
+    params = data.get("dataset_params")
+    if needs_data and data.get("dataset_type") == "real_world" and isinstance(params, dict):
+        check_data_paths("dataset_params.data_dir", params.get("data_dir"))
+        check_data_paths("dataset_params.sources", params.get("sources"))
+
+
+def check_data_paths(field: str, given: Any) -> None:
+    """Raise ConfigError for a path, or a list of paths, of which one leads nowhere. Any other value passes."""
+    for text in given if isinstance(given, list) else [given]:
+        # A text that is no path at all has its complaint later.
+        if isinstance(text, str) and text and not any(map(steers, text)):
+            path = user_path(text, field)
+            if not os.path.lexists(path):
+                raise ConfigError(f"{field}: there is no file or folder {str(path)!r}")
 
 
 def load_config(

@@ -224,22 +224,29 @@ def _counted_parameters(sizes: Mapping[str, Any]) -> Iterator[None]:
 
 
 def without_draws() -> AbstractContextManager[object]:
-    """Within the block torch draws no values for meta tensors.
+    """Within the block torch draws no values for meta tensors, and scales none.
 
-    They have no values, and torch would import its compiler, a second's work, for the attempt.
+    They have no values, and torch would import its compiler, which takes seconds, for the attempt.
     """
     import torch
     from torch.overrides import TorchFunctionMode
+
+    draws = (torch.nn.init.normal_, torch.Tensor.normal_)
+    products = (torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__)
 
     class WithoutDraws(TorchFunctionMode):
         def __torch_function__(
             self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
         ) -> Any:
             kwargs = kwargs or {}
-            if func in (torch.nn.init.normal_, torch.Tensor.normal_):
-                tensor: torch.Tensor = args[0] if args else kwargs["tensor"]
+            tensor: torch.Tensor
+            if func in draws:
+                tensor = args[0] if args else kwargs["tensor"]
                 if tensor.is_meta:
                     return tensor
+            if func in products and not kwargs and isinstance(args[1], int | float):
+                tensor = args[0]
+                return torch.empty_like(tensor) if tensor.is_meta and tensor.is_floating_point() else func(*args)
             return func(*args, **kwargs)
 
     return WithoutDraws()

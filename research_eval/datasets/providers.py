@@ -17,6 +17,7 @@ from research_eval.datasets.label_facts import label_facts
 from research_eval.datasets.text import TEXT_FIELDS, TextSource, source
 from research_eval.datasets.token_data import Batches, DataSplits
 from research_eval.registry import SYNTHETIC_DATASETS
+from research_eval.system.phases import phase
 
 __all__ = [
     "REAL_WORLD_DATASETS",
@@ -46,10 +47,11 @@ def load_splits(
     """
     kind = dataset_kind(dataset_type)
     kind.check_name(dataset_name, dataset_params)
-    if tokenizer is None:
-        splits = kind.splits(dataset_name, dataset_params, seed)
-    else:
-        splits = kind.splits_with(dataset_name, dataset_params, seed, tokenizer)
+    with phase("generating the data" if kind.generated else "preparing the data"):
+        if tokenizer is None:
+            splits = kind.splits(dataset_name, dataset_params, seed)
+        else:
+            splits = kind.splits_with(dataset_name, dataset_params, seed, tokenizer)
     hashes = splits.fingerprint.get("sha256")
     if hashes and not kind.generated:
         whole = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()  # as in migration 0004

@@ -14,7 +14,7 @@ import filelock
 from research_eval.config.sections import ExperimentConfig
 from research_eval.datasets.token_data import CLASSIFICATION, DataSplits
 from research_eval.errors import ConfigError
-from research_eval.files import LOCK_FILE, run_folder, write_atomically
+from research_eval.files import CONFIG_FILE, LOCK_FILE, run_folder, write_atomically
 from research_eval.system.untrusted import in_folder
 from research_eval.tasks.base import task_of
 
@@ -61,7 +61,7 @@ def save_description(folder: Path, config: ExperimentConfig, data: DataSplits) -
         "label_names": data.label_names,
         **({} if name == CLASSIFICATION else {"task": name}),
     }
-    write_atomically(folder / "config.json", json.dumps(config.to_dict(), indent=2).encode())
+    write_atomically(folder / CONFIG_FILE, json.dumps(config.to_dict(), indent=2).encode())
     write_atomically(folder / "data.json", json.dumps(description, indent=2).encode())
     if data.tokenizer is not None:
         write_atomically(folder / "tokenizer.json", data.tokenizer.to_str().encode())

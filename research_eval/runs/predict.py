@@ -1,43 +1,55 @@
 """Predictions of a trained model on new input, with the path of each text.
 
+    model = research_eval.load("runs/20260531-101500-0a1b2c3d")
+    for prediction in model.predict(["a good film", "a bad film"]):
+        print(prediction.label, prediction.probabilities, prediction.path)
+
 B batch  N texts  O outputs per text
 """
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 from tokenizers import Tokenizer
 
 from research_eval.annotations import Count, Natural
 from research_eval.config.check import config_from_dict
 from research_eval.config.sections import ExperimentConfig
-from research_eval.datasets.text import UNK, UNK_ID, encode_texts
+from research_eval.datasets.kinds import dataset_kind
+from research_eval.datasets.text import UNK, UNK_ID, TextDataset, encode_texts
 from research_eval.datasets.text.normalizing import has_our_steps
+from research_eval.datasets.text.source import FILE_TYPES
 from research_eval.datasets.token_data import CLASSIFICATION, Batches, TokenData
 from research_eval.errors import ConfigError
-from research_eval.files import run_folder
+from research_eval.files import CONFIG_FILE, MODEL_FILE
 from research_eval.models.base_model import EvaluableModel, adapt, logits_of
 from research_eval.registry import TASKS
+from research_eval.runs.inputs import MAX_FILE_BYTES, STDIN, Input
+from research_eval.runs.inputs import read_texts as read_texts
+from research_eval.runs.locate import find_folder
 from research_eval.runs.prepare import check_model_fits, create_model
-from research_eval.store.find import find_run
-from research_eval.store.store import Store
-from research_eval.system.untrusted import check_regular_file, in_folder, parse_json, read_limited
+from research_eval.system.phases import phase
+from research_eval.system.untrusted import in_folder, parse_json, read_limited, user_path
 from research_eval.tasks.base import Task
 from research_eval.training.checkpoint import load_tensors, load_weights
-from research_eval.training.checkpointer import MODEL_FILE
 from research_eval.training.runtime import Runtime
 from research_eval.wording import hint, printable
 
+log = logging.getLogger(__name__)
+
 BATCH_SIZE = 64
-MAX_FILE_BYTES = 100_000_000  # of a file of texts, and of a tokenizer
+BATCHES_AT_ONCE = 64  # whose inputs are sorted by length together; their answers come together
+MAX_CONFIG_BYTES = 1_000_000  # of `config.json`
 MAX_DESCRIPTION_BYTES = 10_000_000  # of `data.json`
 
 
@@ -45,7 +57,8 @@ MAX_DESCRIPTION_BYTES = 10_000_000  # of `data.json`
 class Prediction:
     """Class probabilities (in the order of `label_names`) and, for a routed model, its experts in order.
 
-    For a task without classes, `values` holds the outputs of the model, and the other two lists are empty.
+    For a task without classes, `values` holds the outputs of the model, and the other two lists are empty. `text` is
+    the input; for a sequence of token ids it has them with blanks between them.
     """
 
     text: str
@@ -61,60 +74,211 @@ class Prediction:
             raise ValueError("a task without classes has no likeliest class: see `values`")
         return self.label_names[int(np.argmax(self.probabilities))]
 
+    @property
+    def is_blank(self) -> bool:
+        """Whether the input has nothing but white space."""
+        return not self.text.strip()
+
     def __str__(self) -> str:
         """Lines for a terminal: the text, its answers from the most to the least probable, and the path if any."""
         order = np.argsort(self.probabilities)[::-1]
         answers = [f"{printable(self.label_names[index])} {self.probabilities[index]:.4f}" for index in order]
         answers += [f"{value:.6g}" for value in self.values]
         path = "" if self.path is None else f"\n  path: {' -> '.join(['start', *map(str, self.path), 'stop'])}"
-        return f"{printable(self.text)}\n  {'  '.join(answers)}{path}"
+        text = "(blank)" if self.is_blank else printable(self.text)
+        return f"{text}\n  {'  '.join(answers) or 'no answer'}{path}"
+
+
+TokenIds = Sequence[int] | NDArray[np.integer[Any]]
+
+
+class TrainedModel:
+    """The model of a finished run, with the weights that the validation split has selected. `load` makes one.
+
+    `config` is the complete config of the run, `model` the torch module in evaluation mode, `tokenizer` that of the
+    training (None for generated sequences), and `label_names` has the classes in the order of the outputs. It is empty
+    for a task without classes, whose model gives `num_outputs` numbers. `max_length` is that of a sequence, in tokens.
+    """
+
+    def __init__(self, folder: Path, device: str = "auto") -> None:
+        """Read the folder of a run. Raises ConfigError for files that are missing, damaged or not of one run."""
+        self.folder = folder
+        self.config = read_config(folder)
+        self._description = read_description(folder)
+        self.tokenizer = read_tokenizer(folder, self._description["vocab_size"])
+        self._runtime = Runtime(device, self.config.training_params.precision)
+        self.task: Task = TASKS[self._description["task"]]()
+        with phase("building the model"):
+            self.model = load_model(self.config, self._description, folder, self._runtime)
+        self.num_outputs: int = self._description["num_classes"]
+        has_classes = self.task.probabilities(torch.zeros(1, self.num_outputs)) is not None
+        self.label_names = class_names(self._description) if has_classes else []
+        params = self.config.dataset_params
+        is_text = self.tokenizer is not None and "max_length" in params
+        self.max_length: int = params["max_length"] if is_text else self._description["max_length"]
+
+    def predict(self, inputs: Sequence[str | TokenIds], *, batch_size: int | None = None) -> list[Prediction]:
+        """One prediction per input, in the order of the inputs (N).
+
+        An input is a text, or a sequence of token ids (whole numbers from 1; a list or an array [L]). For a generated
+        task a text is a line of token ids. A text that is longer than `max_length` tokens is cut as in the training,
+        and one warning says how many are. A blank text is one unknown token. The answers do not depend on the other
+        inputs or on `batch_size` (default 64), except for rounding.
+
+        Raises ConfigError for a single text instead of a list, for a batch size below 1, and for an input that is no
+        valid sequence: no token, an id outside the vocabulary, or more than `max_length` ids.
+        """
+        if isinstance(inputs, str | bytes):
+            raise ConfigError("predict: expected a list of texts, got one text: put it into a list")
+        batch_size = BATCH_SIZE if batch_size is None else batch_size
+        if batch_size < 1:
+            raise ConfigError(f"batch_size: expected a whole number of at least 1, got {batch_size}")
+        names = ["text"] if len(inputs) == 1 else [f"input {number}" for number in range(1, len(inputs) + 1)]
+        data = self._encode(inputs, names)
+        texts = [one if isinstance(one, str) else " ".join(map(str, np.asarray(one).tolist())) for one in inputs]
+        return list(self._answers(texts, data, batch_size))
+
+    def answers(self, inputs: Sequence[Input]) -> Iterator[Prediction]:
+        """The predictions for what was read, in its order. All inputs are checked before the first prediction.
+
+        A blank line among the sequences of a generated task has no answer: its `probabilities` and `values` are empty.
+        """
+        is_asked = [self.tokenizer is not None or not one.file or bool(one.text.strip()) for one in inputs]
+        asked = [one for one, is_one in zip(inputs, is_asked, strict=True) if is_one]
+        texts = [one.text for one in asked]
+        found = self._answers(texts, self._encode(texts, [one.where for one in asked]), BATCH_SIZE)
+        return (
+            next(found) if is_one else Prediction(one.text, self.label_names, [], None)
+            for one, is_one in zip(inputs, is_asked, strict=True)
+        )
+
+    def read_inputs(self, paths: Sequence[str]) -> list[Input]:
+        """The texts of files in their order: the lines of a text file, or the text column of a table.
+
+        A table ends with .csv, .tsv, .jsonl or .parquet, and its column has the name that it has in the data of the
+        run. "-" is standard input, as lines. Raises ConfigError for a file that cannot be read.
+        """
+        found = []
+        for path in paths:
+            texts = self._read_texts(path)
+            found += [Input(path, number, text) for number, text in enumerate(texts, 1)]
+            if not texts:
+                log.warning("%s: no texts", "standard input" if path == STDIN else path)
+        return found
+
+    def _read_texts(self, path: str) -> list[str]:
+        if path == STDIN or Path(path).suffix not in FILE_TYPES:
+            return read_texts(path)
+        config = self.config
+        dataset = dataset_kind(config.dataset_type).build(config.dataset_name, config.dataset_params)
+        if not isinstance(dataset, TextDataset):
+            dataset = TextDataset(dataset_name="any")  # whose column is `text`
+        return dataset.read_texts(user_path(path, "--file"))
+
+    def _encode(self, inputs: Sequence[str | TokenIds], names: Sequence[str]) -> TokenData:
+        """Inputs as tokens, as in the run's training. The labels are zeros, because they are unknown.
+
+        `names` are what messages call the inputs. Raises ConfigError for an input that is no valid sequence.
+        """
+        rows: list[NDArray[np.int32]] = [np.zeros(0, np.int32)] * len(inputs)
+        texts = {place: one for place, one in enumerate(inputs) if isinstance(one, str) and self.tokenizer is not None}
+        if texts and self.tokenizer is not None:
+            truncation = self.config.dataset_params.get("truncation", "head")
+            with phase(f"tokenising {len(texts):,} texts"):
+                encoded = encode_texts(self.tokenizer, list(texts.values()), self.max_length, truncation)
+            for place, first, last in zip(texts, encoded.offsets[:-1], encoded.offsets[1:], strict=True):
+                rows[place] = encoded.tokens[first:last]
+            num_cut = int((encoded.full_lengths > self.max_length).sum())
+            if num_cut:
+                log.warning(
+                    "%d of %d texts have more than %d tokens (max_length) and are cut as in the training (%s)",
+                    *(num_cut, len(texts), self.max_length, truncation),
+                )
+        for place, (one, name) in enumerate(zip(inputs, names, strict=True)):
+            if place not in texts:
+                rows[place] = self._token_ids(one, name)
+        offsets = np.cumsum([0, *map(len, rows)])
+        return TokenData(np.concatenate([np.zeros(0, np.int32), *rows]), offsets, np.zeros(len(rows), np.int64))
+
+    def _token_ids(self, given: str | TokenIds, name: str) -> NDArray[np.int32]:
+        """A checked sequence of token ids [L], from a line of text or from numbers. Raises ConfigError."""
+        largest = self._description["vocab_size"] - 1
+        if isinstance(given, str):
+            # At most nine digits, so that `int` never meets a huge number, which it rejects with a ValueError.
+            ids = [int(word) if re.fullmatch(r"[0-9]{1,9}", word) else 0 for word in given.split()]
+        else:
+            array = np.asarray(given)
+            ids = array.tolist() if array.ndim == 1 and array.dtype.kind in "iu" else []
+        if not ids or not all(0 < number <= largest for number in ids):
+            shown = given if isinstance(given, str) else str(given)
+            raise ConfigError(
+                f"{name}: expected token ids from 1 to {largest} with blanks between them, got {shown[:80]!r}"
+            )
+        if len(ids) > self.max_length:
+            raise ConfigError(
+                f"{name}: {len(ids)} tokens, but a sequence of this task has at most {self.max_length} (max_length)"
+            )
+        return np.array(ids, np.int32)
+
+    def _answers(self, texts: Sequence[str], data: TokenData, batch_size: int) -> Iterator[Prediction]:
+        """One prediction per text, in their order."""
+        names, step = self.label_names, batch_size * BATCHES_AT_ONCE
+        batches = Batches(data, batch_size, self._runtime.device)
+        for start in range(0, len(texts), step):
+            rows = np.arange(start, min(start + step, len(texts)))
+            outputs_NO, paths = self._outputs(batches, rows)
+            for text, answers, path in zip(texts[start : start + step], outputs_NO.tolist(), paths, strict=True):
+                yield Prediction(text, names, answers, path) if names else Prediction(text, [], [], path, answers)
+
+    def _outputs(self, batches: Batches, rows: NDArray[np.int64]) -> tuple[NDArray[np.float64], list[list[int] | None]]:
+        """Probabilities, or for a task without classes outputs, of these rows, and the path of each if there are paths.
+
+        Inputs of similar length share a batch. The answers are in the order of `rows`.
+        """
+        outputs_NO = np.zeros((len(rows), self.num_outputs))
+        paths: list[list[int] | None] = [None] * len(rows)
+        by_length = np.argsort(batches.data.lengths[rows], kind="stable")
+        for first in range(0, len(rows), batches.batch_size):
+            places = by_length[first : first + batches.batch_size]
+            batch = batches.take(rows[places])
+            self.model.start_recording()  # so that the recorder holds the paths of this batch only
+            with torch.no_grad(), self._runtime.autocast():
+                outputs_BO = logits_of(self.model, batch).float()
+            probabilities_BO = self.task.probabilities(outputs_BO)
+            outputs_NO[places] = (outputs_BO if probabilities_BO is None else probabilities_BO).cpu().numpy()
+            recorded = self.model.recorded_paths()
+            if recorded is not None:
+                for place, path in zip(places, recorded, strict=True):
+                    paths[place] = [int(expert) for expert in path if expert >= 0]
+        return outputs_NO, paths
+
+
+def load(run: str | Path, *, db: str | None = None, device: str = "auto") -> TrainedModel:
+    """The trained model of a run, ready to predict: `research_eval.load("runs/20260531-101500-0a1b2c3d")`.
+
+    `run` is the folder of a run, which may be a copy without a database or the training data, or an experiment id, a
+    unique beginning of one, or "latest" (the run that started last). Ids are looked up in the results `db` (default:
+    $GOE_DB, else experiment_results.db). `device` is auto, cpu, cuda, cuda:N or mps. No file is unpickled. Raises
+    ConfigError for an unknown run, one without weights, or files that are damaged.
+    """
+    return TrainedModel(find_folder(run, db), device)
 
 
 def predict(run_id: str, texts: list[str], *, db: str | None = None, device: str = "auto") -> list[Prediction]:
-    """One prediction per text, with the run's best weights on validation.
+    """One prediction per text, with the run's best weights on validation: `load(run_id).predict(texts)`.
 
-    `run_id` is an experiment id, a unique prefix of one, or "latest". For a synthetic task, a text is a line of token
-    ids. Raises ConfigError for an unknown run, a run without weights, or a text that is no valid input.
+    Raises ConfigError for an unknown run, a run without weights, or a text that is no valid input.
     """
-    with Store(db, read_only=True) as store:
-        row = find_run(store, run_id)
-    source = f"run {row['experiment_id']}"
-    stored = parse_json(str(row["full_config_json"]), f"{source}: its config")
-    if not isinstance(stored, dict):
-        raise ConfigError(f"{source}: its config is no JSON object, but {printable(str(stored)[:80])}")
-    config = config_from_dict(stored, source=source)
-    folder = run_folder(str(row["experiment_id"]))
-    if not in_folder(folder, MODEL_FILE).exists():
-        raise ConfigError(
-            f"run {row['experiment_id']} ({row['status']}): no weights in {folder}. "
-            "Call from the directory it was run in."
-        )
-    description = read_description(folder)
-    runtime = Runtime(device, config.training_params.precision)
-    model = load_model(config, description, folder, runtime)
-    data = encode(texts, config, description, folder)
-    batches = Batches(data, BATCH_SIZE, runtime.device)
-    task: Task = TASKS[description["task"]]()
-    answers_NO, has_classes = np.zeros((len(texts), description["num_classes"])), True
-    paths: list[list[int] | None] = [None] * len(texts)
-    # Batches come sorted by length; `rows` puts the answers back into the order of the texts.
-    for rows in batches.order(0):
-        batch = batches.take(rows)
-        model.start_recording()  # so that the recorder holds the paths of this batch only
-        with torch.no_grad(), runtime.autocast():
-            outputs_BO = logits_of(model, batch)
-        probabilities_BO = task.probabilities(outputs_BO.float())
-        has_classes = probabilities_BO is not None
-        answers_NO[rows] = (outputs_BO.float() if probabilities_BO is None else probabilities_BO).cpu().numpy()
-        recorded = model.recorded_paths()
-        if recorded is not None:
-            for index, path in zip(rows, recorded, strict=True):
-                paths[index] = [int(expert) for expert in path if expert >= 0]
-    names = class_names(description)
-    return [
-        Prediction(text, names, answers, path) if has_classes else Prediction(text, [], [], path, answers)
-        for text, answers, path in zip(texts, answers_NO.tolist(), paths, strict=True)
-    ]
+    return load(run_id, db=db, device=device).predict(texts)
+
+
+def read_config(folder: Path) -> ExperimentConfig:
+    """Read and check `config.json` of a run's folder. Raises ConfigError."""
+    path = in_folder(folder, CONFIG_FILE)
+    content = parse_json(read_limited(path, MAX_CONFIG_BYTES, "a config"), str(path))
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: no JSON object, but {printable(str(content)[:80])}")
+    return config_from_dict(content, source=str(path))
 
 
 class Description(BaseModel):
@@ -192,48 +356,3 @@ def load_model(config: ExperimentConfig, description: dict[str, Any], folder: Pa
     weights, _ = load_tensors(in_folder(folder, MODEL_FILE))
     load_weights(model, weights, folder / MODEL_FILE)
     return model.eval()
-
-
-def encode(texts: list[str], config: ExperimentConfig, description: dict[str, Any], folder: Path) -> TokenData:
-    """Convert texts to tokens as in the run's training. The labels are zeros, because they are unknown."""
-    labels = np.zeros(len(texts), np.int64)
-    tokenizer = read_tokenizer(folder, description["vocab_size"])
-    if tokenizer is not None:
-        params = config.dataset_params
-        encoded = encode_texts(tokenizer, texts, params["max_length"], params["truncation"])
-        return TokenData(encoded.tokens, encoded.offsets, labels)
-    rows = [_token_ids(text, description["vocab_size"]) for text in texts]
-    offsets = np.cumsum([0, *map(len, rows)])
-    return TokenData(np.array([token for row in rows for token in row], np.int32), offsets, labels)
-
-
-def _token_ids(text: str, vocab_size: int) -> list[int]:
-    """The token ids in a line of text. Raises ConfigError for anything else."""
-    words = text.split()
-    # At most nine digits, so that `int` never meets a huge number, which it rejects with a ValueError.
-    if not words or not all(re.fullmatch(r"[0-9]{1,9}", word) and 0 < int(word) < vocab_size for word in words):
-        raise ConfigError(
-            f"text: expected token ids from 1 to {vocab_size - 1} with blanks between them, got {text[:80]!r}"
-        )
-    return [int(word) for word in words]
-
-
-def read_texts(path: str) -> list[str]:
-    """The non-empty lines of a UTF-8 file, one text each.
-
-    Raises ConfigError for a file that is missing, empty, too large or not text.
-    """
-    file = Path(path)
-    try:
-        check_regular_file(file)
-    except ConfigError as error:
-        raise ConfigError(f"--file: cannot read {path} as text: {error}") from error
-    try:
-        if file.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"--file: {path} is larger than {MAX_FILE_BYTES:,} bytes: split it")
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--file: cannot read {path} as text: {error}") from error
-    if not lines:
-        raise ConfigError(f"--file: {path} has no text")
-    return lines

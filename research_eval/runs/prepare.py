@@ -20,6 +20,7 @@ from research_eval.layers.dispatch import Execution, set_execution
 from research_eval.models.base_model import EvaluableModel, adapt
 from research_eval.registry import DISPATCHERS, MODELS_MAP
 from research_eval.system.environment import check_fits
+from research_eval.system.phases import phase
 from research_eval.tasks.base import task_of
 from research_eval.tasks.class_weights import class_weights
 from research_eval.tasks.selection import check_metric
@@ -50,13 +51,16 @@ def prepare(config: ExperimentConfig, data: DataSplits | None = None) -> Prepare
         raise ConfigError(f"training_params.test: {config.dataset_name} has no test split with labels: set it to false")
     _check_options(config, data)
     context = model_context(config, data)
-    check_model_fits(config.model_type, config.model_params, context, copies=4 if runtime.device.type == "cpu" else 1)
-    runtime.seed(config.seed, "init")  # the initial weights depend on the seed, and not on what ran before
-    model = adapt(create_model(config.model_type, config.model_params, context, runtime.device), config.model_type)
-    _check_weighted_loss(config, model)
-    set_execution(model, Execution(options.kernels, DISPATCHERS.get_or_explain(options.dispatcher)()))
-    if options.compile:
-        compile_blocks(model)
+    with phase("building the model"):
+        check_model_fits(
+            config.model_type, config.model_params, context, copies=4 if runtime.device.type == "cpu" else 1
+        )
+        runtime.seed(config.seed, "init")  # the initial weights depend on the seed, and not on what ran before
+        model = adapt(create_model(config.model_type, config.model_params, context, runtime.device), config.model_type)
+        _check_weighted_loss(config, model)
+        set_execution(model, Execution(options.kernels, DISPATCHERS.get_or_explain(options.dispatcher)()))
+        if options.compile:
+            compile_blocks(model)
     return Prepared(runtime, data, model)
 
 

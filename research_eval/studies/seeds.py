@@ -37,6 +37,7 @@ from research_eval.store.csv_file import csv_accepts_rows
 from research_eval.store.store import Store
 from research_eval.system.best_effort import best_effort_output
 from research_eval.system.environment import usable_cores
+from research_eval.system.phases import phase, phases_to
 from research_eval.system.progress import PooledProgress, RelayedProgress
 from research_eval.training.runtime import choose_device
 
@@ -212,7 +213,8 @@ class _Pool:
                 messages, sender = self._context.Pipe(duplex=False)
                 arguments = sender, job.config, self._shared, job.number == 0
                 process = self._context.Process(target=_work, args=arguments)
-                process.start()
+                with phase("starting processes"):  # the first one waits until the server has imported torch
+                    process.start()
                 sender.close()  # the process has its own: when it ends, `messages` ends
                 job.process, job.messages = process, messages
 
@@ -329,9 +331,10 @@ def _can_be_sent(entry: tuple[str, str, type]) -> bool:
 
 def _work(sender: Connection, config: ExperimentConfig, shared: _Shared, show_data: bool) -> None:
     """The body of a process: one run. The parent receives its progress, its log and its ending."""
+    sending = threading.Lock()  # the thread that shows phases sends too
 
     def send(message: tuple[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # the parent is gone: `_end_with_parent` says so to the run
+        with sending, contextlib.suppress(OSError):  # the parent is gone: `_end_with_parent` says so to the run
             sender.send(message)
 
     # KeyboardInterrupt: before its training, so that there is nothing to tell.
@@ -350,14 +353,15 @@ def _work(sender: Connection, config: ExperimentConfig, shared: _Shared, show_da
         logger.setLevel(logging.INFO)
         logger.addHandler(_Relay(relay))
         try:
-            ending: Ending = run(
-                config,
-                db=shared.db,
-                resume=shared.resume,
-                progress=relay,
-                to_csv=shared.to_csv,
-                show_data=show_data,
-            )
+            with phases_to(relay.phase):
+                ending: Ending = run(
+                    config,
+                    db=shared.db,
+                    resume=shared.resume,
+                    progress=relay,
+                    to_csv=shared.to_csv,
+                    show_data=show_data,
+                )
         except Exception as problem:
             problem.add_note(f"In the process of {_name(config)}:\n{traceback.format_exc()}")
             ending = problem

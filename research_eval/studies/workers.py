@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5  # between two looks at the queue or at the workers
 STOP_SECONDS = 30.0  # for workers to write their checkpoints
-SINGLE_RUN_LOGGERS = ("experiment", "runs", "training", "datasets")
+SINGLE_RUN_LOGGERS = ("experiment", "runs", "training", "datasets", "system.phases")
 
 
 def new_worker_name() -> str:

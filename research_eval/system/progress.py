@@ -7,20 +7,19 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import IO, Any, Protocol, Self, cast
+from typing import Any, Protocol, Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from research_eval.system.best_effort import BestEffortStream, attempted
+from research_eval.system.best_effort import attempted
+from research_eval.system.phases import SECONDS_BETWEEN_LINES, error_stream, give_back_screen, take_screen
 from research_eval.wording import printable
 
 log = logging.getLogger(__name__)
-
-SECONDS_BETWEEN_LINES = 10.0  # of log lines about steps, if there is no terminal
 
 
 class Display(Protocol):
@@ -63,20 +62,27 @@ def _bar(console: Console, *columns: ProgressColumn) -> Bar:
     return Bar(*columns, console=console, redirect_stdout=sys.stdout is not None and sys.stdout.isatty())
 
 
+class _Counts(ProgressColumn):
+    """Finished and all steps, with the latest values; before the training, which has no steps yet, what runs."""
+
+    def render(self, task: Task) -> Text:
+        counts = "" if task.total is None else f"{task.completed:.0f}/{task.total:.0f} "
+        return Text(f"{counts}{task.fields['values']}")
+
+
 def _training_bar(console: Console) -> Bar:
     """A progress bar for steps: name, bar, counts with the latest values, and the remaining time."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed}/{task.total} {task.fields[values]}"),
+        _Counts(),
         TimeRemainingColumn(),
     )
     return _bar(console, *columns)
 
 
 def _console() -> Console:
-    """Standard error as it is now. A terminal that is gone must not end a training, also if no command is around it."""
-    return Console(file=cast(IO[str], BestEffortStream(sys.stderr)) if sys.stderr is not None else None, stderr=True)
+    return Console(file=error_stream(), stderr=True)
 
 
 class _Bars:
@@ -92,6 +98,7 @@ class _Bars:
         if self._console.is_terminal and not self._quiet:
             self._bar = _training_bar(self._console)
             self._bar.__enter__()
+            take_screen(self._console)
         return self
 
     def __exit__(
@@ -99,6 +106,7 @@ class _Bars:
     ) -> None:
         """End the bars, also after an exception, so that the terminal's cursor comes back."""
         if self._bar is not None:
+            give_back_screen(self._console)
             with attempted(log, "the progress bar"):
                 self._bar.__exit__(kind, error, trace)
 
@@ -176,6 +184,10 @@ class RelayedProgress:
     def warn(self, text: str) -> None:
         self._send(("warn", (text,)))
 
+    def phase(self, text: str) -> None:
+        """Send what runs before the training, or "" when that has ended."""
+        self._send(("phase", (text,)))
+
     def log(self, level: int, text: str) -> None:
         """Send a log line."""
         self._send(("log", (level, text)))
@@ -195,7 +207,9 @@ class PooledProgress(_Bars):
 
     def show(self, number: int, kind: str, content: Any) -> None:
         """What training `number` has relayed."""
-        if kind == "start":
+        if kind == "phase":
+            self._phase(number, *content)
+        elif kind == "start":
             self._start(number, *content)
         elif kind == "step":
             self._step(number, *content)
@@ -211,11 +225,22 @@ class PooledProgress(_Bars):
             if level == logging.WARNING:
                 self._warnings.add(text)
 
+    def _phase(self, number: int, text: str) -> None:
+        """What runs before the training: a line of the log, or beside a bar that has not begun."""
+        if self._bar is None:
+            if text:
+                self._line(number, logging.INFO, f"{text} ...")
+        elif number in self._tasks:
+            self._bar.update(self._tasks[number], values=text)
+        else:
+            self._tasks[number] = self._bar.add_task(self._names[number], total=None, values=text)
+
     def _start(self, number: int, step: int, total: int) -> None:
         self._totals[number] = total
         self._last_lines[number] = time.perf_counter()
         if self._bar is not None:
-            self._tasks[number] = self._bar.add_task(self._names[number], total=total, completed=step, values="")
+            self._phase(number, "")
+            self._bar.update(self._tasks[number], total=total, completed=step)
 
     def _step(self, number: int, step: int, values: Mapping[str, float]) -> None:
         now = time.perf_counter()
@@ -282,6 +307,7 @@ class StudyProgress:
             )
             self._bar = _bar(self._console, *columns)
             self._bar.__enter__()
+            take_screen(self._console)
             self._task = self._bar.add_task("study", total=self._n_trials, best="")
         return self
 
@@ -290,6 +316,7 @@ class StudyProgress:
     ) -> None:
         """End the bar, also after an exception."""
         if self._bar is not None:
+            give_back_screen(self._console)
             with attempted(log, "the progress bar"):
                 self._bar.__exit__(kind, error, trace)
 

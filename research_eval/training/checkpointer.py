@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 from research_eval.errors import ConfigError
+from research_eval.files import MODEL_FILE as MODEL_FILE
 from research_eval.models.base_model import EvaluableModel
 from research_eval.training.checkpoint import (
     checkpoint_exists,
@@ -26,7 +27,6 @@ from research_eval.training.checkpoint import (
 from research_eval.training.state import TrainingState, state_from
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
-MODEL_FILE = "model.safetensors"
 
 
 class Checkpointer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from research_eval.config.sections import ExperimentConfig
 from research_eval.datasets.token_data import Batches, DataSplits
 from research_eval.models.base_model import EvaluableModel
+from research_eval.system.phases import phase
 from research_eval.tasks.base import Evaluation, Task, is_better, task_of
 from research_eval.tasks.class_weights import weighted
 from research_eval.tasks.selection import Selection
@@ -66,7 +68,8 @@ def fit(
     per_epoch = steps_per_epoch(config, len(data.train))
     total_steps = per_epoch * config.epochs
 
-    optimizer = build_optimizer(model, config.optimizer_params)
+    with phase("importing the compiler of torch"):  # the first optimiser of a process does
+        optimizer = build_optimizer(model, config.optimizer_params)
     schedule = build_schedule(optimizer, config.scheduler_params, total_steps)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema_decay)) if options.ema_decay else None
     scored = _scored_model(model, average)
@@ -75,6 +78,7 @@ def fit(
     runtime.seed(config.seed, "training")  # before `restore`, which loads the generators of a checkpoint
     checkpointer = Checkpointer(folder, model, average, optimizer, schedule)
     state = checkpointer.restore(total_steps)
+    first_step = state.step
     observer.start(state, per_epoch, total_steps)
     # `seconds` sums all sessions of a run, so the clock starts earlier by the seconds of the others.
     started, meter, evaluation = time.perf_counter() - state.seconds, Meter(), None
@@ -88,7 +92,8 @@ def fit(
                 if not model.training:  # an evaluation came before
                     model.train()
                 batches = [train.take(rows) for rows in order[first : first + every]]
-                take_step(loss_of, batches, optimizer, config.optimizer_params.grad_clip_norm, runtime, meter)
+                with phase("compiling kernels") if options.compile and state.step == first_step else nullcontext():
+                    take_step(loss_of, batches, optimizer, config.optimizer_params.grad_clip_norm, runtime, meter)
                 schedule.step()
                 if average is not None:
                     average.update_parameters(model)

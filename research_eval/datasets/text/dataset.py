@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -55,6 +55,7 @@ from research_eval.datasets.text.tokenizer import (
 )
 from research_eval.datasets.token_data import DataSplits, TokenData
 from research_eval.errors import ConfigError
+from research_eval.system.phases import phase
 from research_eval.system.untrusted import user_path
 
 log = logging.getLogger(__name__)
@@ -117,7 +118,8 @@ class TextDataset:
 
         The same rows for every `seed`.
         """
-        rows, label_names, groups = self._rows()
+        with phase("reading the data"):
+            rows, label_names, groups = self._rows()
         tokenizer = tokenizer or self._tokenizer(rows["train"].texts)
         tokenizer_hash = digest(tokenizer.to_str())
         data, full_lengths = {}, {}
@@ -220,6 +222,14 @@ class TextDataset:
 
         return read_rows(path, self._names(path), self.file_settings)
 
+    def read_texts(self, path: Path) -> list[str]:
+        """The texts of any file whose text column has the name that it has in this set. Labels are not needed."""
+        from research_eval.datasets.text.files import read_text_column
+
+        places = [Path(source) for source in self.sources or [str(path)]]
+        texts = dict.fromkeys(name for place in places for name in self._names(place).text)
+        return read_text_column(path, replace(self._names(places[0]), text=tuple(texts)), self.file_settings)
+
     def _tokenizer(self, texts: list[str]) -> Tokenizer:
         """The tokenizer of these texts, from the cache if it is there."""
         options = asdict(self.tokenizer_settings)  # all of them are a part of the key
@@ -227,7 +237,8 @@ class TextDataset:
 
         def build() -> Arrays:
             kind, vocab_size = options.pop("tokenizer"), options.pop("tokenizer_vocab_size")
-            serialised = train_tokenizer(texts, kind, vocab_size, **options).to_str()
+            with phase(f"training the tokenizer on {len(texts):,} texts"):
+                serialised = train_tokenizer(texts, kind, vocab_size, **options).to_str()
             return {"tokenizer_json": np.frombuffer(serialised.encode(), np.uint8)}
 
         arrays = cached_arrays(self.cache / f"tokenizer-{key}.npz", build, check_tokenizer)
@@ -240,8 +251,8 @@ class TextDataset:
         key = digest(digest_texts(rows.texts), tokenizer_hash, f"{self.max_length} {self.truncation}")
 
         def build() -> Arrays:
-            encoded = encode_texts(tokenizer, rows.texts, self.max_length, self.truncation)
-            return encoded._asdict()
+            with phase(f"tokenising {len(rows.texts):,} texts"):
+                return encode_texts(tokenizer, rows.texts, self.max_length, self.truncation)._asdict()
 
         arrays = cached_arrays(
             self.cache / f"encoded-{key}.npz",

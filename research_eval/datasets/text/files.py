@@ -16,7 +16,7 @@ from pyarrow import compute as pc
 from research_eval.datasets.text.class_folders import class_folders
 from research_eval.datasets.text.columns import Columns, find_columns, is_candidate
 from research_eval.datasets.text.labels import as_written, class_numbers, classes_of, names_in_schema
-from research_eval.datasets.text.opening import check_size
+from research_eval.datasets.text.opening import CHUNK_BYTES, check_size, decompressed
 from research_eval.datasets.text.source import (
     COMPRESSED,
     FILE_TYPES,
@@ -68,6 +68,30 @@ def read_rows(path: Path, names: ColumnNames, settings: FileSettings) -> tuple[d
     classes = classes_of(path, tables, names.label)
     rows = {name: Rows(table.texts, class_numbers(table, classes), table.origin) for name, table in tables.items()}
     return rows, classes.names
+
+
+def read_text_column(path: Path, names: ColumnNames, settings: FileSettings) -> list[str]:
+    """The texts of one file in their order, without labels; an empty cell is an empty text.
+
+    `names` are those that the column may have. Raises ConfigError for a file that cannot be used.
+    """
+    try:
+        with decompressed(path) as file:
+            if not file.read(CHUNK_BYTES).strip():
+                return []
+        table = open_table(path, _Wanted(names), settings)
+        columns = find_columns(table, names, label_is_needed=False)
+        cells = table.read(columns.text)
+        parts = [_plain(cells[name], path) for name in columns.text]
+        parts = [part.cast(pa.string()) if pa.types.is_null(part.type) else part for part in parts]
+        for part in parts:
+            part.validate(full=True)  # Parquet does not promise UTF-8
+    except (pa.ArrowException, OSError, KeyError, UnicodeError, plain_csv.Error) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}. Write the file again.") from error
+    for name, part in zip(columns.text, parts, strict=True):
+        if not pa.types.is_string(part.type):
+            raise ConfigError(f"{path}: column {name!r} holds {part.type}, not text. Write it as text.")
+    return [text or "" for text in parts[0].to_pylist()] if len(parts) == 1 else _joined(parts)
 
 
 # ------------------------------------------------------------------------------------------------------ which files

@@ -13,6 +13,7 @@ from typing import IO, Any
 import pyarrow as pa
 
 from research_eval.errors import ConfigError
+from research_eval.system.phases import report
 from research_eval.system.untrusted import check_regular_file
 
 CHUNK_BYTES = 1 << 20
@@ -111,6 +112,7 @@ def _utf8(path: Path, stream: IO[bytes], encoding: str, is_given: bool) -> Itera
         if is_first:
             text = text.removeprefix("\ufeff")
         num_lines += text.count("\n")
+        report(f"{path.name}, line {num_lines:,}")
         try:
             yield text.encode()
         except UnicodeEncodeError as error:  # an encoding such as utf-7 can spell half a surrogate pair

@@ -25,6 +25,7 @@ from research_eval.datasets.text.opening import check_size, compression, decompr
 from research_eval.datasets.text.source import READER_OF_TYPE, FileSettings, file_type
 from research_eval.errors import ConfigError
 from research_eval.store.csv_file import DELIMITERS, likeliest
+from research_eval.system.phases import report
 from research_eval.system.untrusted import MAX_JSON_DEPTH, parse_json
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ def _csv(path: Path, names: Container[str], settings: FileSettings) -> TableFile
                     ),
                     csv.ParseOptions(
                         newlines_in_values=True,
+                        ignore_empty_lines=len(layout.names) > 1,  # one column: an empty line is an empty cell
                         delimiter=layout.delimiter,
                         quote_char='"' if settings.quotes else False,
                         invalid_row_handler=note,
@@ -363,11 +365,13 @@ def _parquet(path: Path) -> TableFile:
             return parquet.ParquetFile(pa.BufferReader(file.read()))
 
     def batches(fields: Sequence[str] | None) -> Iterator[Any]:
-        num_bytes = 0
+        num_bytes = num_rows = 0
         with opened() as file:
             for batch in file.iter_batches(PARQUET_ROWS, columns=None if fields is None else list(fields)):
                 num_bytes += batch.nbytes  # a small file may hold one long text a million times
                 check_size(path, num_bytes)
+                num_rows += len(batch)
+                report(f"{path.name}, row {num_rows:,} of {file.metadata.num_rows:,}")
                 yield batch
 
     with opened() as file:

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from research_eval.annotations import Range, Younger
 from research_eval.datasets.text.normalizing import UnicodeForm, normalizer_of, word_splitter
 from research_eval.errors import ConfigError
+from research_eval.system.phases import report
 
 TokenizerKind = Literal["word", "wordpiece", "bpe"]
 Truncation = Literal["head", "head_tail"]
@@ -135,6 +136,7 @@ def encode_texts(
     tail = max_length - head
     tokens, full_lengths, lengths = [np.zeros(0, np.int32)], [], []
     for start in range(0, len(texts), ENCODE_ROWS):
+        report(f"{start / len(texts):.0%}")
         encodings = tokenizer.encode_batch_fast(texts[start : start + ENCODE_ROWS], add_special_tokens=False)
         rows = [encoding.ids or [UNK_ID] for encoding in encodings]
         full_lengths += [len(row) for row in rows]
