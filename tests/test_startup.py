@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from support import ROOT, python, small_settings
 from torch import nn
 
+import research_eval
 from research_eval.models.base_model import EvaluableModel
 from research_eval.registry import MODELS_MAP
 from research_eval.schema import config_from_dict
@@ -31,6 +33,49 @@ def imported_by(program: str, folder: Path) -> set[str]:
 def test_the_package_alone_imports_nothing_heavy(tmp_path: Path) -> None:
     modules = imported_by("import research_eval", tmp_path)
     assert "research_eval" in modules and not modules & (NUMBERS | STORES | NOT_FOR_TRAINING)
+
+
+def test_load_is_at_hand_without_torch(tmp_path: Path) -> None:
+    modules = imported_by("import research_eval\nassert 'load' not in vars(research_eval)", tmp_path)
+    assert not modules & NUMBERS
+    assert research_eval.load.__module__ == "research_eval.runs.predict"
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        _ = research_eval.lode
+
+
+def test_a_mistake_that_needs_no_torch_is_reported_without_it(tmp_path: Path) -> None:
+    """Files that are not there, a file that is no JSON, numbers out of range."""
+    text = {"dataset_type": "real_world", "dataset_name": "mine", "epochs": 1, "batch_size": 2, "model_type": "dense"}
+    (tmp_path / "lost.json").write_text(json.dumps(text | {"dataset_params": {"data_dir": "nowhere"}}))
+    (tmp_path / "mix.json").write_text(json.dumps(text | {"dataset_params": {"sources": [".", "nowhere"]}}))
+    (tmp_path / "bad.json").write_text("{,}")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    (tmp_path / "run" / "model.safetensors").write_bytes(b"")
+    (tmp_path / "some.txt").write_text("a text")
+    mistakes = {
+        "run --json_config_path lost.json": "dataset_params.data_dir: there is no file or folder 'nowhere'",
+        "run --json_config_path mix.json": "dataset_params.sources: there is no file or folder 'nowhere'",
+        "run --json_config_path lost.json --data_dir other": "there is no file or folder 'other'",
+        "run --json_config_path bad.json": "bad.json:1:2: expected a key",
+        "run --json_config_path no.json": "no.json: cannot be read",
+        "tune --dataset_name mine --data_dir nowhere": "there is no file or folder 'nowhere'",
+        "tune --dataset_name parity --n_trials 0": "--n_trials: expected a whole number of at least 1, got 0",
+        "predict --run run --file no.txt": "--file: cannot read no.txt",
+        "predict --run run --file some.txt --out no/where": "--out: 'no/where' is not a file in an existing folder",
+        "predict --run nobody --file some.txt": "give the folder of the run",
+    }
+    program = f"""
+from research_eval.main import cli
+for command in {list(mistakes)!r}:
+    assert cli(command.split()) == 2, command
+"""
+    ended = python("-c", f"{program}import sys\nprint('modules:', *sys.modules)", folder=tmp_path)
+    assert ended.code == 0, ended.err
+    said = ended.err.splitlines()
+    assert [says in line for says, line in zip(mistakes.values(), said, strict=True)] == [True] * len(said), said
+    assert "torch" not in ended.out.split()
+    assert not list(tmp_path.glob("*.db"))
 
 
 def test_the_help_imports_nothing_heavy(tmp_path: Path) -> None:

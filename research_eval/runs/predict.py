@@ -191,7 +191,7 @@ class TrainedModel:
             num_cut = int((encoded.full_lengths > self.max_length).sum())
             if num_cut:
                 log.warning(
-                    "%d of %d texts have more than %d tokens (max_length) and are cut as in the training (%s)",
+                    "%d of %d texts: longer than %d tokens (max_length), cut as in the training (%s)",
                     *(num_cut, len(texts), self.max_length, truncation),
                 )
         for place, (one, name) in enumerate(zip(inputs, names, strict=True)):

@@ -136,7 +136,7 @@ class _Screen:
         elif self._bars:
             self._bars[-1].print(f"{phase} ...", markup=False, highlight=False)
         else:
-            log.info("%s ...", phase)
+            log.info("%s ...", str(phase))  # as text: the phase changes, and a handler may be slow
 
     def _keep_log_lines_above(self, terminal: TextIO) -> None:
         """Let log lines to a terminal replace the line of the phase; its next report draws it again below them."""
