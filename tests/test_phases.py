@@ -14,6 +14,7 @@ from rich.console import Console
 from support import command, small_settings, write_config
 
 from research_eval.datasets.providers import load_splits
+from research_eval.errors import ConfigError
 from research_eval.main import cli
 from research_eval.studies.workers import quiet_runs
 from research_eval.system import phases
@@ -135,6 +136,16 @@ def test_a_run_on_text_says_what_it_does_before_its_first_step(slow: pytest.LogC
         assert [line for line in ended.err.splitlines() if line.endswith(" ...")] == expected
     ended = command(cli, "run", "--dry_run", "--quiet", "--json_config_path", config)
     assert (ended.code, " ...\n" in ended.err) == (0, False)
+
+
+def test_a_missing_column_of_the_last_file_is_reported_before_the_tokenizer(
+    slow: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    write_text_set(tmp_path / "data")
+    (tmp_path / "data" / "test.csv").write_text("words,label\na,1\n")
+    with pytest.raises(ConfigError, match=r"test\.csv: no column 'text'"):
+        load_splits("real_world", "mine", {"data_dir": str(tmp_path / "data"), "cache_dir": str(tmp_path)}, 0)
+    assert slow.messages == ["preparing the data ...", "reading the data ..."]
 
 
 def test_the_rows_of_a_file_are_counted_while_it_is_read(
