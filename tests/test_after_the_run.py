@@ -274,10 +274,10 @@ def test_a_run_without_its_picture_is_finished(
     if what == "the whole step":
         monkeypatch.setattr(experiment, "draw_pictures", bug)
         monkeypatch.setattr(experiment, "drop_previous", full)
-    settings = SMALL | {"model_type": "goe_original", "training_params": {"trace_routing": True}}
+    settings = SMALL | {"model_type": "goe_original", "training_params": {"trace_routing": True}, "epochs": 2}
     result = run_in(tmp_path, small_config(**settings))
     assert (result.status, statuses(tmp_path)) == ("finished", ["finished"])
-    assert (tmp_path / result.folder / "path_lengths.png").is_file() == (what != "the whole step"), "another picture"
+    assert (tmp_path / result.folder / "expert_load.png").is_file() == (what != "the whole step"), "another picture"
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len([text for text in warnings if "no " in text]) == 1
     assert len(warnings) == (2 if what == "the whole step" else 1)

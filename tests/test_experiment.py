@@ -84,7 +84,8 @@ INFORMATION = {
     f"{what}_class_nmi{suffix}" for what in ("path", "step") for suffix in ("", "_null", "_null_p95", "_adjusted")
 }
 LOAD_METRICS |= {"router_change", "expert_similarity", "alarms", "num_alarms"}
-PATH_METRICS |= {"step_entropy", "path_length_by_class"} | INFORMATION
+LOAD_METRICS |= {"step_entropy", "expert_roles", "path_flows"}
+PATH_METRICS |= {"path_length_by_class"} | INFORMATION
 MODEL_METRICS = {
     "dense": set(),
     "moe": LOAD_METRICS | INFORMATION | {"transition_matrix", "step_transitions", "common_paths"},

@@ -19,7 +19,7 @@ import torch
 from support import ROOT, generator_draws, history, repeatable, run_in, small_config
 from torch import nn
 
-from research_eval.analysis.routing_plots import ENTROPY_FILE, LENGTH_FILE, LOAD_FILE
+from research_eval.analysis.routing_plots import ENTROPY_FILE, LOAD_FILE
 from research_eval.datasets.token_data import Batches, TokenData
 from research_eval.errors import ConfigError
 from research_eval.experiment import Result, prepare
@@ -136,7 +136,7 @@ def test_the_last_summary_is_what_the_run_stores(traced: Traced) -> None:
 
 
 def test_the_pictures_lie_in_the_folder_of_the_run(traced: Traced) -> None:
-    assert {LOAD_FILE, ENTROPY_FILE, LENGTH_FILE} <= {path.name for path in traced.run.iterdir()}
+    assert {LOAD_FILE, ENTROPY_FILE} <= {path.name for path in traced.run.iterdir()}
     outside = {path.name for path in traced.folder.iterdir()}
     assert outside <= {"runs", "json_experiment_results.csv", "json_experiment_results.csv.lock"} | {
         name for name in outside if name.startswith("experiment_results.db")

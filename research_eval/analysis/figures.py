@@ -6,6 +6,7 @@ helpers, so that equal things look equal in every picture.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,10 @@ MATPLOTLIB_MARKERS = {
     "cross": "P",
     "x": "X",
 }
-DISTINCT_COLOURS = 10  # colours of matplotlib's palette "tab10"
+# The colours of Okabe and Ito, which people with any kind of colour vision can tell apart. Instead of their yellow,
+# which is hard to see on white, there is wine.
+_DISTINCT = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#882255", "#777777")
+INCHES_PER_POINT = 0.0077  # width of a character per point of its size, on average
 
 
 @contextmanager
@@ -49,18 +53,34 @@ def figure_for(
 
 
 def expert_colours(num_experts: int) -> list[Any]:
-    """One colour per expert: a palette of clearly different colours for up to ten, a continuous scale for more."""
-    from research_eval.system.drawing import colormaps
+    """One colour per expert: clearly different colours for up to eight, the continuous scale "viridis" for more.
 
-    if num_experts <= DISTINCT_COLOURS:
-        return [colormaps["tab10"](expert) for expert in range(num_experts)]
-    # The ends of the scale "turbo" are nearly black, so that they are left out.
-    return [colormaps["turbo"](0.06 + 0.88 * expert / (num_experts - 1)) for expert in range(num_experts)]
+    Both also work for people who see few colours. The yellow end of the scale is left out.
+    """
+    from research_eval.system.drawing import colormaps, to_rgba
+
+    if num_experts <= len(_DISTINCT):
+        return [to_rgba(colour) for colour in _DISTINCT[:num_experts]]
+    return [colormaps["viridis"](0.9 * expert / (num_experts - 1)) for expert in range(num_experts)]
+
+
+def ink_on(colour: Any) -> str:
+    """Black or white: which of them is legible on this colour."""
+    red, green, blue = colour[:3]
+    return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
 
 
 def label(text: str, length: int) -> str:
     """A user's text for a picture: one line of at most `length` characters."""
     return shortened(one_line(text), length)
+
+
+def set_heading(figure: Any, *lines: str, size: float = 11.5) -> None:
+    """Write lines above the panels, wrapped to the width of the figure: no title is cut off."""
+    columns = max(12, int(figure.get_figwidth() / (INCHES_PER_POINT * size)))
+    # matplotlib's own wrapping would read the text as mathematics.
+    wrapped = [part for line in lines for part in textwrap.wrap(one_line(line), columns)]
+    figure.suptitle("\n".join(wrapped), fontsize=size, parse_math=False)
 
 
 def draw_grid(panel: Any) -> None:
@@ -76,3 +96,13 @@ def show_as_written(legend: Any) -> None:
     """Turn off mathematics in a legend: a dollar sign in a name is a dollar sign."""
     for text in legend.get_texts():
         text.set_parse_math(False)
+
+
+def stage(is_layer: bool, number: int) -> str:
+    """`layer 2` of a model that routes in every layer, `step 2` of a path."""
+    return f"{'layer' if is_layer else 'step'} {number}"
+
+
+def routes_in_layers(metrics: dict[str, Any]) -> bool:
+    """Whether a model routes tokens in its layers. Models with paths have a mean path length."""
+    return "mean_path_length" not in metrics

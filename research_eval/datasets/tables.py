@@ -1,8 +1,9 @@
 """Tables: look up an entry in one of several random tables. A test of how fast a model learns by heart.
 
 A sample is [table, row, column]. Tables are ids 1..num_tables, rows the next `table_size` ids, columns the
-`table_size` after those; the label is the entry, 0..table_size - 1. The entries come from `task_seed` and are the same
-in all splits. The splits share inputs on purpose (drawn with replacement): an entry never shown cannot be known.
+`table_size` after those; the label is the entry, 0..table_size - 1. The group of a sample is its table. The entries
+come from `task_seed` and are the same in all splits. The splits share inputs on purpose (drawn with replacement): an
+entry never shown cannot be known.
 
 Row 0, column 1 of the second of two 2 x 2 tables:
 
@@ -58,7 +59,7 @@ class TablesDataset(SequenceBaseDataset):
         table_N = self.rng.integers(num_tables, size=self.num_samples)
         row_N, column_N = self.rng.integers(size, size=(2, self.num_samples))
         ids_N3 = np.stack([table_N + 1, row_N + num_tables + 1, column_N + num_tables + size + 1], axis=1)
-        self.samples = ArraySamples(ids_N3, self.contents_TRC[table_N, row_N, column_N])
+        self.samples = ArraySamples(ids_N3, self.contents_TRC[table_N, row_N, column_N], groups_N=table_N + 1)
         self.labels_list = list(range(size))
 
 

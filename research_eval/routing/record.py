@@ -64,6 +64,18 @@ class _Shares(NamedTuple):
     total_BN: NDArray[np.float64]  # sum of each expert's weights over the tokens of a sample
 
 
+class _Tokens(NamedTuple):
+    """Some of the token decisions of a layer: for each its number, sample, token and expert with the most weight."""
+
+    number_D: NDArray[np.int64]
+    sample_D: NDArray[np.int64]
+    token_D: NDArray[np.int64]
+    expert_D: NDArray[np.int64]
+
+
+MAX_TOKENS = 10_000  # token decisions of a layer that are kept one by one; at most twice as many while recording
+
+
 class EvaluationRecorder:
     """Keeps the paths of all samples of one evaluation, and computes metrics from them.
 
@@ -83,9 +95,12 @@ class EvaluationRecorder:
         self._num_samples = self._first = 0
         self._records: list[_Placed] = []
         self._shares: list[_Shares] = []
+        self._tokens: list[_Tokens] = [_Tokens(*(np.zeros((0,), np.int64),) * 4)] * self.num_steps
+        self._stride = 1
         self._counts_TN = np.zeros((self.num_steps, self.num_experts), np.int64)
         self._entropy: Any = 0.0
-        self._num_decisions = 0
+        self._entropy_T: list[Any] = [0.0] * self.num_steps
+        self._num_decisions_T = np.zeros(self.num_steps, np.int64)
 
     def begin_batch(self, num_samples: int) -> None:
         self._first = self._num_samples
@@ -105,15 +120,46 @@ class EvaluationRecorder:
         """Add the token decisions of one layer to the loads, and their shares per sample."""
         experts_DK, weights_DK = self._join([record.experts_DK]), self._join([record.weights_DK])
         self._counts_TN[record.step] += np.bincount(experts_DK.ravel(), minlength=self.num_experts)
-        self._num_decisions += len(experts_DK)
+        self._num_decisions_T[record.step] += len(experts_DK)
         if record.entropy_D is not None:
-            self._entropy = self._entropy + record.entropy_D.sum()
+            entropy = record.entropy_D.sum()
+            self._entropy = self._entropy + entropy
+            self._entropy_T[record.step] = self._entropy_T[record.step] + entropy
         sample_D = self._join([record.sample_D])
         num_samples = self._num_samples - self._first
         cells_DK = sample_D[:, None] * self.num_experts + experts_DK
         total = np.bincount(cells_DK.ravel(), weights_DK.ravel(), num_samples * self.num_experts)
         total_BN = np.asarray(total, np.float64).reshape(num_samples, self.num_experts)
         self._shares.append(_Shares(self._first, record.step, total_BN))
+        self._keep_tokens(record, sample_D, experts_DK, weights_DK)
+
+    def _keep_tokens(
+        self,
+        record: RoutingRecord,
+        sample_D: NDArray[np.int64],
+        experts_DK: NDArray[np.int64],
+        weights_DK: NDArray[np.floating[Any]],
+    ) -> None:
+        """Keep every n-th decision of the layer. If too many are kept, n doubles, for all layers.
+
+        Samples come sorted by length: a selection that is spread evenly has them all.
+        """
+        seen = int(self._counts_TN[record.step].sum()) // max(experts_DK.shape[1], 1) - len(sample_D)
+        chosen = np.flatnonzero((seen + np.arange(len(sample_D))) % self._stride == 0)
+        expert_D = experts_DK[chosen, weights_DK[chosen].argmax(1)]
+        new = (seen + chosen, self._first + sample_D[chosen], self._join([record.token_D])[chosen], expert_D)
+        kept = self._tokens[record.step]
+        self._tokens[record.step] = _Tokens(*map(np.concatenate, zip(kept, new, strict=True)))
+        if len(self._tokens[record.step].number_D) > 2 * MAX_TOKENS:
+            self._stride *= 2
+            for step, tokens in enumerate(self._tokens):
+                stays = tokens.number_D % self._stride == 0
+                self._tokens[step] = _Tokens(*(column[stays] for column in tokens))
+
+    def token_choices(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Some token decisions of a layer, spread evenly: sample, token in the sample, expert with the most weight."""
+        _, sample_D, token_D, expert_D = self._tokens[step]
+        return sample_D, token_D, expert_D
 
     def is_about_tokens(self) -> bool:
         """Whether the decisions are about tokens. A sample's path then holds its most used experts."""
@@ -156,10 +202,13 @@ class EvaluationRecorder:
     def metrics(self) -> dict[str, Any]:
         """The metrics of `path_metrics`, or for token decisions those of `load_metrics`; empty without records."""
         if self._shares:
-            entropy = float(self._entropy) / max(self._num_decisions, 1)
+            scale = np.log(max(self.num_experts, 2))
+            entropy = float(self._entropy) / max(int(self._num_decisions_T.sum()), 1)
+            total_T = np.array([float(total) for total in self._entropy_T])
             return {
                 **load_metrics(self._counts_TN),
-                "router_entropy": float(entropy / np.log(max(self.num_experts, 2))),
+                "router_entropy": float(entropy / scale),
+                "step_entropy": (total_T / np.maximum(self._num_decisions_T, 1) / scale).round(6).tolist(),
             }
         if not self._num_samples:
             return {}

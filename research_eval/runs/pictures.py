@@ -24,8 +24,10 @@ def draw_pictures(
     if "step_transitions" in result.metrics:
         with attempted(log, f"run {result.experiment_id}: no {GRAPH_FILE}"):
             from research_eval.analysis.expert_graph import draw_expert_graph
+            from research_eval.analysis.figures import routes_in_layers
 
-            title = f"{config.experiment_name}: paths of {len(data.validation):,} validation samples"
+            what = "most used expert in each layer," if routes_in_layers(result.metrics) else "paths of"
+            title = f"{config.experiment_name}: {what} {len(data.validation):,} validation samples"
             draw_expert_graph(result.metrics, result.folder / GRAPH_FILE, title)
     if config.training_params.trace_routing:
         with attempted(log, f"run {result.experiment_id}: not all pictures of the routing"):

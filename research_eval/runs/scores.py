@@ -26,7 +26,7 @@ from research_eval.training.checkpointer import MODEL_FILE
 from research_eval.training.evaluate import evaluate, measure_flops
 from research_eval.training.latency import measure_latency
 from research_eval.training.optimizers import steps_per_epoch
-from research_eval.training.routing_watch import alarm_metrics, regret_metrics, routing_metrics
+from research_eval.training.routing_watch import alarm_metrics, regret_metrics, role_metrics, routing_metrics
 from research_eval.training.runtime import Runtime
 from research_eval.training.state import TrainingState
 
@@ -53,6 +53,7 @@ def score(
     metrics = {name: value for name, value in state.reports[-1].items() if name != SCORE} if state.reports else {}
     metrics |= model.get_model_specific_metrics()
     metrics |= routing_metrics(model, evaluation, data.validation, data.num_classes, task)
+    metrics |= role_metrics(model, evaluation, data, task)
     metrics |= alarm_metrics(state.reports, config)
     validation = Batches(data.validation, config.training_params.eval_batch_size or config.batch_size, runtime.device)
     metrics |= {

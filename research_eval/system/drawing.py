@@ -41,6 +41,7 @@ with _without_a_backend():
     from matplotlib.colors import LinearSegmentedColormap as LinearSegmentedColormap
     from matplotlib.colors import ListedColormap as ListedColormap
     from matplotlib.colors import Normalize as Normalize
+    from matplotlib.colors import to_rgba as to_rgba
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D as Line2D
     from matplotlib.patches import FancyArrowPatch as FancyArrowPatch

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from research_eval.config.sections import ExperimentConfig
@@ -20,14 +22,28 @@ from research_eval.layers.path.router import RunningStatistics
 from research_eval.layers.stacked import Dropout
 from research_eval.models.base_model import EvaluableModel, logits_of, routed_parameters
 from research_eval.routing.alarms import SCORE, Circumstances, find_alarms, has_alarms
+from research_eval.routing.record import EvaluationRecorder
 from research_eval.routing.report import routing_report, transition_metrics
+from research_eval.routing.roles import (
+    MAX_STEPS,
+    MAX_UNITS,
+    Usage,
+    expert_roles,
+    flows_by_kind,
+    members_of,
+    path_usages,
+    spread_evenly,
+    token_members,
+)
 from research_eval.routing.trace_files import ROUTING_FOLDER, write_trace
 from research_eval.store.metrics import gain_sign
 from research_eval.tasks.base import Evaluation, Task
 from research_eval.training.evaluate import evaluate
 from research_eval.training.runtime import Runtime
+from research_eval.wording import printable
 
 TRAINING_MODE_SAMPLES = 1000  # enough for an accuracy to within about 0.03
+KEPT_LISTS = ("path_length_histogram", "step_entropy")
 # These stay in evaluation mode when only the noise of routing is of interest.
 QUIET = (Dropout, nn.modules.dropout._DropoutNd, RunningStatistics)
 
@@ -89,14 +105,14 @@ class RoutingWatch:
 
 
 def _is_kept(name: str, value: Any) -> bool:
-    """Whether a metric belongs to the short form: numbers, and the two lists that alarms and pictures need.
+    """Whether a metric belongs to the short form: numbers, and the lists that alarms and pictures need.
 
     A user's model may return anything under these names, so their form is checked.
     """
     if name == "expert_load":
         sizes = {len(row) if isinstance(row, list) else 0 for row in value} if isinstance(value, list) else set()
         return len(sizes) == 1 and 0 not in sizes
-    return isinstance(value, list) if name == "path_length_histogram" else isinstance(value, int | float)
+    return isinstance(value, list) if name in KEPT_LISTS else isinstance(value, int | float)
 
 
 def alarm_metrics(reports: Sequence[dict[str, Any]], config: ExperimentConfig) -> dict[str, Any]:
@@ -140,6 +156,67 @@ def routing_metrics(
             "planted_experts": found.experts_F.tolist(),
         }
     return metrics
+
+
+def role_metrics(model: EvaluableModel, evaluation: Evaluation, data: DataSplits, task: Task) -> dict[str, Any]:
+    """What the experts do, and the paths of each group or class; empty for a model without routing.
+
+    Call it after an evaluation of the validation split.
+    """
+    recorder = model.recorder()
+    paths_ST = None if recorder is None else recorder.paths()
+    if recorder is None or paths_ST is None or not len(paths_ST):
+        return {}
+    split = data.validation
+    groupings: dict[str, tuple[Any, Sequence[str]]] = {}
+    if split.groups is not None:
+        number = int(split.groups.max()) + 1
+        groupings["group"] = split.groups[evaluation.rows_N], [f"group {group}" for group in range(number)]
+    classes_S = task.targets_for_report(split.labels[evaluation.rows_N])
+    if classes_S is not None:
+        groupings["class"] = classes_S, [printable(str(name)) for name in data.label_names]
+    metrics: dict[str, Any] = {"expert_roles": expert_roles(_usages(recorder, paths_ST, evaluation, data, groupings))}
+    for grouping, (kinds_S, names) in list(groupings.items())[:1]:
+        metrics["path_flows"] = flows_by_kind(paths_ST, kinds_S, names, grouping, recorder.num_experts)
+    return metrics
+
+
+def _usages(
+    recorder: EvaluationRecorder,
+    paths_ST: NDArray[np.int64],
+    evaluation: Evaluation,
+    data: DataSplits,
+    groupings: dict[str, tuple[Any, Sequence[str]]],
+) -> list[Usage]:
+    """The experts of classes, groups and tokens, for decisions about samples and about tokens."""
+    split, names = data.validation, partial(token_names, data)
+    kept_S = spread_evenly(len(paths_ST), MAX_UNITS)
+    rows_S = evaluation.rows_N[kept_S]
+    members = {name: members_of(kinds_S[kept_S], kinds) for name, (kinds_S, kinds) in groupings.items()}
+    shares_STN = recorder.expert_shares()
+    if shares_STN is None:
+        inside = np.concatenate([np.arange(*split.offsets[row : row + 2]) for row in rows_S])
+        unit_of_token = np.repeat(np.arange(len(rows_S)), split.lengths[rows_S])
+        tokens, member_KU = token_members(split.tokens[inside].astype(np.int64), unit_of_token, len(rows_S))
+        return path_usages(paths_ST[kept_S], recorder.num_experts, members | {"token": (names(tokens), member_KU)})
+    usages = []
+    for layer in spread_evenly(recorder.num_steps, MAX_STEPS).tolist():
+        title = f"layer {layer + 1}"
+        usages.append(Usage(title, shares_STN[kept_S, layer], members))
+        sample_D, token_D, expert_D = recorder.token_choices(layer)
+        kept_D = spread_evenly(len(sample_D), MAX_UNITS) if len(sample_D) else np.arange(0)
+        places = split.offsets[evaluation.rows_N[sample_D[kept_D]]] + token_D[kept_D]
+        tokens, member_KU = token_members(split.tokens[places].astype(np.int64), np.arange(len(kept_D)), len(kept_D))
+        shares_DN = np.eye(recorder.num_experts, dtype=np.float32)[expert_D[kept_D]]
+        usages.append(Usage(title, shares_DN, {"token": (names(tokens), member_KU)}))
+    return usages
+
+
+def token_names(data: DataSplits, tokens: Sequence[int]) -> list[str]:
+    """The tokens as text; ids of generated data stay numbers."""
+    if data.tokenizer is None:
+        return [str(token) for token in tokens]
+    return [printable(data.tokenizer.id_to_token(token) or str(token)) for token in tokens]
 
 
 def regret_metrics(
