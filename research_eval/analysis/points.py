@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from itertools import groupby
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from research_eval.analysis.baselines import Baseline, baselines_of
 from research_eval.analysis.runs import Group, Results, with_enough_seeds
-from research_eval.analysis.statistics import Interval, mean_interval, pareto_front
+from research_eval.analysis.statistics import FEWEST, Interval, mean_interval, no_spread, pareto_front
 from research_eval.analysis.tables import bounds_of
 from research_eval.store.metrics import DEFAULT_METRIC, gain_sign, score_of_epoch
 
@@ -46,13 +49,15 @@ class Style:
 class Score:
     """The metric that the pictures show as quality, with its names for readers.
 
-    `curves` are the series over the epochs beside it: the name of each in the store, and its label.
+    `curves` are the series over the epochs beside it: the name of each in the store, and its label. `baselines` are
+    scores that need no model, for each task.
     """
 
     metric: str
     name: str  # in the middle of a text, such as `F1` or `rmse`
     label: str
     curves: dict[str, str]
+    baselines: dict[str, list[Baseline]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, results: Results, chosen: str) -> Score:
@@ -67,6 +72,10 @@ class Score:
         label = curve if metric.startswith("final_") else f"best {curve}"
         return cls(metric, name, label, {series: curve, **LOSS_CURVE})
 
+    def with_baselines(self, store: Store, results: Results) -> Score:
+        """The same with the baselines of the tasks."""
+        return replace(self, baselines=baselines_of(store, results, self.metric))
+
     @property
     def sign(self) -> int:
         """The product of sign and value is larger for better values."""
@@ -78,6 +87,15 @@ class Score:
         return self.label if self.label == self.metric else f"{self.label} ({self.metric})"
 
 
+class Standing(Enum):
+    """How a config stands against those that cost no more. The values are texts for a legend."""
+
+    FRONT = "on the Pareto front"
+    LEVEL = "interval overlaps that of a better one"
+    WORSE = "clearly worse, and not cheaper"
+    OPEN = "too few seeds for an interval"
+
+
 @dataclass(frozen=True)
 class Point:
     """One config: its mean cost and mean score over seeds."""
@@ -87,7 +105,12 @@ class Point:
     score: float
     interval: Interval | None
     competes: bool  # whether it has enough seeds to be on the front
-    on_front: bool
+    standing: Standing
+
+    @property
+    def on_front(self) -> bool:
+        """Whether no competing config is better at the same or a lower cost."""
+        return self.standing is Standing.FRONT
 
 
 @dataclass(frozen=True)
@@ -128,9 +151,10 @@ def panels(results: Results) -> list[str]:
 
 
 def points_of(results: Results, task: str, cost: str, score: Score, confidence: float) -> list[Point]:
-    """All configs of a task that have both a score and this cost; each knows whether it is on the Pareto front.
+    """All configs of a task that have both a score and this cost, each with its standing.
 
-    The front is chosen like a best config: a config with too few seeds is neither on it nor above it.
+    The front is chosen like a best config: a config with too few seeds is neither on it nor above it. A config is
+    clearly worse if its interval lies below the interval of a competing config that costs no more.
     """
     found = []
     for group in results.of_task(task):
@@ -143,7 +167,36 @@ def points_of(results: Results, task: str, cost: str, score: Score, confidence: 
     rivals = [number for number, (group, *_) in enumerate(found) if id(group) in able]
     costs, gains = [found[number][1] for number in rivals], [score.sign * found[number][2] for number in rivals]
     front = {rivals[place] for place in pareto_front(costs, gains)}
-    return [Point(*one, id(one[0]) in able, number in front) for number, one in enumerate(found)]
+    ranges = [_range(group.values(score.metric), interval, score.sign) for group, *_, interval in found]
+    worse = _clearly_worse([price for _, price, *_ in found], ranges, set(rivals))
+
+    def standing(number: int) -> Standing:
+        if number in front:
+            return Standing.FRONT
+        if ranges[number] is None:
+            return Standing.OPEN
+        return Standing.WORSE if number in worse else Standing.LEVEL
+
+    return [Point(*one, id(one[0]) in able, standing(number)) for number, one in enumerate(found)]
+
+
+def _range(values: Sequence[float], interval: Interval | None, sign: int) -> tuple[float, float] | None:
+    """Between which values a mean lies, larger is better; equal seeds leave no doubt. None if that is not known."""
+    if interval is None:
+        return (sign * values[0], sign * values[0]) if len(values) >= FEWEST and no_spread(values) else None
+    low, high = sorted((sign * interval.low, sign * interval.high))
+    return low, high
+
+
+def _clearly_worse(costs: Sequence[float], ranges: Sequence[tuple[float, float] | None], rivals: set[int]) -> set[int]:
+    """The configs whose range lies wholly below that of a rival with the same or a lower cost."""
+    found, best, waiting = set(), -math.inf, sorted(range(len(costs)), key=lambda number: costs[number])
+    for _, same in groupby(waiting, key=lambda number: costs[number]):
+        numbers = list(same)
+        lows = [one[0] for number in numbers if number in rivals and (one := ranges[number]) is not None]
+        best = max([best, *lows])
+        found |= {number for number in numbers if (one := ranges[number]) is not None and one[1] < best}
+    return found
 
 
 def is_wide(values: Sequence[float]) -> bool:

@@ -134,7 +134,7 @@ def round_numbers(low: float, high: float, log: bool) -> list[float]:
     if len(found) == 2:
         return found
     margin = (high - low) * 1e-9  # keeps a tick that rounding has moved past an end
-    found = list(map(float, MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)))
+    found = list(map(float, MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)))
     return [value for value in found if low - margin <= value <= high + margin]
 
 

@@ -169,7 +169,8 @@ def _analyze(arguments: argparse.Namespace, store: Store, pairs: Sequence[Pair])
     if not best:
         _explain_no_score(store, results, options.metric)
     _warn(results, best, options.metric)
-    Writer(arguments, store, results, best, options, Score.of(results, options.metric)).write(pairs)
+    score = Score.of(results, options.metric).with_baselines(store, results)
+    Writer(arguments, store, results, best, options, score).write(pairs)
 
 
 def _explain_no_score(store: Store, results: Results, metric: str) -> None:

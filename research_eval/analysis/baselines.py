@@ -1,0 +1,83 @@
+"""What a score has to beat: even guessing, always the most frequent class, and stored baselines of the data."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from research_eval.system.untrusted import stored_object
+
+if TYPE_CHECKING:
+    from research_eval.analysis.runs import Results
+    from research_eval.store.store import Store
+
+_METRIC = re.compile(r"(?:final|best)_val_(f1|acc)(?:_across_epochs)?")
+# Key of a stored baseline -> its name for readers.
+_NAMES = {"majority": "most frequent class", "tfidf_logreg": "TF-IDF + logistic regression"}
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A score that needs no model of the project, on the validation split."""
+
+    name: str
+    value: float
+
+
+def baselines_of(store: Store, results: Results, metric: str) -> dict[str, list[Baseline]]:
+    """Task -> its baselines, the lowest first; a task whose classes are not known has none.
+
+    A run's environment may hold measured baselines of its data. Guessing and the most frequent class follow from the
+    number of validation samples of each class.
+    """
+    found = _METRIC.fullmatch(metric)
+    if found is None:
+        return {}
+    baselines = {}
+    for group in results.groups:
+        if group.task not in baselines:
+            run = group.runs[0].experiment_id
+            stored = _stored(store.experiment(run)["env_details_json"], f"val_{found[1]}")
+            support = store.metrics(run).get("val_support_per_class")
+            known = expected_scores(support, found[1]) if isinstance(support, list) else {}
+            named = [Baseline(name, value) for name, value in (known | stored).items()]
+            baselines[group.task] = sorted(named, key=lambda one: one.value)
+    return baselines
+
+
+def _stored(environment: str, score: str) -> dict[str, float]:
+    """Name -> value of the baselines in the environment of a run."""
+    place: Any = stored_object(environment)
+    for key in ("data", "baselines"):
+        place = place.get(key) if isinstance(place, dict) else None
+    found = {}
+    for key, name in _NAMES.items():
+        scores = place.get(key) if isinstance(place, dict) else None
+        value = scores.get(score) if isinstance(scores, dict) else None
+        if isinstance(value, int | float) and math.isfinite(value):
+            found[name] = float(value)
+    return found
+
+
+def expected_scores(support: Sequence[Any], score: str) -> dict[str, float]:
+    """The accuracy ("acc") or macro-F1 ("f1") of guessing all classes equally often, and of the most frequent class.
+
+    `support` has the number of samples of each class. Guessing has its value in the limit of many samples: with C
+    classes, recall is 1 / C and precision is the share p of the class, so that F1 is 2 p / (1 + C p).
+
+    >>> expected_scores([30, 10], "acc")
+    {'chance': 0.5, 'most frequent class': 0.75}
+    """
+    counts = [float(count) for count in support if isinstance(count, int | float) and count > 0]
+    total, classes = sum(counts), len(support)
+    if not total:
+        return {}
+    shares = [count / total for count in counts]
+    if score == "acc":
+        return {"chance": 1 / classes, "most frequent class": max(shares)}
+    guessed = [2 * share / (1 + classes * share) for share in shares]
+    most = max(shares)
+    return {"chance": sum(guessed) / classes, "most frequent class": 2 * most / (1 + most) / len(counts)}
