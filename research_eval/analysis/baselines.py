@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from research_eval.system.untrusted import stored_object
+from research_eval.store.data_facts import SHORT_NAMES, facts_of
+from research_eval.store.data_facts import baselines_of as facts_baselines
 
 if TYPE_CHECKING:
     from research_eval.analysis.runs import Results
     from research_eval.store.store import Store
 
 _METRIC = re.compile(r"(?:final|best)_val_(f1|acc)(?:_across_epochs)?")
-# Key of a stored baseline -> its name for readers.
-_NAMES = {"majority": "most frequent class", "tfidf_logreg": "TF-IDF + logistic regression"}
 
 
 @dataclass(frozen=True)
@@ -40,26 +38,13 @@ def baselines_of(store: Store, results: Results, metric: str) -> dict[str, list[
     for group in results.groups:
         if group.task not in baselines:
             run = group.runs[0].experiment_id
-            stored = _stored(store.experiment(run)["env_details_json"], f"val_{found[1]}")
+            scores = facts_baselines(facts_of(store.experiment(run)["env_details_json"]))
+            stored = {SHORT_NAMES[name]: scores[name].get(f"val_{found[1]}") for name in scores}
             support = store.metrics(run).get("val_support_per_class")
             known = expected_scores(support, found[1]) if isinstance(support, list) else {}
-            named = [Baseline(name, value) for name, value in (known | stored).items()]
+            named = [Baseline(name, value) for name, value in (known | stored).items() if value is not None]
             baselines[group.task] = sorted(named, key=lambda one: one.value)
     return baselines
-
-
-def _stored(environment: str, score: str) -> dict[str, float]:
-    """Name -> value of the baselines in the environment of a run."""
-    place: Any = stored_object(environment)
-    for key in ("data", "baselines"):
-        place = place.get(key) if isinstance(place, dict) else None
-    found = {}
-    for key, name in _NAMES.items():
-        scores = place.get(key) if isinstance(place, dict) else None
-        value = scores.get(score) if isinstance(scores, dict) else None
-        if isinstance(value, int | float) and math.isfinite(value):
-            found[name] = float(value)
-    return found
 
 
 def expected_scores(support: Sequence[Any], score: str) -> dict[str, float]:
@@ -69,7 +54,7 @@ def expected_scores(support: Sequence[Any], score: str) -> dict[str, float]:
     classes, recall is 1 / C and precision is the share p of the class, so that F1 is 2 p / (1 + C p).
 
     >>> expected_scores([30, 10], "acc")
-    {'chance': 0.5, 'most frequent class': 0.75}
+    {'chance': 0.5, 'majority class': 0.75}
     """
     counts = [float(count) for count in support if isinstance(count, int | float) and count > 0]
     total, classes = sum(counts), len(support)
@@ -77,7 +62,7 @@ def expected_scores(support: Sequence[Any], score: str) -> dict[str, float]:
         return {}
     shares = [count / total for count in counts]
     if score == "acc":
-        return {"chance": 1 / classes, "most frequent class": max(shares)}
+        return {"chance": 1 / classes, SHORT_NAMES["majority"]: max(shares)}
     guessed = [2 * share / (1 + classes * share) for share in shares]
     most = max(shares)
-    return {"chance": sum(guessed) / classes, "most frequent class": 2 * most / (1 + most) / len(counts)}
+    return {"chance": sum(guessed) / classes, SHORT_NAMES["majority"]: 2 * most / (1 + most) / len(counts)}

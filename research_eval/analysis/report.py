@@ -7,21 +7,23 @@ curves, the paired comparison, pictures of routing, the best configs, and the co
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 import math
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from research_eval.analysis.baselines import Baseline
 from research_eval.analysis.comparison import Comparison, comparison_table
 from research_eval.analysis.data import TaskData
 from research_eval.analysis.figures import label
-from research_eval.analysis.points import COST_LABELS, Curve, Point, Score, is_wide, panels, points_of, styles
+from research_eval.analysis.points import COST_LABELS, Curve, Point, Score, Standing, is_wide, panels, points_of, styles
+from research_eval.analysis.report_routes import routing_parts
 from research_eval.analysis.runs import (
     OPERATIONAL,
     Group,
@@ -38,13 +40,12 @@ from research_eval.analysis.summary import (
     SHOWN_COSTS,
     Options,
     Row,
-    baseline_of,
     rate_texts,
     spread_text,
 )
 from research_eval.analysis.summary import summary_table as summary_table_of
 from research_eval.analysis.tables import Table, bounds_of, interval_text, metric_text, one_line, short_number
-from research_eval.files import RUNS_FOLDER, file_stem
+from research_eval.files import file_stem
 from research_eval.store.data_facts import FACTS, facts_notes, facts_table
 from research_eval.store.metrics import gain_sign
 from research_eval.system.untrusted import stored_object
@@ -52,16 +53,9 @@ from research_eval.system.untrusted import stored_object
 if TYPE_CHECKING:
     from research_eval.store.store import Store
 
-PICTURES = {
-    "expert_graph.png": "The way of the validation samples through the experts.",
-    "expert_load.png": "The share of each expert over the epochs.",
-    "router_entropy.png": "How undecided the router is: 0 certain, 1 undecided.",
-    "path_lengths.png": "How long the paths of each class or group are.",
-    "automaton.png": "The automaton that the scan experts have learned.",
-}
-ROUTED = ("router_entropy", "mean_path_length")  # only models with routes have these metrics
 MAX_POINTS = 3000  # per task; a browser draws more of them slowly
 MAX_LISTED = 50  # configs in the table
+MAX_SETTINGS = 24  # hyperparameters with a column of their own
 MAX_NAMED = 12  # hyperparameters in the text of a point
 LINE_LENGTH = 160  # characters of a line in that text
 
@@ -99,12 +93,12 @@ def report_html(
         options=options,
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         looks=looks,
-        cards=[_card(results, row, options) for row in rows],
+        cards=[_card(results, row, score, options) for row in rows],
         summary=summary_table_of(results, rows, options),
         comparison=comparison_table(results, comparisons, options) if comparisons else None,
         listed=listed,
         known=_known(results, data),
-        routing=_routing(results, rows, options),
+        routing=routing_parts(store, results, rows, options),
         recipes=[_recipe(store, results, row) for row in rows],
         command=_command(results, options),
         plotly=get_plotlyjs(),
@@ -124,6 +118,7 @@ def _figures(
             {
                 "label": html.escape(results.tasks[task]),
                 "scatter": _scatter(results, task, score, options),
+                "baselines": [vars(one) for one in score.baselines.get(task, ())],
                 "curves": {
                     series: [_curve(curve) for curve in curves.get(task, {}).get(series, ())] for series in score.curves
                 },
@@ -133,6 +128,7 @@ def _figures(
         "costs": COST_LABELS,
         "series": {series: html.escape(label) for series, label in score.curves.items()},
         "score": html.escape(score.axis),
+        "standings": {one.name.lower(): one.value for one in Standing},
         "confidence": f"{100 * options.confidence:g} %",
         "looks": {
             html.escape(name): {"colour": look.colour, "marker": look.marker}
@@ -184,7 +180,7 @@ def _point(point: Point, number: int) -> dict[str, Any]:
         "y": point.score,
         "low": low,
         "high": high,
-        "front": point.on_front,
+        "standing": point.standing.name.lower(),
     }
 
 
@@ -263,7 +259,7 @@ class Cell:
     value: float | str
 
 
-def _card(results: Results, row: Row, options: Options) -> dict[str, Any]:
+def _card(results: Results, row: Row, score: Score, options: Options) -> dict[str, Any]:
     """The score of a model type in large letters, with a few facts; facts without a value are left out."""
     solved, rate = rate_texts(row.score) if row.score.has_telling_rate else ("", "")
     facts = {
@@ -271,8 +267,7 @@ def _card(results: Results, row: Row, options: Options) -> dict[str, Any]:
         "seeds": str(len(row.score.values)),
         f"solved (≥ {options.solved_at:g})": f"{solved} {rate}".strip(),
         options.test_metric: metric_text(row.test.mean, options.test_metric),
-        "majority class": metric_text(baseline_of(row, "majority", options.metric), options.metric),
-        "TF-IDF": metric_text(baseline_of(row, "tfidf_logreg", options.metric), options.metric),
+        **{one.name: metric_text(one.value, score.metric) for one in _baselines(row.group.task, score, options)},
         "parameters": short_number(row.costs["param_count"]),
         "trials spent": f"{row.trials:,}",
     }
@@ -295,6 +290,11 @@ def _known(results: Results, data: Mapping[str, TaskData]) -> list[Table]:
     return tables
 
 
+def _baselines(task: str, score: Score, options: Options) -> Sequence[Baseline]:
+    """The baselines of a task, if they are in the metric of the cards."""
+    return score.baselines.get(task, ()) if score.metric == options.metric else ()
+
+
 def _listed(results: Results, options: Options) -> dict[str, Any]:
     """The best configs of all model types, as a table that the reader can sort."""
     sign = gain_sign(options.metric)
@@ -303,9 +303,14 @@ def _listed(results: Results, options: Options) -> dict[str, Any]:
     scored.sort(key=lambda one: (id(one[1]) not in able, -sign * one[0]))
     tasks = len(results.tasks) > 1
     groups = [group for _, group in scored[:MAX_LISTED]]
-    columns = ["model", *["task"] * tasks, options.metric, "interval", "seeds", *(COSTS[cost] for cost in SHOWN_COSTS)]
+    settings = hyperparameters(groups)
+    counts = Counter(name for values in settings for name in values)
+    names = sorted(counts, key=lambda name: (-counts[name], name))[:MAX_SETTINGS]
+    columns = ["model", *["task"] * tasks, options.metric, "interval", "seeds", *names]
+    columns += [*(COSTS[cost] for cost in SHOWN_COSTS), "experiment"]
+    left = {"model", "task", "experiment", *(name for name in names if not _is_numeric(settings, name))}
     rows = []
-    for group, values in zip(groups, hyperparameters(groups), strict=True):
+    for group, values in zip(groups, settings, strict=True):
         mean, values_of_seeds = group.mean(options.metric), group.values(options.metric)
         interval = mean_interval(values_of_seeds, options.confidence, bounds_of(options.metric))
         cells = [Cell(group.model_type, group.model_type)]
@@ -313,43 +318,29 @@ def _listed(results: Results, options: Options) -> dict[str, Any]:
         cells += [Cell(metric_text(mean, options.metric), _sortable(mean))]
         cells += [Cell(interval_text(interval, options.metric), _sortable(interval and interval.low))]
         cells += [Cell(str(len(values_of_seeds)), len(values_of_seeds))]
+        cells += [_setting(values[name]) if name in values else Cell("", -math.inf) for name in names]
         cells += [Cell(short_number(group.mean(cost)), _sortable(group.mean(cost))) for cost in SHOWN_COSTS]
-        cells += [Cell(text := described(values), text), Cell(group.name, group.name)]
-        rows.append(cells)
-    return {"columns": [*columns, "hyperparameters", "experiment"], "rows": rows, "total": len(scored)}
+        rows.append([*cells, Cell(group.name, group.name)])
+    hidden = len(counts) - len(names)
+    return {"columns": columns, "left": left, "rows": rows, "total": len(scored), "hidden": hidden}
+
+
+def _is_numeric(settings: Sequence[dict[str, Any]], name: str) -> bool:
+    """Whether a hyperparameter has only numbers as its values."""
+    values = [one[name] for one in settings if name in one]
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+
+def _setting(value: Any) -> Cell:
+    """The cell of a hyperparameter's value."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return Cell(label(text, LINE_LENGTH), float(value) if is_number else text)
 
 
 def _sortable(value: float | None) -> float:
     """A missing value sorts below all others."""
     return -math.inf if value is None else value
-
-
-def _routing(results: Results, rows: Sequence[Row], options: Options) -> dict[str, Any] | None:
-    """The pictures of the best run with routes whose files are in this folder.
-
-    If no run with routes has its files here, the best one without pictures; None if no best config has routes.
-    """
-    sign = gain_sign(options.metric)
-    routed = [row for row in rows if any(row.group.values(metric) for metric in ROUTED)]
-    routed.sort(key=lambda row: -sign * (row.score.mean or 0.0))
-    found: dict[str, Any] | None = None
-    for row in routed:
-        scored = [run for run in row.group.runs if options.metric in run.metrics]
-        run = max(scored, key=lambda run: sign * run.metrics[options.metric])
-        folder = RUNS_FOLDER / file_stem(
-            run.experiment_id
-        )  # the id may come from a foreign database and contain any characters
-        pictures = [
-            {"source": f"data:image/png;base64,{base64.b64encode((folder / name).read_bytes()).decode()}", "text": text}
-            for name, text in PICTURES.items()
-            if (folder / name).is_file()
-        ]
-        one = {"model": row.group.model_type, "run": run, "folder": str(folder), "pictures": pictures}
-        one["task"] = results.tasks[row.group.task]
-        if pictures:
-            return one
-        found = found or one
-    return found
 
 
 def _recipe(store: Store, results: Results, row: Row) -> dict[str, Any]:

@@ -225,7 +225,10 @@ def _point_legend(figure: Any, points: Sequence[Point], looks: Mapping[str, Styl
     for standing in (Standing.LEVEL, Standing.WORSE, Standing.OPEN) if len(points) <= FEW else ():
         if standing in there:
             alpha, _, is_filled, _ = LOOKS[standing]
-            fill = {"markerfacecolor": INK if is_filled else "none", "markeredgewidth": 0 if is_filled else 1.2}
+            fill: dict[str, Any] = {
+                "markerfacecolor": INK if is_filled else "none",
+                "markeredgewidth": 0 if is_filled else 1.2,
+            }
             text = f"{STANDING_WORDS[standing]}: {standing.value}"
             handles.append(
                 Line2D([], [], linestyle="", marker="o", markersize=6, color=INK, alpha=alpha, label=text, **fill)

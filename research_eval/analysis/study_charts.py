@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from research_eval.analysis.figures import label
@@ -20,6 +20,7 @@ from research_eval.analysis.study_importance import (
     Importance,
     explained_by_type,
     importances,
+    pooled_importances,
     searched,
     values_of,
 )
@@ -35,15 +36,16 @@ from research_eval.analysis.study_texts import (
 from research_eval.analysis.study_trials import TrialRecord, own_trials, pareto_front
 from research_eval.store.metrics import direction, gain_sign
 
-MAX_BARS = 15  # parameters in a panel of importances
+MAX_BARS = 8  # parameters in a panel of importances
 MAX_AXES = 16  # parameters in a panel of parallel coordinates
 MANY = 300  # with more trials than this, their points are small
+SHARED = "#444444"  # colour of bars that concern all model types
 STATUSES = ("finished", "pruned", "diverged", "failed", "running", "waiting")
-# Viridis upside down, so that the best are the darkest, without the yellow that is hard to see on white.
-COLOURS = ("#CFE11C", "#5DC863", "#21908C", "#3B528B", "#440154")
+# Plasma upside down, so that the best are the darkest, without the yellow that is hard to see on white.
+COLOURS = ("#E8803A", "#D8576B", "#B12A90", "#6A00A8", "#0D0887")
 IMPORTANCE_LEGEND = (
     "Share of each parameter in what makes the best trials (PED-ANOVA). Mark: the largest share that it got from "
-    f"{SHUFFLES} shuffles of the values; pale: not above it."
+    f"{SHUFFLES} shuffles of the values; pale: not above it, so it may be chance."
 )
 
 
@@ -103,6 +105,13 @@ class StudyCharts:
             for name in self.by_type
         }
 
+    @cached_property
+    def pooled(self) -> list[dict[str, Importance] | str]:
+        """For each objective what `pooled_importances` returns; empty for a study of one model type."""
+        if len(self.by_type) < 2:
+            return []
+        return [pooled_importances(self.complete, name, index) for index, name in enumerate(self.objectives)]
+
     def heading(self, what: str) -> str:
         """The title of a picture that shows `what`."""
         return heading(what, self.study, self.dataset_name)
@@ -143,35 +152,56 @@ class BarList:
 
 
 def importance_rows(charts: StudyCharts) -> list[list[BarList]]:
-    """The lists of bars, arranged in rows: one row per model type, or two types in a row if there is one objective."""
-    several = len(charts.objectives) > 1
+    """The lists of bars, arranged in rows: what all model types share, then one row per type.
+
+    If there is one objective, two lists stand in a row.
+    """
     types = [[_bar_list(charts, name, index) for index in range(len(charts.objectives))] for name in charts.by_type]
-    if not several:
-        lists = [one for (one,) in types]
-        types = [lists[start : start + 2] for start in range(0, len(lists), 2)]
+    pooled = [_pooled_list(charts, found, index) for index, found in enumerate(charts.pooled)]
     shares = {name: explained_by_type(charts.complete, index) for index, name in enumerate(charts.objectives)}
     between = {
         label(name, PARAMETER_LENGTH): Importance(share, None) for name, share in shares.items() if share is not None
     }
-    first = [[BarList("variance between the model types (η²)", between, "#555555")]] if between else []
-    return first + types
+    title = BarList("Model type: its share in the variance of the values (η²)", between, SHARED)
+    if len(charts.objectives) > 1:
+        return [*[[title]] * bool(between), *[pooled] * bool(pooled), *types]
+    lists = [*pooled, *[title] * bool(between), *(one for (one,) in types)]
+    return [lists[start : start + 2] for start in range(0, len(lists), 2)]
 
 
 def _bar_list(charts: StudyCharts, name: str, index: int) -> BarList:
     """The most important parameters of a model type for the `index`-th objective."""
-    found, records = charts.importances[name][index], charts.by_type[name]
+    records = charts.by_type[name]
     title = f"{model_label(name)}, {counted_trials(len(records))}"
     subtitle = label(charts.objectives[index], OBJECTIVE_LENGTH) * (len(charts.objectives) > 1)
-    colour = charts.styles[name].colour
+    found = charts.importances[name][index]
+    used = {one for one in found if all(one in record.plain_params for record in records)}
+    return _list_of(found, used, len(records), BarList(title, {}, charts.styles[name].colour, subtitle))
+
+
+def _pooled_list(charts: StudyCharts, found: dict[str, Importance] | str, index: int) -> BarList:
+    """The most important parameters that several model types share."""
+    number = len(charts.finished)
+    subtitle = label(charts.objectives[index], OBJECTIVE_LENGTH) * (len(charts.objectives) > 1)
+    title = f"Shared settings, all model types together, {counted_trials(number)}"
+    return _list_of(found, set(found), number, BarList(title, {}, SHARED, subtitle))
+
+
+def _list_of(found: dict[str, Importance] | str, used: set[str], number: int, empty: BarList) -> BarList:
+    """The list with the largest of these shares; `used` are the parameters that every trial has.
+
+    If no share stands out from chance, the list says that the trials do not suffice.
+    """
     if isinstance(found, str):
-        return BarList(title, {}, colour, subtitle, found)
+        return replace(empty, note=found)
     labels = short_names(found)
-    bars = {
-        labels[one] + " (if used)" * any(one not in record.plain_params for record in records): had
-        for one, had in list(found.items())[:MAX_BARS]
-    }
-    hidden = len(found) - len(bars)
-    return BarList(title, bars, colour, subtitle, f"and {hidden} more" if hidden > 0 else "")
+    bars = {labels[one] + " (if used)" * (one not in used): had for one, had in list(found.items())[:MAX_BARS]}
+    notes = []
+    if not any(one.is_clear for one in found.values()):
+        notes.append(f"{counted_trials(number)} do not suffice: no share stands out from chance")
+    if len(found) > len(bars):
+        notes.append(f"and {len(found) - len(bars)} more")
+    return replace(empty, bars=bars, note="; ".join(notes))
 
 
 def bar_limit(rows: Sequence[Sequence[BarList]]) -> float:

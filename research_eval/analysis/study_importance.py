@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from research_eval.analysis.study_texts import model_type_of
+from research_eval.analysis.study_texts import counted_trials, model_type_of
 from research_eval.analysis.study_trials import TrialRecord
 from research_eval.registry import MODEL_TYPE
 from research_eval.store.metrics import gain_sign
@@ -107,22 +108,62 @@ def importances(records: Sequence[TrialRecord], objective: str, index: int) -> d
     `records` are the complete trials of one model type; `objective` is the `index`-th of the study. If no share can be
     computed, the result is the reason in words.
     """
+    costs = [-gain_sign(objective) * value for value in values_of(records, index)]
+    return _shares([record.plain_params for record in records], searched(records), costs)
+
+
+def pooled_importances(records: Sequence[TrialRecord], objective: str, index: int) -> dict[str, Importance] | str:
+    """The same for the parameters that several model types share, over the trials of all types together.
+
+    A parameter of a model type counts as that of the same name of another type. A trial counts by its rank among the
+    trials of its own type, so that a type that is better than another one is no share of a parameter.
+    """
+    by_type: dict[str, list[TrialRecord]] = {}
+    for record in records:
+        by_type.setdefault(model_type_of(record), []).append(record)
+    spaces = {
+        name: {_shared_name(key, name): one for key, one in searched(group).items()} for name, group in by_type.items()
+    }
+    common = {key for key, count in Counter(key for space in spaces.values() for key in space).items() if count > 1}
+    found: dict[str, list[BaseDistribution]] = {}
+    for space in spaces.values():
+        for key in common & space.keys():
+            found.setdefault(key, []).append(space[key])
+    # A choice of one type may be a range of another one: their values have no common order.
+    space = {key: _united(each) for key, each in sorted(found.items()) if len(set(map(type, each))) == 1}
+    params, costs = [], []
+    for name, group in by_type.items():
+        values = [-gain_sign(objective) * value for value in values_of(group, index)]
+        # The middle rank of equal values: halfway between the trials that are better and those that are not worse.
+        below = np.searchsorted(np.sort(values), values, "left") + np.searchsorted(np.sort(values), values, "right")
+        costs += (below / (2 * len(values))).tolist()
+        params += [{_shared_name(key, name): value for key, value in one.plain_params.items()} for one in group]
+    return _shares(params, space, costs)
+
+
+def _shared_name(name: str, model_type: str) -> str:
+    """The name of a parameter without its model type: `num_heads` of `dense.num_heads`."""
+    return name.removeprefix(f"{model_type}.")
+
+
+def _shares(
+    params: Sequence[dict[str, Any]], space: dict[str, BaseDistribution], costs: Sequence[float]
+) -> dict[str, Importance] | str:
+    """The shares of the parameters of `space` in what makes trials of these values cheap, or why there are none."""
     import optuna
 
-    space = searched(records)
-    if len(records) < FEWEST:
-        return f"importances need {FEWEST} trials or past runs"
+    if len(params) < FEWEST:
+        return f"{counted_trials(len(params))} do not suffice: importances need {FEWEST}"
     if not space:
         return "no parameter varied"
-    costs = [-gain_sign(objective) * value for value in values_of(records, index)]
     with _silent():
         # A study in memory with minimised values and plain names, which is what the evaluator expects.
         study = optuna.create_study()
-        for record, cost in zip(records, costs, strict=True):
-            params = {name: value for name, value in record.plain_params.items() if name in space}
-            distributions = {name: space[name] for name in params}
-            study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=cost))
-        quantile = min(MOST_SHARE, max(ELITE_SHARE, ELITE / len(records)))
+        for chosen, cost in zip(params, costs, strict=True):
+            known = {name: value for name, value in chosen.items() if name in space}
+            distributions = {name: space[name] for name in known}
+            study.add_trial(optuna.trial.create_trial(params=known, distributions=distributions, value=cost))
+        quantile = min(MOST_SHARE, max(ELITE_SHARE, ELITE / len(params)))
         evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=quantile)
         found = evaluator.evaluate(study)
         rng = np.random.default_rng(0)

@@ -3,7 +3,8 @@
 plotly interprets HTML tags in the text that it draws, so that these functions escape all text of users.
 
 A page shows one or more figures. A figure is a dictionary with the keys "data" and "layout" of plotly's JSON format.
-The functions `history`, `importance`, `parallel_coordinates` and `pareto` return the figures of the four pages.
+The functions `history`, `importance` and `pareto` return the figures of their pages. `parallel_coordinates` returns SVG
+(`study_lines`): plotly would draw it with WebGL, which takes seconds without a graphics card.
 """
 
 from __future__ import annotations
@@ -17,11 +18,9 @@ from typing import Any
 from research_eval.analysis.figures import GRID, INK, PALE
 from research_eval.analysis.study_axes import Scale, scale_of
 from research_eval.analysis.study_charts import (
-    COLOURS,
     IMPORTANCE_LEGEND,
     MANY,
     BarList,
-    ParallelCoordinates,
     StudyCharts,
     bar_limit,
     best_so_far,
@@ -31,6 +30,8 @@ from research_eval.analysis.study_charts import (
     rises_to_the_right,
 )
 from research_eval.analysis.study_importance import values_of
+from research_eval.analysis.study_lines import SCRIPT as CHOOSING
+from research_eval.analysis.study_lines import STYLE, lines_svg
 from research_eval.analysis.study_texts import described, model_label, objective_label
 from research_eval.analysis.study_trials import TrialRecord
 from research_eval.analysis.tables import metric_text
@@ -50,8 +51,7 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <link rel="icon" href="data:,">
-<script src="{script}"></script>
-<style>
+{script}<style>
 body {{ font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; color: #222; margin: 0 auto;
   max-width: 1300px; padding: 20px 24px; }}
 h1 {{ font-size: 1.35rem; margin: 0; overflow-wrap: anywhere; }}
@@ -91,18 +91,22 @@ def write_pages(charts: StudyCharts, folder: Path, names: Sequence[str]) -> list
         page = PAGE.format(
             title=html.escape(charts.heading(what)),
             below=html.escape(below(charts)),
-            script=SCRIPT,
+            script="" if name == "parallel_coordinates" else f'<script src="{SCRIPT}"></script>\n',
             links=links,
-            body="\n".join(_section(number, *section) for number, section in enumerate(draw(charts))),
+            body="\n".join(_part(number, part) for number, part in enumerate(draw(charts))),
         )
         write_atomically(folder / f"{name}.html", page.encode())
         written.append(folder / f"{name}.html")
     return written
 
 
-def _section(number: int, heading: str, figure: Figure) -> str:
-    """The HTML of a figure under its heading."""
+def _part(number: int, part: Section | str) -> str:
+    """A part of a page: HTML as it is, or the HTML of a figure under its heading."""
     from plotly.io import to_html
+
+    if isinstance(part, str):
+        return part
+    heading, figure = part
 
     common = {"font": FONT, "paper_bgcolor": "white", "plot_bgcolor": "white", "hoverlabel": {"align": "left"}}
     buttons = ["zoom2d", "pan2d", "resetScale2d", "toImage"] if figure["data"][0]["type"] == "scatter" else ["toImage"]
@@ -225,49 +229,13 @@ def _bars_of(bar_list: BarList, limit: float) -> list[Figure]:
     return [bars, marks]
 
 
-def parallel_coordinates(charts: StudyCharts) -> list[Section]:
-    """A figure per model type."""
-    found = [parallel_coordinates_of(charts, name) for name in charts.by_type]
-    return [(lines.title, _parallel(charts, lines)) for lines in found]
-
-
-def _parallel(charts: StudyCharts, lines: ParallelCoordinates) -> Figure:
-    """One line per trial through upright axes, coloured by the first objective."""
-    bar = {
-        "title": {"text": html.escape(objective_label(charts.objectives[0])), "side": "right"},
-        "tickvals": [at for at, _ in lines.legend],
-        "ticktext": [text for _, text in lines.legend],
-        "thickness": 12,
-        "outlinewidth": 0,
-    }
-    colours = [[place / (len(COLOURS) - 1), colour] for place, colour in enumerate(COLOURS)]
-    drawn = {
-        "type": "parcoords",
-        "line": {
-            "color": lines.goodness,
-            "cmin": 0,
-            "cmax": 1,
-            "colorscale": colours,
-            "colorbar": bar,
-            "showscale": True,
-        },
-        "dimensions": [
-            {
-                "label": html.escape(axis.label),
-                "values": lines.places(axis),
-                "range": [-0.03, 1.03],
-                # plotly draws an axis from its first tick to its last: the two empty ticks are the ends.
-                "tickvals": [-0.03, *(at for at, _ in axis.ticks), 1.03],
-                "ticktext": ["", *(html.escape(text) for _, text in axis.ticks), ""],
-            }
-            for axis in lines.axes
-        ],
-        "labelfont": {"size": 12},
-        "tickfont": {"size": 11},
-        "labelangle": -18 if len(lines.axes) > 8 else 0,
-        "unselected": {"line": {"color": "#DDDDDD", "opacity": 0.3}},
-    }
-    return {"data": [drawn], "layout": {"height": 390, "margin": {"l": 80, "r": 40, "t": 85, "b": 30}}}
+def parallel_coordinates(charts: StudyCharts) -> list[str]:
+    """The HTML of a picture per model type."""
+    parts = [STYLE]
+    for number, name in enumerate(charts.by_type):
+        lines = parallel_coordinates_of(charts, name)
+        parts += [f"<h2>{html.escape(lines.title)}</h2>", lines_svg(charts, lines, number)]
+    return [*parts, CHOOSING]
 
 
 def pareto(charts: StudyCharts) -> list[Section]:
@@ -298,14 +266,14 @@ def _pareto(charts: StudyCharts, index: int) -> Figure:
 
 
 # Name of the file: title, a function for the text below it, a function for the figures.
-PAGES: dict[str, tuple[str, Callable[[StudyCharts], str], Callable[[StudyCharts], list[Section]]]] = {
+PAGES: dict[str, tuple[str, Callable[[StudyCharts], str], Callable[[StudyCharts], Sequence[Section | str]]]] = {
     "history": ("Optimisation history", StudyCharts.counts, history),
     "importance": ("What mattered", lambda _: IMPORTANCE_LEGEND, importance),
     "parallel_coordinates": (
         "Settings and values",
         lambda charts: (
-            f"{charts.counts()}. A line is a finished trial. Drag along an axis to choose some, click it to have all "
-            "again; drag an axis by its name to move it."
+            f"{charts.counts()}. A line is a finished trial: point at it to read its settings. Drag along an axis "
+            "to choose trials, click the axis to have all again."
         ),
         parallel_coordinates,
     ),

@@ -8,7 +8,6 @@ T trials  A axes  X points along a line
 from __future__ import annotations
 
 import logging
-import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from research_eval.analysis.figures import INK, MATPLOTLIB_MARKERS, PALE, draw_grid, figure_for, show_as_written
+from research_eval.analysis.figures import (
+    INK,
+    MATPLOTLIB_MARKERS,
+    PALE,
+    draw_grid,
+    figure_for,
+    set_heading,
+    show_as_written,
+)
 from research_eval.analysis.study_axes import Scale, scale_of
 from research_eval.analysis.study_charts import (
     COLOURS,
@@ -97,7 +104,7 @@ def draw_history(charts: StudyCharts, path: Path) -> None:
             panel.set_ylabel(objective_label(charts.objectives[index]).replace(" (", "\n("), parse_math=False)
         axes[-1, 0].set_xlabel("trial")
         axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
-        _heading(figure, charts.heading("Optimisation history"), charts.counts())
+        set_heading(figure, charts.heading("Optimisation history"), charts.counts())
         _legend(figure, [*_model_handles(charts), *_mark_handles(charts)])
 
 
@@ -186,7 +193,7 @@ def draw_importance(charts: StudyCharts, path: Path) -> None:
             for panel in panels[len(row) :]:
                 panel.axis("off")
         objective = f" for {charts.objectives[0]}" if len(charts.objectives) == 1 else ""
-        _heading(figure, charts.heading(f"What mattered{objective}"), charts.counts())
+        set_heading(figure, charts.heading(f"What mattered{objective}"), charts.counts())
         figure.supxlabel(IMPORTANCE_LEGEND, fontsize=8, wrap=True)
 
 
@@ -195,7 +202,7 @@ def _draw_bars(panel: Any, bar_list: BarList, limit: float, height: float) -> No
     title = f"{bar_list.title}\n{bar_list.subtitle}" if bar_list.subtitle else bar_list.title
     panel.set_title(title, fontsize=9.5, loc="left", parse_math=False)
     if not bar_list.bars:
-        panel.text(0, 0.8, bar_list.note, transform=panel.transAxes, va="top", color=PALE, fontsize=9)
+        panel.text(0, 0.8, bar_list.note, transform=panel.transAxes, va="top", color="0.35", fontsize=9)
         panel.axis("off")
         return
     for place, bar in enumerate(bar_list.bars.values()):
@@ -205,7 +212,7 @@ def _draw_bars(panel: Any, bar_list: BarList, limit: float, height: float) -> No
     labels = [f"{label}  {bar.share:.0%}" for label, bar in bar_list.bars.items()]
     panel.set_yticks(range(len(labels)), labels, parse_math=False, fontsize=8.5)
     panel.set(xlim=(0, limit), ylim=(height - 0.6, -0.6), xticks=[])
-    panel.set_xlabel(bar_list.note, fontsize=8, color=PALE, loc="left")
+    panel.set_xlabel(bar_list.note, fontsize=8.5, color="0.35", loc="left")
     panel.spines[["top", "right", "bottom"]].set_visible(False)
     panel.spines["left"].set_color(PALE)
     panel.tick_params(length=0)
@@ -224,7 +231,7 @@ def draw_parallel_coordinates(charts: StudyCharts, path: Path) -> None:
             _draw_lines(panel, lines)
             _draw_axes(panel, lines)
         _colour_bar(figure, panels, charts, found[0])
-        _heading(figure, charts.heading("Settings and values"), charts.counts())
+        set_heading(figure, charts.heading("Settings and values"), charts.counts())
 
 
 def _draw_lines(panel: Any, lines: ParallelCoordinates) -> None:
@@ -242,7 +249,7 @@ def _draw_lines(panel: Any, lines: ParallelCoordinates) -> None:
     best = np.isin(np.arange(len(good)), order[-max(1, min(BOLD, len(good) // 10)) :])
     colours = _colour_map()(good)
     # The fourth number of a colour is its opacity. The more lines there are, the fainter they have to be.
-    colours[:, 3] = np.where(best, 0.9, max(0.08, min(0.6, 30 / len(good))))
+    colours[:, 3] = np.where(best, 0.9, max(0.22, min(0.6, 40 / len(good))))
     collection = LineCollection(
         [np.column_stack([x, y_TX[trial].ravel()]) for trial in order],
         colors=colours[order],
@@ -291,7 +298,7 @@ def draw_pareto(charts: StudyCharts, path: Path) -> None:
     with figure_for(path, *size, ncols=len(others), squeeze=False) as (figure, axes):
         for panel, index in zip(axes[0], others, strict=True):
             _draw_front(panel, charts, index)
-        _heading(figure, charts.heading("Pareto front"), charts.front_counts())
+        set_heading(figure, charts.heading("Pareto front"), charts.front_counts())
         _legend(figure, _model_handles(charts))
 
 
@@ -349,13 +356,6 @@ def _apply(panel: Any, which: str, scale: Scale) -> None:
     axis.set_ticks(scale.ticks, labels=scale.texts)
     axis.set_minor_locator(NullLocator())
     draw_grid(panel)
-
-
-def _heading(figure: Any, heading: str, below: str) -> None:
-    """Two texts above the panels, wrapped to the width of the figure."""
-    columns = int(figure.get_figwidth() / 0.088)  # matplotlib's own wrapping would read the text as mathematics
-    lines = [*textwrap.wrap(heading, columns), *textwrap.wrap(below, columns)]
-    figure.suptitle("\n".join(lines), fontsize=11, parse_math=False)
 
 
 def _model_handles(charts: StudyCharts) -> list[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 from research_eval.analysis.statistics import SHARE, Interval
@@ -15,6 +16,8 @@ from research_eval.wording import printable
 
 UNPRINTABLE = "\N{REPLACEMENT CHARACTER}"
 _SCORE = re.compile(r"(^|_)(f1|acc|accuracy)(_|$)")
+# A hyphen before a number, or between two blanks; not the one of an exponent, a date or a name.
+_MINUS = re.compile(r"(?<![\w.-])-(?=\.?\d)(?!\d+-)|(?<= )-(?= )")
 _LATEX = {character: f"\\{character}" for character in "&%$#_{}"}
 _LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 _LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}"}
@@ -26,7 +29,8 @@ _LATEX |= {"≥": r"$\geq$", UNPRINTABLE: "?"}
 class Table:
     """Cells of plain text. Columns whose names are in `left` are aligned to the left, as text; the others hold numbers.
 
-    `notes` are sentences below the table. The methods escape all text for their format.
+    `notes` are sentences below the table. LaTeX prints the cells of `bold` (row, column) in bold. The methods escape
+    all text for their format.
     """
 
     title: str
@@ -34,6 +38,7 @@ class Table:
     rows: Sequence[Sequence[str]]
     left: Sequence[str] = ()
     notes: Sequence[str] = field(default=())
+    bold: AbstractSet[tuple[int, int]] = frozenset()
 
     def text(self) -> str:
         """Aligned columns, for a terminal."""
@@ -59,7 +64,10 @@ class Table:
         return "\n".join(lines).rstrip() + "\n"
 
     def latex(self) -> str:
-        """A table environment. The document has to load the package booktabs."""
+        """A table environment. The document has to load the package booktabs.
+
+        A minus sign is a real one, not a hyphen.
+        """
         notes = [rf"  \par\smallskip\footnotesize {_latex(note)}" for note in self.notes]
         lines = [
             r"% needs \usepackage{booktabs}",
@@ -70,13 +78,22 @@ class Table:
             r"    \toprule",
             rf"    {' & '.join(map(_latex, self.columns))} \\",
             r"    \midrule",
-            *(rf"    {' & '.join(map(_latex, row))} \\" for row in self.rows),
+            *(rf"    {' & '.join(self._latex_cells(number))} \\" for number in range(len(self.rows))),
             r"    \bottomrule",
             r"  \end{tabular}",
             *notes,
             r"\end{table}",
         ]
         return "\n".join(lines) + "\n"
+
+    def _latex_cells(self, row: int) -> list[str]:
+        """The cells of a row for LaTeX. Bold is the number, and not the interval after it."""
+        cells = [_MINUS.sub("$-$", _latex(cell)) for cell in self.rows[row]]
+        for place in range(len(cells)):
+            if (row, place) in self.bold:
+                number, blank, interval = cells[place].partition(" ")
+                cells[place] = rf"\textbf{{{number}}}{blank}{interval}"
+        return cells
 
 
 def one_line(text: str) -> str:

@@ -84,6 +84,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("list_metrics", action="store_true", help="print the stored metrics with their ranges")
     flag("solved_at", metavar="SCORE", type=float, default=0.99, help="a run with this score has solved its task")
     flag("confidence", metavar="LEVEL", type=float, default=0.95, help="of the intervals (default: %(default)s)")
+    flag(
+        "latex_columns",
+        metavar="A,B",
+        nargs="+",
+        help="more columns in the LaTeX table, such as inference_latency_ms_batch or experiment_ids",
+    )
     flag("db", metavar="URL_OR_PATH", help=DB_HELP)
     flag("quiet", action="store_true", help="print tables and warnings only")
 
@@ -114,6 +120,7 @@ def _wanted(arguments: argparse.Namespace) -> bool:
 def _check(arguments: argparse.Namespace) -> list[Pair]:
     """Check the flags that need no database; return the pairs of --compare. Raises ConfigError."""
     from research_eval.analysis.comparison import parse_pair
+    from research_eval.analysis.paper import EXTRA_COLUMNS
 
     if arguments.dataset_name is None and (_wanted(arguments) or not arguments.list_metrics):
         raise ConfigError("--dataset_name: missing. Give the dataset to analyze, or --list_metrics alone.")
@@ -123,6 +130,10 @@ def _check(arguments: argparse.Namespace) -> list[Pair]:
         raise ConfigError(f"--confidence: expected a number between 0 and 1, got {arguments.confidence:g}")
     if not 0 < arguments.solved_at <= 1:
         raise ConfigError(f"--solved_at: expected a score above 0 and up to 1, got {arguments.solved_at:g}")
+    for name in names_of(arguments.latex_columns):
+        if name not in EXTRA_COLUMNS:
+            hint = did_you_mean(name, EXTRA_COLUMNS) or f" There is {', '.join(EXTRA_COLUMNS)}."
+            raise ConfigError(f"--latex_columns: no column {name!r}.{hint}")
     if arguments.model_types is not None and not names_of(arguments.model_types):
         raise ConfigError("--model_types: no name given")
     output_dir = Path(arguments.output_dir)
@@ -279,32 +290,38 @@ class Writer:
         write_atomically(self._path(name), text.encode())
         log.info("wrote %s", self._path(name))
 
-    def _save_table(self, name: str, table: Table, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Print the table, and save it as CSV (with all numbers in full), Markdown and LaTeX."""
+    def _save_table(
+        self, name: str, table: Table, paper: Table, columns: Sequence[str], rows: Sequence[Sequence[Any]]
+    ) -> None:
+        """Print the table, and save it as CSV (with all numbers in full) and Markdown, and that of a paper as LaTeX."""
         from research_eval.store.csv_file import csv_text
 
         print(f"{table.text()}\n")
         self._save(f"{name}.csv", csv_text(columns, rows))
         self._save(f"{name}.md", table.markdown())
-        self._save(f"{name}.tex", table.latex())
+        self._save(f"{name}.tex", paper.latex())
 
     def _write_summary(self, rows: Sequence[Row]) -> None:
         """The best config of each model type, as a table and as files."""
+        from research_eval.analysis.paper import summary_paper
         from research_eval.analysis.summary import summary_csv, summary_table
 
         name = f"summary_table_best_{file_stem(self.options.metric.replace('_', ''))}"
         table = summary_table(self.results, rows, self.options)
-        self._save_table(name, table, *summary_csv(self.results, rows, self.options))
+        paper = summary_paper(self.results, rows, self.options, names_of(self.arguments.latex_columns))
+        self._save_table(name, table, paper, *summary_csv(self.results, rows, self.options))
 
     def _write_comparisons(self, found: Sequence[Comparison]) -> None:
         """The paired comparisons, as a table and as files."""
         from research_eval.analysis.comparison import comparison_csv, comparison_table
+        from research_eval.analysis.paper import comparison_paper
 
         if not found:
             log.warning("comparison: no task has results of two model types, so there is none")
             return
         table = comparison_table(self.results, found, self.options)
-        self._save_table("comparison", table, *comparison_csv(found, self.options))
+        paper = comparison_paper(self.results, found, self.options)
+        self._save_table("comparison", table, paper, *comparison_csv(found, self.options))
 
     def _draw(self, cost: str, name: str) -> None:
         """Draw the score against a cost; `name` is the end of the file's name."""

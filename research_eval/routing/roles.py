@@ -38,6 +38,7 @@ class Usage:
     step: str
     share_UN: Floats
     members: dict[str, tuple[list[str], Floats]]
+    has_end: bool = False  # whether the last column stands for paths that have ended
 
 
 def role_table(member_KU: Floats, share_UN: Floats, seed: int = 0) -> tuple[Floats, Floats, Floats]:
@@ -83,6 +84,7 @@ def expert_roles(usages: Sequence[Usage]) -> list[dict[str, Any]]:
                 {
                     "grouping": grouping,
                     "step": usage.step,
+                    "has_end": usage.has_end,
                     "kinds": [names[kind] for kind in kept],
                     "num_kinds": len(names),
                     "units": size_K[kept].astype(int).tolist(),
@@ -131,7 +133,7 @@ def path_usages(paths_ST: Ints, num_experts: int, members: dict[str, tuple[list[
     usages = [Usage("all steps", total_SN / np.maximum(total_SN.sum(1, keepdims=True), 1), members)]
     if paths_ST.shape[1] > 1:
         usages += [
-            Usage(f"step {step + 1}", used_STN[:, step, : num_experts + ended], members)
+            Usage(f"step {step + 1}", used_STN[:, step, : num_experts + ended], members, ended)
             for step in spread_evenly(paths_ST.shape[1], MAX_STEPS).tolist()
         ]
     return usages
