@@ -9,6 +9,7 @@ import logging
 import math
 import random
 import re
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -32,6 +33,7 @@ from research_eval.analysis import study_charts
 from research_eval.analysis.study_axes import ABSENT, parameter_axis, round_numbers, scale_of, tick_texts
 from research_eval.analysis.study_charts import StudyCharts, best_so_far, front_line, parallel_coordinates_of
 from research_eval.analysis.study_importance import FEWEST, explained_by_type, importances, searched
+from research_eval.analysis.study_lines import colour_of
 from research_eval.analysis.study_pages import SCRIPT
 from research_eval.analysis.study_trials import best_of, pareto_front
 from research_eval.db_utils import Store
@@ -428,7 +430,7 @@ def test_importances_say_why_there_are_none() -> None:
     for _ in range(FEWEST - 1):
         add(study, 0.5, params=size)
     records = trial_records(study)
-    assert importances(records, F1, 0) == f"importances need {FEWEST} trials or past runs"
+    assert importances(records, F1, 0) == f"{FEWEST - 1} finished trials do not suffice: importances need {FEWEST}"
     add(study, 0.5, params=size, warm_start="old")
     records = trial_records(study)
     assert importances(records, F1, 0) == "all trials are equally good"
@@ -626,11 +628,9 @@ def test_a_picture_is_a_png_of_some_size(drawn: Path, name: str) -> None:
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_asks_for_nothing_but_its_own_script(drawn: Path, name: str) -> None:
     page = (drawn / f"{name}.html").read_text()
-    assert re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", page) == [
-        "data:,",
-        SCRIPT,
-        *(f"{other}.html" for other in PAGES),
-    ]
+    script = [] if name == "parallel_coordinates" else [SCRIPT]
+    links = [f"{other}.html" for other in PAGES]
+    assert re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", page) == ["data:,", *script, *links]
     assert not re.search(r"""(?:https?:)?//[a-z]|url\(|@import|fetch\(""", page)
     assert (drawn / SCRIPT).stat().st_size > 1_000_000
 
@@ -667,14 +667,79 @@ def test_the_front_shows_every_finished_trial_once(drawn: Path) -> None:
     assert sum(len(trace["x"]) for trace in points) == sum(number % 7 < 4 for number in range(40)) + 2
 
 
+def lines_of(page: str) -> list[list[ElementTree.Element]]:
+    """The trials of each picture of parallel coordinates on a page."""
+    pictures = [ElementTree.fromstring(one) for one in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
+    return [[part for part in picture if part.get("class") == "trial"] for picture in pictures]
+
+
 def test_every_finished_trial_is_a_line_of_its_type(drawn: Path) -> None:
-    data = [figure for (figure,) in figures((drawn / "parallel_coordinates.html").read_text())]
-    lines = [len(figure["line"]["color"]) for figure in data]
-    assert sum(lines) == sum(number % 7 < 4 for number in range(40)) + 2
-    for figure, count in zip(data, lines, strict=True):
-        for axis in figure["dimensions"]:
-            assert len(axis["values"]) == count
-            assert all(axis["range"][0] <= value <= axis["range"][1] for value in axis["values"])
+    found = lines_of((drawn / "parallel_coordinates.html").read_text())
+    assert sum(map(len, found)) == sum(number % 7 < 4 for number in range(40)) + 2
+    for lines in found:
+        crossings = [[float(at) for at in line.get("data-at", "").split()] for line in lines]
+        assert len({len(one) for one in crossings}) == 1, "every line crosses every axis"
+        assert all(-0.03 <= at <= 1.03 for one in crossings for at in one)
+        assert all(len(re.findall(r"[ML]", line.get("d", ""))) == len(crossings[0]) for line in lines)
+
+
+def test_a_line_says_what_its_trial_is(drawn: Path) -> None:
+    """Hostile names are text in SVG as well, and the best trial lies on top."""
+    found = lines_of((drawn / "parallel_coordinates.html").read_text())
+    titles = [line[0].text or "" for lines in found for line in lines]
+    assert any(HOSTILE in title for title in titles)
+    scores = [float(re.findall(rf"{F1} ([0-9.]+)", line[0].text or "")[0]) for line in found[0]]
+    assert scores == sorted(scores)
+
+
+def test_hundreds_of_trials_need_no_graphics_card(drawn: Path) -> None:
+    page = (drawn / "parallel_coordinates.html").read_text()
+    assert "Plotly" not in page, "its parallel coordinates take seconds to appear without one"
+
+
+@pytest.mark.parametrize("colour", [colour_of(place / 10) for place in range(11)])
+def test_lines_are_visible_on_white(colour: str) -> None:
+    """A contrast of 2.5 or more: relative luminance as the guidelines for web content define it."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    assert 1.05 / (0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05) > 2.5
+
+
+def test_shared_parameters_are_judged_over_all_types_together() -> None:
+    """A rate that decides within each type is found, although the types differ by far more than it explains."""
+    study = study_of(F1)
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        name, level = ("dense", 0.0) if number % 2 else ("moe", 10.0)
+        rate, width = float(rng.uniform(0, 1)), int(rng.integers(1, 9))
+        params = {
+            "optimizer_params.lr": (rate, FloatDistribution(0, 1)),
+            f"{name}.width": (width, IntDistribution(1, 8)),
+        }
+        if name == "moe":
+            params["moe.top"] = (width % 3 + 1, IntDistribution(1, 3))
+        add(study, level + rate, params=params, model_type=name)
+    (found,) = charts_of(study, F1).pooled
+    assert isinstance(found, dict)
+    assert list(found) == ["optimizer_params.lr", "width"], "what one type alone has is not shared"
+    assert found["optimizer_params.lr"].is_clear
+    assert not found["width"].is_clear
+    assert not charts_of(sampled(20, [F1], ["dense"]), F1).pooled, "one type shares nothing"
+
+
+def test_a_list_without_a_clear_share_says_that_the_trials_do_not_suffice() -> None:
+    study = study_of(F1)
+    rng = np.random.default_rng(1)
+    for _ in range(FEWEST):
+        params = {f"dense.p{at}": (float(rng.uniform()), FloatDistribution(0, 1)) for at in range(10)}
+        add(study, float(rng.uniform()), params=params, model_type="dense")
+    charts = charts_of(study, F1)
+    (found,) = charts.importances["dense"]
+    assert isinstance(found, dict)
+    assert any(one.is_clear for one in found.values()), "one of ten is above its own mark by chance"
+    ((bars,),) = study_charts.importance_rows(charts)
+    assert bars.note == f"{FEWEST} finished trials do not suffice: no share stands out from chance; and 2 more"
+    assert len(bars.bars) == study_charts.MAX_BARS
 
 
 @pytest.mark.parametrize("objectives", [(F1,), (F1, COST, "final_val_loss")])

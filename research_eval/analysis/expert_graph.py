@@ -255,7 +255,8 @@ def _draw_nodes(axes: Any, layout: Layout, load_N: Array, column: int, colours: 
             va="center",
             fontsize=max(layout.font_size - 1, 4.5) if is_expert else 8,
             color=PALE if is_empty else "0.3",
-            zorder=5,
+            bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.2},
+            zorder=2.8,
         )
 
 

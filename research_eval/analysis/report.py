@@ -310,7 +310,8 @@ def _listed(results: Results, options: Options) -> dict[str, Any]:
     columns += [*(COSTS[cost] for cost in SHOWN_COSTS), "experiment"]
     left = {"model", "task", "experiment", *(name for name in names if not _is_numeric(settings, name))}
     rows = []
-    for group, values in zip(groups, settings, strict=True):
+    for group in groups:
+        values = {_last(name): _rounded(value) for name, value in flat(group.config).items()}
         mean, values_of_seeds = group.mean(options.metric), group.values(options.metric)
         interval = mean_interval(values_of_seeds, options.confidence, bounds_of(options.metric))
         cells = [Cell(group.model_type, group.model_type)]

@@ -98,13 +98,13 @@ def _drawn(table: RoleTable) -> dict[str, Any]:
         cells = [_cell(*cell) for cell in zip(share_N, table.expected, band_N, strict=True)]
         rows.append({"kind": kind, "units": f"{units:,}", "cells": cells})
     expected = [f"{value:.0%}" for value in table.expected]
-    clear = sum(bool(cell["colour"]) for row in rows for cell in row["cells"])
+    num_clear = sum(bool(cell["colour"]) for row in rows for cell in row["cells"])
     return {
         "step": table.step,
         "experts": experts,
         "rows": rows,
         "expected": expected,
-        "clear": clear,
+        "num_clear": num_clear,
         "hidden": table.num_kinds - len(table.kinds),
         "is_written": len(experts) <= WRITTEN_EXPERTS,
     }

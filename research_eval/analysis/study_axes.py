@@ -141,14 +141,14 @@ def round_numbers(low: float, high: float, log: bool) -> list[float]:
 def tick_texts(ticks: Sequence[float]) -> list[str]:
     """Round numbers with as many digits as tell them apart.
 
-    >>> tick_texts([0.998, 0.9985, 0.999]), tick_texts([0, 2500, 5000])
-    (['0.998', '0.9985', '0.999'], ['0', '2.5k', '5k'])
+    >>> tick_texts([0.998, 0.9985, 0.999]), tick_texts([0, 2500, 5000]), tick_texts([100_000, 100_250])
+    (['0.998', '0.9985', '0.999'], ['0', '2.5k', '5k'], ['100k', '100.25k'])
     """
     ticks = [0.0 if abs(tick) < 1e-300 else tick for tick in ticks]
     for digits in range(3, 16):
         if all(math.isclose(float(f"{tick:.{digits}g}"), tick, rel_tol=1e-9) for tick in ticks):
             break
-    return [short_number(tick) if digits == 3 else f"{tick:,.{digits}g}" for tick in ticks]
+    return [short_number(tick, digits) for tick in ticks]
 
 
 # ------------------------------------------------------------------------------------------------------ plain scales

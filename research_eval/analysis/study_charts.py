@@ -190,14 +190,16 @@ def _pooled_list(charts: StudyCharts, found: dict[str, Importance] | str, index:
 def _list_of(found: dict[str, Importance] | str, used: set[str], number: int, empty: BarList) -> BarList:
     """The list with the largest of these shares; `used` are the parameters that every trial has.
 
-    If no share stands out from chance, the list says that the trials do not suffice.
+    If no share is above all that shuffled values gave to any parameter, the list says that the trials do not suffice: of
+    many parameters, one is above its own mark by chance.
     """
     if isinstance(found, str):
         return replace(empty, note=found)
     labels = short_names(found)
     bars = {labels[one] + " (if used)" * (one not in used): had for one, had in list(found.items())[:MAX_BARS]}
     notes = []
-    if not any(one.is_clear for one in found.values()):
+    chance = max((one.chance or 0.0 for one in found.values()), default=0.0)
+    if not any(one.share > chance for one in found.values()):
         notes.append(f"{counted_trials(number)} do not suffice: no share stands out from chance")
     if len(found) > len(bars):
         notes.append(f"and {len(found) - len(bars)} more")

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import html
 
-from research_eval.analysis.figures import INK, PALE
+from research_eval.analysis.figures import INK
 from research_eval.analysis.study_axes import Axis
 from research_eval.analysis.study_charts import COLOURS, ParallelCoordinates, StudyCharts
 from research_eval.analysis.study_texts import described, objective_label
 
 WIDTH, HEIGHT = 1240, 380
 LEFT, RIGHT, TOP, BOTTOM = 40, 175, 84, 18  # room around the axes; on the right is the colour bar
+STRIPES = 40  # of the colour bar
 BOLD = 20  # at most so many of the best lines are bold
 STYLE = """<style>
 svg.lines { width: 100%; height: auto; display: block; font: 12px system-ui, -apple-system, "Segoe UI", sans-serif; }
@@ -70,11 +71,8 @@ for (const svg of document.querySelectorAll("svg.lines")) {
 </script>"""
 
 
-def lines_svg(charts: StudyCharts, lines: ParallelCoordinates, number: int) -> str:
-    """The lines of one model type, and below them a line of text for the number of chosen trials.
-
-    `number` tells the pictures of a page apart.
-    """
+def lines_svg(charts: StudyCharts, lines: ParallelCoordinates) -> str:
+    """The lines of one model type, and below them a line of text for the number of chosen trials."""
     height = HEIGHT - TOP - BOTTOM
     step = (WIDTH - LEFT - RIGHT) / max(len(lines.axes) - 1, 1)
     across = [LEFT + step * place for place in range(len(lines.axes))]
@@ -95,7 +93,7 @@ def lines_svg(charts: StudyCharts, lines: ParallelCoordinates, number: int) -> s
     title = html.escape(lines.title)
     return (
         f'<svg class="lines" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}" data-top="{TOP}" '
-        f'data-height="{height}">{"".join(drawn)}{"".join(axes)}{_colour_bar(charts, lines, number)}</svg>\n<p></p>'
+        f'data-height="{height}">{"".join(drawn)}{"".join(axes)}{_colour_bar(charts, lines)}</svg>\n<p></p>'
     )
 
 
@@ -116,20 +114,21 @@ def _axis(axis: Axis, x: float, place: int, step: float) -> str:
     )
 
 
-def _colour_bar(charts: StudyCharts, lines: ParallelCoordinates, number: int) -> str:
+def _colour_bar(charts: StudyCharts, lines: ParallelCoordinates) -> str:
     """What the colours mean: values of the first objective."""
     x, height = WIDTH - 70, HEIGHT - TOP - BOTTOM
-    stops = [f'<stop offset="{place / (len(COLOURS) - 1)}" stop-color="{one}"/>' for place, one in enumerate(COLOURS)]
+    step = height / STRIPES
+    stripes = [
+        f'<rect x="{x}" y="{TOP + height - (place + 1) * step:.2f}" width="12" height="{step + 0.5:.2f}" '
+        f'fill="{colour_of((place + 0.5) / STRIPES)}"/>'
+        for place in range(STRIPES)
+    ]
     marks = [
         f'<text class="tick" x="{x + 18}" y="{TOP + (1 - at) * height + 4:.1f}">{html.escape(text)}</text>'
         for at, text in lines.legend
     ]
     name = html.escape(objective_label(charts.objectives[0]))
-    return (
-        f'<linearGradient id="colours-{number}" x1="0" y1="1" x2="0" y2="0">{"".join(stops)}</linearGradient>'
-        f'<rect x="{x}" y="{TOP}" width="12" height="{height}" stroke="{PALE}" fill="url(#colours-{number})"/>'
-        f'{"".join(marks)}<text x="{WIDTH - 4}" y="14" text-anchor="end">colour: {name}</text>'
-    )
+    return f'{"".join(stripes + marks)}<text x="{WIDTH - 4}" y="14" text-anchor="end">colour: {name}</text>'
 
 
 def colour_of(goodness: float) -> str:

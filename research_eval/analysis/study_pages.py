@@ -232,9 +232,9 @@ def _bars_of(bar_list: BarList, limit: float) -> list[Figure]:
 def parallel_coordinates(charts: StudyCharts) -> list[str]:
     """The HTML of a picture per model type."""
     parts = [STYLE]
-    for number, name in enumerate(charts.by_type):
+    for name in charts.by_type:
         lines = parallel_coordinates_of(charts, name)
-        parts += [f"<h2>{html.escape(lines.title)}</h2>", lines_svg(charts, lines, number)]
+        parts += [f"<h2>{html.escape(lines.title)}</h2>", lines_svg(charts, lines)]
     return [*parts, CHOOSING]
 
 

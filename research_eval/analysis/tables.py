@@ -133,8 +133,8 @@ def bounds_of(metric: str) -> Interval | None:
     return SHARE if is_score(metric) else None
 
 
-def short_number(value: float | None) -> str:
-    """Three digits and a letter for thousands, millions and so on; empty for None and NaN.
+def short_number(value: float | None, digits: int = 3) -> str:
+    """Three digits, or so many, and a letter for thousands, millions and so on; empty for None and NaN.
 
     >>> [short_number(value) for value in (12, 9_999, 1_234_567, 0.01234, None)]
     ['12', '10k', '1.23M', '0.0123', '']
@@ -142,12 +142,12 @@ def short_number(value: float | None) -> str:
     if value is None or math.isnan(value):
         return ""
     if math.isinf(value) or abs(value) >= 1e18:
-        return f"{value:.3g}"
-    value = float(f"{value:.3g}")
+        return f"{value:.{digits}g}"
+    value = float(f"{value:.{digits}g}")
     for power, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= power:
-            return f"{value / power:.3g}{letter}"
-    return f"{value:.3g}"
+            return f"{value / power:.{digits}g}{letter}"
+    return f"{value:.{digits}g}"
 
 
 def metric_text(value: float | None, metric: str) -> str:
