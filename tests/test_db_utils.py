@@ -378,6 +378,7 @@ def test_a_whole_csv_file_has_the_cells_of_an_appended_one(tmp_path):
 
 INDEXES_THAT_DIFFER = {  # between the databases, or have an expression, which cannot be compared
     "ix_metrics_number",
+    "ix_experiments_hidden",
     "ix_metrics_experiment_id",
     "ix_metrics_experiment_id_metric_name",
     "ix_history_points_run_id_step",

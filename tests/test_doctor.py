@@ -100,7 +100,7 @@ def test_a_healthy_folder(healthy: Path) -> None:
         ended = goe_doctor(*repair)
         assert ended.code == 0 and not ended.err
         assert {line.split()[0] for line in ended.out.splitlines()} == {"ok"}
-        assert len(ended.out.splitlines()) == 13
+        assert len(ended.out.splitlines()) == 14
     assert contents() == before and not backups()
     assert goe_doctor("--db", "missing.db").code == 0
     assert not Path("missing.db").exists()

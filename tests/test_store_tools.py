@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fnmatch
 import itertools
 import json
 import math
@@ -13,6 +14,7 @@ import sqlite3
 import subprocess
 import sys
 from collections import ChainMap
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,11 @@ from research_eval.errors import ConfigError
 from research_eval.experiment import Result
 from research_eval.main import cli
 from research_eval.store import merge as merging
-from research_eval.store.changes import difference, metric_differences
+from research_eval.store.changes import difference, flatten, metric_differences
 from research_eval.store.export import export
-from research_eval.store.find import find_runs, parse_condition, parse_since
+from research_eval.store.find import find_runs, parse_condition, parse_time
 from research_eval.store.merge import merge
+from research_eval.store.values import tags_text
 from research_eval.studies.replay import Replay
 from research_eval.wording import printable
 
@@ -70,6 +73,10 @@ def row(experiment_id: str, **changes: Any) -> dict[str, Any]:
         "heartbeat": datetime.now(UTC) if changes.get("status") == "running" else START,
         "parent_id": None,
         "data_sha256": None,
+        "archived_at": None,
+        "deleted_at": None,
+        "tags": None,
+        "note": None,
     } | changes
 
 
@@ -116,6 +123,17 @@ rows_of_runs = st.fixed_dictionaries(
         "dataset_name": st.sampled_from(["parity", "addition"]),
         "status": st.sampled_from(STATUSES),
         "seed": st.integers(0, 3) | st.none(),
+        "archived_at": st.sampled_from([None, None, START]),
+        "deleted_at": st.sampled_from([None, None, START]),
+        "tags": st.sets(st.sampled_from(["a", "ab", "A", "b-1"]), max_size=2).map(tags_text),
+        "full_config_json": st.sampled_from(
+            [
+                '{"epochs": 3, "model_params": {"embed_dim": 64, "gated": true}}',
+                '{"epochs": 1, "model_params": {"embed_dim": 8, "positions": "rope", "drop": 0.5}}',
+                '{"model_params": {"gated": 1, "positions": null}}',
+                "no JSON",
+            ]
+        ),
     }
 )
 stores = st.lists(st.tuples(rows_of_runs, metric_sets), min_size=2, max_size=8).map(
@@ -136,7 +154,35 @@ single_filters = st.one_of(
     st.fixed_dictionaries({"since": moments}),
     st.fixed_dictionaries({"where": st.lists(conditions, max_size=2).map(tuple)}),
 )
-filters = st.lists(single_filters, max_size=2).map(lambda found: RunFilter(**dict(ChainMap(*found))))
+config_conditions = st.tuples(
+    st.sampled_from(["epochs", "model_params.embed_dim", "model_params.gated", "model_params.positions", "a.b"]),
+    st.sampled_from(["==", "!="]),
+    st.sampled_from([3.0, 64.0, 1.0, True, "rope", None]),
+) | st.tuples(st.sampled_from(["epochs", "model_params.gated"]), st.sampled_from([">", "<="]), st.just(1.0))
+single_filters |= st.one_of(
+    st.fixed_dictionaries({"until": moments}),
+    st.fixed_dictionaries({"name": st.sampled_from(["*", "t*", "t?o", "[tT]wo", "%", "_", "one"])}),
+    st.fixed_dictionaries({"tags": st.sets(st.sampled_from(["a", "ab", "b-1"]), max_size=2).map(tuple)}),
+    st.fixed_dictionaries({"config": st.lists(config_conditions, max_size=2).map(tuple)}),
+    st.fixed_dictionaries({"ids": st.sets(st.sampled_from(["run-0", "run-1", "nobody's"])).map(tuple)}),
+)
+simple_filters = st.lists(single_filters, max_size=2).map(lambda found: RunFilter(**dict(ChainMap(*found))))
+filters = st.builds(
+    lambda wanted, view, left_out: replace(
+        wanted, view=view, exclude=tuple(replace(one, view="all") for one in left_out)
+    ),
+    simple_filters,
+    st.sampled_from(["active", "active", "archived", "deleted", "kept", "hidden", "all"]),
+    st.lists(simple_filters, max_size=2),
+)
+VIEWS = {
+    "active": lambda archived, deleted: not archived and not deleted,
+    "archived": lambda archived, deleted: archived and not deleted,
+    "deleted": lambda archived, deleted: deleted,
+    "kept": lambda archived, deleted: not deleted,
+    "hidden": lambda archived, deleted: archived or deleted,
+    "all": lambda archived, deleted: True,
+}
 SIGNS = {">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne, ">": operator.gt, "<": operator.lt}
 
 
@@ -149,7 +195,17 @@ def slowly_found(
 ) -> list[dict[str, Any]]:
     """What `find_runs` has to find, without SQL."""
 
-    def fits(run: RunRecord) -> bool:
+    def fits_config(run: RunRecord, path: str, sign: str, value: Any) -> bool:
+        text = run.experiment["full_config_json"]
+        flat = flatten(json.loads(text)) if text.startswith("{") else {}
+        if path not in flat:
+            return False
+        equal = flat[path] == value and isinstance(flat[path], bool) == isinstance(value, bool)
+        if sign in ("==", "!="):
+            return equal == (sign == "==")
+        return type(flat[path]) in (int, float) and SIGNS[sign](flat[path], value)
+
+    def fits(run: RunRecord, wanted: RunFilter = wanted) -> bool:
         columns = run.experiment
         asked = {
             name: getattr(wanted, name)
@@ -162,6 +218,21 @@ def slowly_found(
         ):
             return False
         if wanted.since is not None and (columns["timestamp"] is None or columns["timestamp"] < wanted.since):
+            return False
+        if wanted.until is not None and (columns["timestamp"] is None or columns["timestamp"] >= wanted.until):
+            return False
+        name, pattern = columns["experiment_name"], wanted.name
+        if pattern is not None and (name is None or not fnmatch.fnmatchcase(name, pattern.replace("[", "[[]"))):
+            return False
+        if not set(wanted.tags) <= set(json.loads(columns["tags"] or "[]")):
+            return False
+        if wanted.ids is not None and columns["experiment_id"] not in wanted.ids:
+            return False
+        if not VIEWS[wanted.view](columns["archived_at"], columns["deleted_at"]):
+            return False
+        if not all(fits_config(run, *comparison) for comparison in wanted.config):
+            return False
+        if any(fits(run, one) for one in wanted.exclude):
             return False
         return all(columns[name] == value for name, value in asked.items()) and all(
             is_number(run.metrics.get(name)) and SIGNS[sign](run.metrics[name], limit)
@@ -262,7 +333,7 @@ def test_json_lines_have_what_the_store_has():
     (found,) = listed("--db", "r.db", "--metrics", "final_val_f1,lists")
     columns = {name: value for name, value in row("a", experiment_name="x").items() if not name.endswith("_json")}
     times = {"timestamp": "2026-03-01T00:00:00+00:00", "heartbeat": "2026-03-01T00:00:00+00:00"}
-    assert found == {**columns, **times, "metrics": {"final_val_f1": "NaN", "lists": [1.0, "Infinity"]}}
+    assert found == {**columns, **times, "tags": [], "metrics": {"final_val_f1": "NaN", "lists": [1.0, "Infinity"]}}
 
 
 def test_filters_on_the_command_line():
@@ -371,7 +442,7 @@ def test_a_reader_that_has_gone_is_no_error():
 
 
 @pytest.mark.parametrize(
-    "text", ["f1", "f1>", ">1", "f1=1", "f1=>1", "f1>1e", "f1>x", "f1>nan", "f1>1>2", "", "a>1.2.3"]
+    "text", ["f1", "f1>", ">1", "f1=", "f1=>1", "f1>1e", "f1>x", "f1>nan", "f1>1>2", "", "a>1.2.3"]
 )
 def test_what_is_no_condition_is_refused(text):
     with pytest.raises(ConfigError, match="--where: expected a metric"):
@@ -386,10 +457,10 @@ def test_conditions_are_read_as_they_were_written(name, sign, limit):
 
 
 def test_a_date_is_utc_unless_it_says_otherwise():
-    assert parse_since("2026-03-01") == parse_since("2026-03-01T01:00+01:00") == START
+    assert parse_time("2026-03-01") == parse_time("2026-03-01T01:00+01:00") == START
     for text in ("yesterday", "2026-13-01", "0001-01-01T00:00+23:00"):
         with pytest.raises(ConfigError, match="--since: expected a date"):
-            parse_since(text)
+            parse_time(text)
 
 
 # ------------------------------------------------------------------------------------------------ showing, diffing
@@ -901,7 +972,7 @@ def test_a_replay_of_another_status_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["runs", "shwo", "a"], "expected nothing, `show ID` or `diff ID ID`, got 'shwo a'"),
+        (["runs", "shwo", "a"], "expected nothing, `show ID`, `diff ID ID` or one of archive, delete"),
         (["runs", "show"], "got 'show'"),
         (["runs", "show", "a", "a"], "got 'show a a'"),
         (["runs", "show", "zzz"], "no experiment 'zzz'"),

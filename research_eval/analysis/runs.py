@@ -10,7 +10,7 @@ import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import PurePath
 from statistics import fmean, median
@@ -21,7 +21,7 @@ from research_eval.store.metrics import gain_sign, latency_parts
 from research_eval.system.untrusted import stored_object
 
 if TYPE_CHECKING:
-    from research_eval.store.records import RunRow
+    from research_eval.store.records import RunFilter, RunRow
     from research_eval.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,9 @@ log = logging.getLogger(__name__)
 # watched and where it is computed, not what is computed.
 OPERATIONAL = ("device", "num_threads", "log_every", "checkpoint_every", "trace_routing", "test")
 DATA_DIGITS = 8  # of a hash, in keys and labels
-LOST = ("failed", "diverged", "interrupted")  # statuses of runs that ended without a result
+# Runs of these statuses say something about their configs. The others did not come to an end (yet), or failed for a
+# reason around them: they are left out, so that a pilot run that was stopped changes no title, column or count.
+COUNTED = ("finished", "pruned", "diverged")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Group:
     model_type: str
     task: str  # its key in `Results.tasks`
     runs: tuple[RunRow, ...]
-    lost: int  # seeds of this config that ended without a result
+    lost: int  # seeds of this config that diverged
 
     def by_seed(self) -> dict[int | str, RunRow]:
         """Seed -> run. A run without a known seed has its id as the key."""
@@ -78,12 +80,17 @@ class Group:
 
 @dataclass(frozen=True)
 class Results:
-    """All runs on a dataset, grouped."""
+    """The runs on a dataset, grouped. The runs in `left_out` have a status that is not in COUNTED.
+
+    `selection` are the filters that chose the runs, in words.
+    """
 
     dataset_name: str
     groups: list[Group]  # in the order of their first runs
     tasks: dict[str, str]  # key -> text that tells the task from the others; "" for the only one
     spent: dict[tuple[str, str], Counter[str]]  # (task, model type) -> number of runs by status
+    left_out: list[RunRow] = field(default_factory=list)
+    selection: str = ""
 
     @property
     def model_types(self) -> list[str]:
@@ -92,14 +99,32 @@ class Results:
 
     @property
     def num_runs(self) -> int:
-        """All runs, however they ended."""
+        """All runs but those that are left out."""
         return sum(count.total() for count in self.spent.values())
+
+    def left_out_text(self, best: Sequence[Group] = ()) -> str:
+        """How many runs are left out, and how many seeds of the `best` configs are among them; empty without any."""
+        if not self.left_out:
+            return ""
+        statuses = Counter(run.status for run in self.left_out)
+        counts = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
+        num_runs = len(self.left_out)
+        text = f"Left out: {num_runs} run{'s' * (num_runs > 1)} without a result ({counts})"
+        seeds = sum(len(self._unfinished_seeds(group)) for group in best)
+        return f"{text}, with {seeds} more seed{'s' * (seeds > 1)} of the chosen configs." if seeds else f"{text}."
+
+    def _unfinished_seeds(self, group: Group) -> set[int | str]:
+        """The seeds of a config whose runs are left out and that no finished run has."""
+        alike = {keys(run) for run in group.runs}
+        same = [run for run in self.left_out if run.model_type == group.model_type and keys(run) in alike]
+        return {_seed(run) for run in same} - {_seed(run) for run in group.runs}
 
     def only(self, model_types: Sequence[str]) -> Results:
         """The results of these model types, and of the tasks that they have run."""
         spent = {place: count for place, count in self.spent.items() if place[1] in model_types}
         groups = [group for group in self.groups if group.model_type in model_types]
-        return Results(self.dataset_name, groups, _labels({task for task, _ in spent}), spent)
+        left_out = [run for run in self.left_out if run.model_type in model_types]
+        return replace(self, groups=groups, tasks=_labels({task for task, _ in spent}), spent=spent, left_out=left_out)
 
     def of_task(self, task: str) -> list[Group]:
         """The groups of one task."""
@@ -160,12 +185,15 @@ def _leaders(groups: Sequence[Group], metric: str) -> dict[tuple[str, str], Grou
     return {place: group for place, (_, group) in leaders.items()}
 
 
-def load_results(store: Store, dataset_name: str, metrics: Sequence[str] = ()) -> Results:
-    """Read the runs on a dataset from the store, with these metrics."""
+def load_results(
+    store: Store, dataset_name: str, metrics: Sequence[str] = (), wanted: RunFilter | None = None
+) -> Results:
+    """Read the runs on a dataset from the store, with these metrics: all that are not hidden, or the `wanted` ones."""
     seeds: dict[tuple[str, str, str], dict[int | str, RunRow]] = {}
     ended: dict[tuple[str, str, str], set[int | str]] = {}
     spent: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)
-    rows = store.runs(dataset_name, metrics)
+    found = store.runs(dataset_name, metrics) if wanted is None else store.runs(dataset_name, metrics, wanted)
+    rows = [row for row in found if row.status in COUNTED]
     for row, (task, config) in zip(rows, keys_by_data(rows), strict=True):
         place = (row.model_type, task, config)
         spent[task, row.model_type][row.status] += 1
@@ -173,7 +201,7 @@ def load_results(store: Store, dataset_name: str, metrics: Sequence[str] = ()) -
             seeds.setdefault(place, {})[_seed(row)] = (
                 row  # rows come oldest first, so that the newest run of a seed stays
             )
-        elif row.status in LOST:
+        elif row.status == "diverged":
             ended.setdefault(place, set()).add(_seed(row))
     groups = [
         Group(
@@ -184,7 +212,8 @@ def load_results(store: Store, dataset_name: str, metrics: Sequence[str] = ()) -
         )
         for (model_type, task, config), runs in seeds.items()
     ]
-    return Results(dataset_name, groups, _labels({task for task, _ in spent}), dict(spent))
+    left_out = [row for row in found if row.status not in COUNTED]
+    return Results(dataset_name, groups, _labels({task for task, _ in spent}), dict(spent), left_out)
 
 
 def with_all_metrics(store: Store, group: Group) -> Group:

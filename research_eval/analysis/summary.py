@@ -13,7 +13,7 @@ from statistics import fmean, median
 from typing import Any
 
 from research_eval.analysis.data import TaskData
-from research_eval.analysis.runs import Group, Results
+from research_eval.analysis.runs import COUNTED, Group, Results
 from research_eval.analysis.samples import SampleError, sample_error
 from research_eval.analysis.statistics import FEWEST, Interval, mean_interval, no_spread, wilson_interval
 from research_eval.analysis.tables import Table, bounds_of, interval_text, is_score, metric_text, short_number
@@ -45,7 +45,6 @@ LATENCIES = (  # columns of the CSV file: how far to trust the latency, and the 
 )
 SHOWN_COSTS = ("param_count", "inference_latency_ms_batch", "inference_flops_per_sample")
 NO_DATA: Mapping[str, TaskData] = {}
-STATUSES = ("finished", "pruned", "failed", "diverged", "interrupted", "running")
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ class Row:
 
     @property
     def trials(self) -> int:
-        """The runs of this model type on this task, however they ended."""
+        """The runs of this model type on this task: finished, pruned or diverged."""
         return sum(self.spent.values())
 
 
@@ -132,7 +131,7 @@ def summary_rows(
             estimate(group, options.test_metric, options.confidence, options.solved_at),
             sample_error(group, options.test_metric, options.confidence),
             {name: group.cost(name) for name in COSTS},
-            {status: results.spent[group.task, group.model_type][status] for status in STATUSES},
+            {status: results.spent[group.task, group.model_type][status] for status in COUNTED},
             data[group.task].baselines if group.task in data else {},
         )
         for group in best
@@ -288,7 +287,10 @@ def _notes(results: Results, rows: Sequence[Row], options: Options) -> list[str]
                 f"{row.group.model_type}: {row.group.lost} more of the chosen config's seeds ended without a result; "
                 "its scores leave them out."
             )
-    return notes
+    if results.selection:
+        notes.append(f"Only runs that were chosen by {results.selection}.")
+    left_out = results.left_out_text([row.group for row in rows])
+    return notes + [left_out] * bool(left_out)
 
 
 def without_samples(reasons: Sequence[tuple[str, str]]) -> list[str]:

@@ -15,11 +15,12 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from research_eval.cli.common import DB_HELP, DEFAULT_HELP, add_flag, guarded, names_of, parse_or_suggest
+from research_eval.cli.filters import add_filters, filter_of, in_words
 from research_eval.errors import ConfigError
 from research_eval.files import file_stem, write_atomically
 from research_eval.store.metrics import DEFAULT_METRIC, check_selectable, direction
@@ -90,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="more columns in the LaTeX table, such as inference_latency_ms_batch or experiment_ids",
     )
+    add_filters(parser)
     flag("db", metavar="URL_OR_PATH", help=DB_HELP)
     flag("quiet", action="store_true", help="print tables and warnings only")
 
@@ -170,11 +172,16 @@ def _analyze(arguments: argparse.Namespace, store: Store, pairs: Sequence[Pair])
         metrics.append(DEFAULT_METRIC)
     if plotting:
         metrics += [cost for cost, _ in PLOTS.values()]
-    results = load_results(store, arguments.dataset_name, list(dict.fromkeys(metrics)))
+    wanted, selection = filter_of(arguments, store), in_words(arguments)
+    results = load_results(store, arguments.dataset_name, list(dict.fromkeys(metrics)), wanted)
+    results = replace(results, selection=selection)
+    if not results.spent and not results.left_out:
+        raise ConfigError(f"no run on {results.dataset_name!r} in {store.location} fits {selection}")
     chosen, where = names_of(arguments.model_types), f"the runs on {arguments.dataset_name!r}"
-    _check_known("--model_types", chosen, results.model_types, where)
-    results = results.only(chosen or results.model_types)
-    _check_known("--compare", (name for pair in pairs for name in pair), results.model_types, where)
+    known = sorted({*results.model_types, *(run.model_type for run in results.left_out)})
+    _check_known("--model_types", chosen, known, where)
+    results = results.only(chosen or known)
+    _check_known("--compare", (name for pair in pairs for name in pair), chosen or known, where)
     # The tables show more metrics, but only of the few best configs.
     best = [with_all_metrics(store, group) for group in results.best(options.metric)]
     if not best:
@@ -187,7 +194,7 @@ def _analyze(arguments: argparse.Namespace, store: Store, pairs: Sequence[Pair])
 def _explain_no_score(store: Store, results: Results, metric: str) -> None:
     """Raise ConfigError for a metric that no run has: say what there is instead."""
     if not results.groups:
-        statuses: Counter[str] = sum(results.spent.values(), Counter())
+        statuses: Counter[str] = sum(results.spent.values(), Counter(run.status for run in results.left_out))
         counts = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
         raise ConfigError(f"no finished run on {results.dataset_name!r} to analyze ({counts})")
     summaries = store.metric_summaries(results.dataset_name)

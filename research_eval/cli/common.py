@@ -48,7 +48,10 @@ def parse_or_suggest(
 def _parsed(parser: argparse.ArgumentParser, argv: list[str] | None, explain: Explain) -> argparse.Namespace:
     """The checked flags."""
     arguments, unknown = parser.parse_known_args(argv)
-    if unknown:
+    if hasattr(arguments, "words") and not any(word.startswith("-") for word in unknown):
+        # argparse takes the words of such a command only up to the first flag.
+        arguments.words += unknown
+    elif unknown:
         flags = [f"--{name.replace('_', dash)}" for name in vars(arguments) for dash in "_-"]
         hint = explain(unknown[0], list(vars(arguments))) or did_you_mean(unknown[0].split("=")[0], flags)
         parser.error(f"unknown argument {unknown[0]!r}.{hint}")

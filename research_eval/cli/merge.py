@@ -32,6 +32,8 @@ def merge_command(arguments: argparse.Namespace) -> int:
         f"{counted(report.copied, 'run')} copied, {report.updated:,} brought up to date, "
         f"{report.skipped:,} skipped (here already), {len(report.conflicts):,} in conflict"
     )
+    if report.deleted:
+        print(f"{counted(report.deleted, 'run')} in the trash of {arguments.other} left out")
     for experiment_id in report.conflicts:
         print(f"  conflict: {printable(experiment_id)} is another run here; both were left as they are")
     if report.copied or report.updated:

@@ -1,8 +1,9 @@
-"""`goe runs`: list, filter and sort runs, show one of them, or compare two.
+"""`goe runs`: list, filter and sort runs, show one of them, compare two, or curate them.
 
 goe runs --model_type goe --where 'final_val_f1>=0.9' --sort final_val_f1
 goe runs show latest
 goe runs diff 20260531 20260601
+goe runs archive --name 'pilot*'
 """
 
 from __future__ import annotations
@@ -16,31 +17,35 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from research_eval.cli.common import DB_HELP, DEFAULT_HELP, add_flag, names_of
-from research_eval.cli.filters import FILTERS, RUN_HELP, add_filters, filter_of
+from research_eval.cli.curate import VERBS, add_curation_flags, curate
+from research_eval.cli.filters import LIST_FILTERS, RUN_HELP, add_filters, filter_of
 from research_eval.cli.text import changes_lines, differences_lines, number, pairs, print_table, short
 from research_eval.errors import ConfigError
 from research_eval.files import file_stem
 from research_eval.store.metrics import latency_parts, with_remark
+from research_eval.store.values import tags_of
 from research_eval.system.best_effort import print_product
-from research_eval.wording import printable
+from research_eval.wording import did_you_mean, printable
 
 if TYPE_CHECKING:
     from research_eval.store.store import Store
 
 log = logging.getLogger(__name__)
 
-DESCRIPTION = "list, filter and sort runs; show one; compare two"
+DESCRIPTION = "list, filter and sort runs; show one; compare two; tag, archive, delete and restore them"
 DEFAULT_LIMIT = 20
 DEFAULT_COSTS = ("param_count", "training_duration_seconds")  # columns after the score, which depends on the runs
-LISTING = (*FILTERS, "since", "where", "sort", "reverse", "limit", "metrics", "json")  # flags of the list only
+ORDER = ("sort", "reverse", "limit", "metrics", "json")  # flags of the list only
 ACTIONS = {"show": 1, "diff": 2}  # word -> number of runs that follow it
 CELL_WIDTH = 30  # characters of a metric that is no number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The words `show` and `diff` with their runs, and the flags of the list."""
-    parser.add_argument("words", nargs="*", metavar="show ID | diff ID ID", help=f"nothing: the list. {RUN_HELP}")
-    add_filters(parser)
+    """The first word with its runs, and the flags of the list."""
+    words = "show ID | diff ID ID | " + " | ".join(VERBS.values())
+    parser.add_argument("words", nargs="*", metavar="WORDS", help=f"nothing: the list. {words}. {RUN_HELP}")
+    add_filters(parser, exact=True)
+    add_curation_flags(parser)
     add_flag(
         parser, "sort", metavar="COLUMN_OR_METRIC", help="metrics best first, columns upwards; default: newest first"
     )
@@ -70,16 +75,23 @@ def _natural(text: str) -> int:
 
 
 def runs_command(arguments: argparse.Namespace) -> int:
-    """List runs, show one, or compare two. Raises ConfigError for flags of the list beside `show` or `diff`."""
+    """List runs, show one, compare two, or curate some. Raises ConfigError for flags that would have no effect."""
     from research_eval.store.store import Store
 
-    given = [name for name in LISTING if getattr(arguments, name) is not None and getattr(arguments, name) is not False]
     action, *runs = arguments.words or [""]
-    if action and (action not in ACTIONS or len(runs) != ACTIONS[action]):
-        raise ConfigError(f"goe runs: expected nothing, `show ID` or `diff ID ID`, got {' '.join(arguments.words)!r}")
-    # These flags would have no effect, which the user may not expect.
-    if action and given:
+    if action and action not in VERBS and (action not in ACTIONS or len(runs) != ACTIONS[action]):
+        text = f"expected nothing, `show ID`, `diff ID ID` or one of {', '.join(VERBS)}"
+        near = "" if action in ACTIONS else did_you_mean(action, [*ACTIONS, *VERBS])
+        raise ConfigError(f"goe runs: {text}, got {' '.join(arguments.words)!r}.{near}")
+    others = ORDER if action in VERBS else (*LIST_FILTERS, *ORDER) if action else ()
+    given = [name for name in others if getattr(arguments, name) is not None and getattr(arguments, name) is not False]
+    if given:
         raise ConfigError(f"--{given[0]}: chooses runs for the list, not for `{action}`: leave it out")
+    if action in VERBS:
+        return curate(arguments, action, runs)
+    flag = next((name for name in ("yes", "purge", "remove") if getattr(arguments, name)), None)
+    if flag is not None:
+        raise ConfigError(f"--{flag}: has no effect on `goe runs{f' {action}' if action else ''}`: leave it out")
     with Store(arguments.db, read_only=True) as store:
         if action == "show":
             print_product(describe(store, *runs))
@@ -94,7 +106,7 @@ def _list(store: Store, arguments: argparse.Namespace) -> None:
     """Print the runs that the flags choose, as a table or as JSON lines."""
     from research_eval.store.find import COLUMNS, SHORT_NAMES, check_metric, default_metric_of, find_runs
 
-    wanted, sort = filter_of(arguments), arguments.sort
+    wanted, sort = filter_of(arguments, store, exact=True), arguments.sort
     limit = DEFAULT_LIMIT if arguments.limit is None else arguments.limit
     if arguments.metrics is None:
         metrics = [default_metric_of(store, wanted.dataset_name), *DEFAULT_COSTS]
@@ -117,13 +129,22 @@ def _list(store: Store, arguments: argparse.Namespace) -> None:
     if arguments.json:
         from research_eval.store.values import strict_json
 
-        print_product("".join(strict_json({**row, **_times(row)}) + "\n" for row in rows))
+        print_product("".join(strict_json({**row, **_times(row), "tags": tags_of(row["tags"])}) + "\n" for row in rows))
     elif rows:
         print_table(*runs_table(rows, list(shown)))
     if len(rows) == limit and (total := store.count_runs(wanted)) > limit:
         log.info("%d of %s runs; --limit 0 lists all", limit, f"{total:,}")
     if not rows:
-        log.info("no runs in %s" + (" fit" if store.count_runs() else ""), store.location)
+        log.info("no runs in %s%s", store.location, " fit" if store.count_runs() else _elsewhere(store))
+
+
+def _elsewhere(store: Store) -> str:
+    """How many hidden runs there are, for a list without runs."""
+    from research_eval.store.records import ARCHIVED, DELETED, RunFilter
+
+    counts = {view: store.count_runs(RunFilter(view=view)) for view in (ARCHIVED, DELETED)}
+    texts = [f"{count:,} {view} (--{view} lists them)" for view, count in counts.items() if count]
+    return f" but {' and '.join(texts)}" if texts else ""
 
 
 def _times(row: dict[str, Any]) -> dict[str, Any]:
@@ -148,6 +169,9 @@ def runs_table(rows: list[dict[str, Any]], metrics: list[str]) -> tuple[list[str
     texts.append([f"{row['timestamp']:%Y-%m-%d %H:%M:%S}" if row["timestamp"] else "-" for row in rows])
     header = [titles.get(name, name) for name in [*names, *metrics, "timestamp"]]
     numbers = set(range(len(names) - 1, len(header) - 1))
+    if any(row["tags"] for row in rows):
+        header.append("tags")
+        texts.append([", ".join(tags_of(row["tags"])) or "-" for row in rows])
     return header, [list(row) for row in zip(*texts, strict=True)], numbers
 
 
@@ -189,6 +213,9 @@ def describe(store: Store, name: str) -> str:
         "seed": row["seed"],
         "started": row["timestamp"] and f"{row['timestamp']:%Y-%m-%d %H:%M:%S} UTC",
         "last written": row["heartbeat"] and f"{row['heartbeat']:%Y-%m-%d %H:%M:%S} UTC",
+        "archived": row["archived_at"] and f"{row['archived_at']:%Y-%m-%d %H:%M:%S} UTC",
+        "tags": ", ".join(tags_of(row["tags"])) or None,
+        "note": row["note"],
         "parent": row["parent_id"],
         "children": ", ".join(store.children(experiment_id)) or None,
         "folder": f"runs/{file_stem(experiment_id)}",

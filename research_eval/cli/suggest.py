@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from research_eval.cli.common import DB_HELP, DEFAULT_HELP, add_flag, guarded, parse_or_suggest
+from research_eval.cli.filters import add_filters, filter_of
 from research_eval.errors import ConfigError
 from research_eval.store.metrics import DEFAULT_METRIC
 from research_eval.wording import printable
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flag(parser, "seed", type=int, default=0, metavar="N", help="another seed gives other suggestions (default: 0)")
     folder = "where the configs are written (default: suggested_configs/)"
     add_flag(parser, "output_dir", default="suggested_configs/", metavar="PATH", help=folder)
+    add_filters(parser)
     add_flag(parser, "db", metavar="URL_OR_PATH", help=DB_HELP)
     add_flag(parser, "quiet", action="store_true", help="print the paths only")
 
@@ -74,7 +76,7 @@ def suggest_command(arguments: argparse.Namespace) -> int:
     with Store(arguments.db, read_only=True) as store:
         if arguments.metric_name is None:
             request = replace(request, metric_name=default_metric_of(store, request.dataset_name))
-        suggestions = suggest(store, request)
+        suggestions = suggest(store, replace(request, wanted=filter_of(arguments, store)))
     paths = write_suggestions(suggestions, Path(arguments.output_dir))
     if arguments.quiet:
         print("\n".join(map(str, paths)))

@@ -76,6 +76,7 @@ class RunEntry:
         self._known = self._row_to_resume() if resume else None
         if trial is not None:
             self._known = store.find_id(trial.experiment_id)
+            _check_not_deleted(self._known)
         ids = (self._known["experiment_id"] if self._known else None, trial.experiment_id if trial else None)
         self._keep_tokenizer()
         self.experiment_id: str = next((name for name in ids if name), None) or new_id()
@@ -203,6 +204,7 @@ class RunEntry:
             environment["study"] = {"name": self._trial.study, "trial": self._trial.number}
         store, name = self._store, self.experiment_id
         if self._known is not None:
+            _check_not_deleted(store.find_id(name))  # another process may have deleted it since it was found
             if checkpoint_exists(folder / CHECKPOINT_FILE):
                 check_same_data(self._known, data)
             if CONTINUES in (known := stored_object(self._known["env_details_json"])):
@@ -225,6 +227,13 @@ class RunEntry:
         # `find_experiment` ignores trials, so that a resume of the same config never continues one.
         run_type = "json" if self._trial is None else "optuna_trial"
         with_retries(lambda: start_row(store, name, self._config, environment, run_type, self._parent_id))
+
+
+def _check_not_deleted(row: dict[str, Any] | None) -> None:
+    """Raise ConfigError for a run in the trash: a deleted run is never continued, and its result is not used."""
+    if row is not None and row["deleted_at"] is not None:
+        name = row["experiment_id"]
+        raise ConfigError(f"run {name} was deleted: `goe runs restore {name}` brings it back")
 
 
 def check_same_data(known: dict[str, Any], data: DataSplits) -> None:

@@ -21,8 +21,10 @@ from research_eval.store.connection import database_url
 from research_eval.store.findings import OK, PROBLEM, REPAIRED, WARNING, Finding, first_of
 from research_eval.store.machine_checks import disk_space, gpu, packages, permissions, sqlite_file, threads
 from research_eval.store.pending import merge_pending, pending_files
+from research_eval.store.records import DELETED, RunFilter
 from research_eval.store.store import Store
 from research_eval.store.tables import SCHEMA_VERSION
+from research_eval.store.trash import TRASH_FOLDER, size_of, trashed_folders
 from research_eval.system.checksum import has_intact_checksum
 
 
@@ -63,6 +65,7 @@ class StoreChecks:
                     yield self.pending()
                     yield self.dead_runs()
                     yield self.folders()
+                    yield self.trash()
         yield self.temporaries()
         yield self.checkpoints()
 
@@ -195,17 +198,33 @@ class StoreChecks:
         There is no repair: a folder without a row holds weights that may be all that is left of a run.
         """
         with Store(self._db, read_only=True) as store:
-            known = store.statuses()
+            known, deleted = store.statuses(), set(_deleted(store))
         found = {path.name for path in _run_folders()}
         without_row = sorted(found - known.keys())
-        without_folder = len(known.keys() - found)
+        with_folder = known.keys() - deleted
+        without_folder = len(with_folder - found)
         if without_row:
             text = f"{first_of(without_row)} in {RUNS_FOLDER}/ have no row: their results are in another database, "
             return Finding(WARNING, "folders", f"{text}or lost. Nothing is deleted.")
         if without_folder:
-            text = f"{without_folder:,} of {len(known):,} runs have no folder in {RUNS_FOLDER}/, as after a merge."
+            text = (
+                f"{without_folder:,} of {len(with_folder):,} runs have no folder in {RUNS_FOLDER}/, as after a merge."
+            )
             return Finding(WARNING, "folders", f"{text} They cannot be resumed or used by `goe predict` here.")
-        return Finding(OK, "folders", f"each of {len(known):,} runs has its own")
+        return Finding(OK, "folders", f"each of {len(with_folder):,} runs has its own")
+
+    def trash(self) -> Finding:
+        """How many runs are deleted, and how much room their folders take."""
+        with Store(self._db, read_only=True) as store:
+            deleted = _deleted(store)
+        folders = trashed_folders()
+        if not deleted and not folders:
+            return Finding(OK, "trash", "empty")
+        text = f"{len(deleted):,} deleted runs, {size_of(folders) / 1e6:,.1f} MB in {TRASH_FOLDER}/"
+        others = sum(folder.name not in deleted for folder in folders)
+        if others:
+            text += f", {others:,} folders there are of another database"
+        return Finding(OK, "trash", f"{text}. `goe runs delete --purge` empties it.")
 
     def temporaries(self) -> Finding:
         """Files that a crash left half-written; the temporary files of a run at work are in use."""
@@ -246,6 +265,11 @@ class StoreChecks:
             return Finding(PROBLEM, "checkpoints", f"{text} checkpoint before, or run the experiment again.")
         older = f", {without} of an earlier version have none" if without else ""
         return Finding(OK, "checkpoints", f"{num_files} files, {num_bytes / 1e6:,.1f} MB, checksums fit{older}")
+
+
+def _deleted(store: Store) -> list[str]:
+    """The ids of the deleted runs."""
+    return [row["experiment_id"] for row in store.find_runs(RunFilter(view=DELETED))]
 
 
 def _run_folders() -> list[Path]:

@@ -14,8 +14,9 @@ from research_eval.errors import ConfigError
 from research_eval.store.changes import difference
 from research_eval.store.connection import StoreUnavailable, database_url
 from research_eval.store.pending import merge_pending
-from research_eval.store.records import RunRecord
-from research_eval.store.store import Store
+from research_eval.store.records import DELETED, KEPT, RunFilter, RunRecord
+from research_eval.store.store import Store, joined_curation
+from research_eval.store.tables import CURATION
 
 RUNS_PER_BATCH = 200  # the points of so many runs are in memory at once
 _LONG_AGO = datetime.min.replace(tzinfo=UTC)
@@ -23,7 +24,7 @@ _LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 @dataclass
 class MergeReport:
-    """How many runs of the other store were copied, updated or skipped.
+    """How many runs of the other store were copied, updated or skipped, and how many lie in its trash.
 
     `conflicts` are the ids of runs that differ and were left unchanged on both sides.
     """
@@ -31,6 +32,7 @@ class MergeReport:
     copied: int = 0
     updated: int = 0
     skipped: int = 0
+    deleted: int = 0
     conflicts: list[str] = field(default_factory=list)
 
 
@@ -39,7 +41,8 @@ def merge(other: str, db: str | None = None) -> MergeReport:
 
     The runs are entered in batches, one transaction each, so that a merge that was interrupted can simply be repeated.
     If a run differs on both sides, the later state wins (`is_later`). If neither state is later, our run stays and is
-    reported as a conflict. Raises ConfigError.
+    reported as a conflict. Runs that are deleted there are not copied, and runs that are deleted here stay deleted.
+    Raises ConfigError.
     """
     if _is_same_place(database_url(other), database_url(db)):
         raise ConfigError(
@@ -49,7 +52,8 @@ def merge(other: str, db: str | None = None) -> MergeReport:
     with Store(other, read_only=True) as theirs, Store(db) as ours:
         merge_pending(ours)
         try:
-            ids = [row["experiment_id"] for row in theirs.find_runs()]
+            ids = [row["experiment_id"] for row in theirs.find_runs(RunFilter(view=KEPT))]
+            report.deleted = theirs.count_runs(RunFilter(view=DELETED))
             for start in range(0, len(ids), RUNS_PER_BATCH):
                 records = theirs.records(ids[start : start + RUNS_PER_BATCH])
                 _count(report, records, ours.merge_records(records, is_later))
@@ -86,11 +90,21 @@ def is_later(ours: RunRecord, theirs: RunRecord) -> bool:
 def _count(report: MergeReport, theirs: dict[str, RunRecord], ours: dict[str, RunRecord]) -> None:
     """Add a batch to the report; `ours` are the records that this store had before."""
     for experiment_id, record in theirs.items():
-        if experiment_id not in ours:
+        known = ours.get(experiment_id)
+        if known is None:
             report.copied += 1
-        elif difference(ours[experiment_id], record) == 0 or is_later(record, ours[experiment_id]):
-            report.skipped += 1
-        elif is_later(ours[experiment_id], record):
+            continue
+        before = {name: known.experiment[name] for name in CURATION}
+        is_said_more = joined_curation(known.experiment, record.experiment) != before
+        if is_later(known, record) or (is_said_more and _differ_by_nothing_else(known, record)):
             report.updated += 1
+        elif is_later(record, known) or _differ_by_nothing_else(known, record):
+            report.skipped += 1
         else:
             report.conflicts.append(experiment_id)
+
+
+def _differ_by_nothing_else(ours: RunRecord, theirs: RunRecord) -> bool:
+    """Whether two records are equal but for what people say about the run."""
+    same = [record._replace(experiment={**record.experiment, **dict.fromkeys(CURATION)}) for record in (ours, theirs)]
+    return difference(*same) == 0

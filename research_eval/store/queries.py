@@ -11,11 +11,36 @@ from sqlalchemy.engine import Connection
 
 from research_eval.errors import ConfigError
 from research_eval.files import is_at_work
+from research_eval.store.changes import MISSING
 from research_eval.store.database import Database
-from research_eval.store.filters import column_conditions, metric_of_run, number, runs_with_metric, status_condition
-from research_eval.store.records import COMPARISONS, EVERY_RUN, HistoryRow, MetricSummary, RunFilter, RunRecord, RunRow
+from research_eval.store.filters import (
+    column_conditions,
+    fits,
+    in_view,
+    metric_of_run,
+    number,
+    one_of,
+    runs_with_metric,
+    status_condition,
+    value_at,
+)
+from research_eval.store.records import (
+    ACTIVE,
+    ACTIVE_RUNS,
+    ALL,
+    COMPARISONS,
+    DELETED,
+    HIDDEN,
+    KEPT,
+    HistoryRow,
+    MetricSummary,
+    RunFilter,
+    RunRecord,
+    RunRow,
+)
 from research_eval.store.tables import CONTINUES, JSON_COLUMNS, experiments_table, history_view, metrics_table
 from research_eval.store.values import canonical_json
+from research_eval.system.untrusted import stored_object
 from research_eval.wording import nearest
 
 HEARTBEAT_TIMEOUT = timedelta(minutes=15)  # a run at work writes after every few dozen steps
@@ -36,11 +61,22 @@ def is_dead(experiment_id: str, heartbeat: datetime | None) -> bool:
     return heartbeat is None or abs(datetime.now(UTC) - heartbeat) > HEARTBEAT_TIMEOUT
 
 
-def _on_dataset(query: sa.Select[Any], dataset_name: str | None) -> sa.Select[Any]:
-    """A query of metrics, restricted to the runs on a dataset unless that is None."""
+def _of_runs(query: sa.Select[Any], dataset_name: str | None, view: str = ACTIVE) -> sa.Select[Any]:
+    """A query of metrics, restricted to the runs of a view, and to those on a dataset unless that is None."""
+    query = query.where(in_view(view, metrics_table.c.experiment_id))
     if dataset_name is None:
         return query
     return query.join(experiments_table).where(experiments_table.c.dataset_name == dataset_name)
+
+
+def _other_view(row: dict[str, Any], view: str) -> str:
+    """The message for a run that exists, but not in the view that was asked."""
+    name = row["experiment_id"]
+    if view == HIDDEN:
+        return f"run {name} is neither archived nor deleted: there is nothing to restore"
+    if view == DELETED:
+        return f"run {name} is not in the trash: delete it first"
+    return f"run {name} is deleted: `goe runs restore {name}` brings it back"
 
 
 class Queries(Database):
@@ -56,26 +92,40 @@ class Queries(Database):
         with self._engine.connect() as connection:
             rows = [dict(row) for row in connection.execute(query).mappings()]
         for row in rows:
-            if row.get("status") == "running" and is_dead(row["experiment_id"], row["heartbeat"]):
+            # The folder of a deleted run is in the trash, where no process works.
+            if row.get("status") == "running" and (
+                row.get("deleted_at") or is_dead(row["experiment_id"], row["heartbeat"])
+            ):
                 row.update(status="interrupted", error=row["error"] or DEAD)
         return rows
 
     def experiments(self) -> list[dict[str, Any]]:
-        """Every run, oldest first; keys are the columns of the table."""
-        return self._rows(sa.select(experiments_table).order_by(experiments_table.c.timestamp))
+        """Every run that is not deleted, oldest first; keys are the columns of the table."""
+        query = sa.select(experiments_table).where(in_view(KEPT))
+        return self._rows(query.order_by(experiments_table.c.timestamp))
 
-    def experiment(self, experiment_id: str) -> dict[str, Any]:
-        """The run with this id, or the only run whose id begins so. Raises ConfigError if there is not exactly one."""
+    def experiment(self, experiment_id: str, view: str = KEPT) -> dict[str, Any]:
+        """The run with this id, or the only run of the view whose id begins so.
+
+        Raises ConfigError if there is not exactly one. The message says so if the run is in another view.
+        """
         column = experiments_table.c.experiment_id
         starts_so = sa.func.substr(column, 1, len(experiment_id)) == experiment_id  # LIKE has wildcards and folds case
-        found = self._rows(sa.select(experiments_table).where(starts_so).order_by(column)) if experiment_id else []
+        query = sa.select(experiments_table).order_by(column).where(starts_so)
+        found = self._rows(query.where(in_view(view))) if experiment_id else []
         for row in found:
             if row["experiment_id"] == experiment_id or len(found) == 1:
                 return row
         if found:
             shown = ", ".join(row["experiment_id"] for row in found[:5]) + (", ..." if len(found) > 5 else "")
             raise ConfigError(f"experiment {experiment_id!r} is one of {len(found)} in {self.location}: {shown}")
-        known = [row["experiment_id"] for row in self._rows(sa.select(column).order_by(experiments_table.c.timestamp))]
+        elsewhere = self._rows(query) if experiment_id and view != ALL else []
+        if len(elsewhere) == 1:
+            raise ConfigError(_other_view(elsewhere[0], view))
+        with self._engine.connect() as connection:
+            known = list(
+                connection.scalars(sa.select(column).where(in_view(view)).order_by(experiments_table.c.timestamp))
+            )
         near = nearest(experiment_id, known)
         hint = (
             f"Did you mean {near!r}?" if near else f"The newest are {', '.join(known[:-6:-1]) or 'none: it is empty'}."
@@ -83,7 +133,7 @@ class Queries(Database):
         raise ConfigError(f"no experiment {experiment_id!r} in {self.location}. {hint}")
 
     def find_id(self, experiment_id: str) -> dict[str, Any] | None:
-        """The run with exactly this id."""
+        """The run with exactly this id, whether it is archived, deleted or neither."""
         found = self._rows(sa.select(experiments_table).where(experiments_table.c.experiment_id == experiment_id))
         return found[0] if found else None
 
@@ -92,7 +142,7 @@ class Queries(Database):
         return next(iter(self.find_experiments(config)), None)
 
     def find_experiments(self, config: dict[str, Any]) -> list[dict[str, Any]]:
-        """The runs of exactly this config, newest first; trials of studies and replays of other runs do not count.
+        """The runs of exactly this config, newest first; trials, replays of other runs and deleted runs do not count.
 
         The canonical texts of the complete configs are compared, so a key more or less makes another config. A key that
         is added later must therefore be absent from a config that has its default, or older runs are not found.
@@ -121,6 +171,7 @@ class Queries(Database):
                 columns.run_type == "json",
                 columns.parent_id.is_(None) | columns.env_details_json.contains(f'"{CONTINUES}": {{', autoescape=True),
                 columns.full_config_json.in_(list(map(canonical_json, configs))),
+                columns.deleted_at.is_(None),
             )
             .order_by(columns.timestamp.desc())
         )
@@ -180,55 +231,62 @@ class Queries(Database):
     # All runs
 
     def statuses(self) -> dict[str, str]:
-        """Id -> status of every run as it is stored: a dead run is still "running"."""
+        """Id -> status of every run as it is stored, also of hidden ones: a dead run is still "running"."""
         columns = experiments_table.c
         with self._engine.connect() as connection:
             query = sa.select(columns.experiment_id, columns.status).order_by(columns.experiment_id)
             return dict(connection.execute(query).all())
 
     def dead_runs(self) -> list[str]:
-        """The ids of runs that are stored as running and whose process has ended."""
+        """The ids of runs that are stored as running and whose process has ended; deleted runs are not among them."""
         columns = experiments_table.c
-        query = sa.select(columns.experiment_id, columns.heartbeat).where(columns.status == "running")
+        query = sa.select(columns.experiment_id, columns.heartbeat)
+        query = query.where(columns.status == "running", columns.deleted_at.is_(None))
         with self._engine.connect() as connection:
             found = connection.execute(query)
             return [experiment_id for experiment_id, heartbeat in found if is_dead(experiment_id, heartbeat)]
 
     def dataset_names(self) -> list[str]:
-        """The datasets of all runs, by name."""
+        """The datasets of all active runs, by name."""
         return self._names(experiments_table.c.dataset_name)
 
     def model_types(self) -> list[str]:
-        """The model types of all runs, by name."""
+        """The model types of all active runs, by name."""
         return self._names(experiments_table.c.model_type)
 
     def _names(self, column: sa.Column[str]) -> list[str]:
         with self._engine.connect() as connection:
-            names = connection.scalars(sa.select(column).where(column.is_not(None)).distinct())
+            names = connection.scalars(sa.select(column).where(column.is_not(None), in_view(ACTIVE)).distinct())
             return sorted(names)
 
-    def has_metric(self, name: str, dataset_name: str | None = None) -> bool:
-        """Whether any run, or any run on a dataset, has a metric of this name."""
-        found = _on_dataset(sa.select(metrics_table.c.metric_id), dataset_name)
+    def has_metric(self, name: str, dataset_name: str | None = None, view: str = ALL) -> bool:
+        """Whether any run of a view, or any such run on a dataset, has a metric of this name."""
+        found = _of_runs(sa.select(metrics_table.c.metric_id), dataset_name, view)
         with self._engine.connect() as connection:
             return bool(connection.scalar(sa.select(found.where(metrics_table.c.metric_name == name).exists())))
 
     def metric_names(self, dataset_name: str | None = None) -> list[str]:
-        """The names of the metrics of all runs, or of the runs on a dataset, sorted."""
-        query = _on_dataset(sa.select(metrics_table.c.metric_name).distinct(), dataset_name)
+        """The names of the metrics of all active runs, or of those on a dataset, sorted."""
+        query = _of_runs(sa.select(metrics_table.c.metric_name).distinct(), dataset_name)
         with self._engine.connect() as connection:
             return sorted(connection.scalars(query))
 
     def metric_summaries(self, dataset_name: str | None = None) -> list[MetricSummary]:
-        """Every metric of all runs, or of the runs on a dataset, by name."""
+        """Every metric of all active runs, or of those on a dataset, by name."""
         name, value = metrics_table.c.metric_name, number(self._on_sqlite)
         query = sa.select(name, sa.func.count(), sa.func.min(value), sa.func.max(value)).group_by(name)
-        query = _on_dataset(query, dataset_name)
+        query = _of_runs(query, dataset_name)
         with self._engine.connect() as connection:
             return [MetricSummary(*row) for row in connection.execute(query.order_by(name))]
 
-    def runs(self, dataset_name: str, metrics: Sequence[str] = ()) -> list[RunRow]:
-        """The runs on a dataset, of every status, oldest first, with their values of these metrics.
+    def has_config_key(self, path: str) -> bool:
+        """Whether the config of any run has a value at this dotted path. Reads configs until it finds one."""
+        query = sa.select(experiments_table.c.full_config_json)
+        with self._engine.connect() as connection:
+            return any(value_at(stored_object(text), path) is not MISSING for text in connection.scalars(query))
+
+    def runs(self, dataset_name: str, metrics: Sequence[str] = (), wanted: RunFilter = ACTIVE_RUNS) -> list[RunRow]:
+        """The runs on a dataset that `wanted` describes, oldest first, with their values of these metrics.
 
         The analysis reads all runs at once: one query, tuples instead of dicts, and only metrics that are numbers.
         """
@@ -248,7 +306,7 @@ class Queries(Database):
             columns.heartbeat,
             columns.data_sha256,
             *values,
-        ).where(columns.dataset_name == dataset_name)
+        ).where(columns.dataset_name == dataset_name, *self._conditions(wanted))
         with self._engine.connect() as connection:
             found = list(connection.execute(query))
         # Sorted here: to sort, a database would copy the long configs.
@@ -265,7 +323,7 @@ class Queries(Database):
 
     def find_runs(
         self,
-        wanted: RunFilter = EVERY_RUN,
+        wanted: RunFilter = ACTIVE_RUNS,
         *,
         sort: str = "timestamp",
         descending: bool = False,
@@ -322,18 +380,38 @@ class Queries(Database):
                 first += connection.scalars(rest.limit(limit - len(first)))
         return first
 
-    def count_runs(self, wanted: RunFilter = EVERY_RUN) -> int:
+    def count_runs(self, wanted: RunFilter = ACTIVE_RUNS) -> int:
         """How many runs `wanted` describes."""
         with self._engine.connect() as connection:
             query = sa.select(sa.func.count()).select_from(experiments_table).where(*self._conditions(wanted))
             return int(connection.scalar(query) or 0)
 
     def _conditions(self, wanted: RunFilter) -> list[sa.ColumnElement[bool]]:
-        conditions = column_conditions(wanted)
+        conditions = column_conditions(wanted, self._on_sqlite)
         if wanted.status is not None:
             dead = self.dead_runs() if wanted.status in ("running", "interrupted") else []
             conditions.append(status_condition(wanted.status, dead))
-        return conditions + [self._metric_condition(*comparison) for comparison in wanted.where]
+        conditions += [self._metric_condition(*comparison) for comparison in wanted.where]
+        # A run that lacks what a condition asks for is not excluded: NULL counts as false.
+        conditions += [
+            ~sa.func.coalesce(sa.and_(sa.true(), *self._conditions(one)), sa.false()) for one in wanted.exclude
+        ]
+        return conditions + self._config_conditions(wanted, conditions)
+
+    def _config_conditions(
+        self, wanted: RunFilter, others: Sequence[sa.ColumnElement[bool]]
+    ) -> list[sa.ColumnElement[bool]]:
+        """The comparisons of configs, as a condition on ids: configs are read from the runs that meet the `others`.
+
+        Python compares, because an adopted database may hold text that is no JSON, which ends a query of a database.
+        """
+        if not wanted.config:
+            return []
+        query = sa.select(experiments_table.c.experiment_id, experiments_table.c.full_config_json).where(*others)
+        with self._engine.connect() as connection:
+            rows = [(experiment_id, stored_object(text)) for experiment_id, text in connection.execute(query)]
+        found = [key for key, config in rows if all(fits(config, *comparison) for comparison in wanted.config)]
+        return [one_of(found, self._on_sqlite)]
 
     def _metric_condition(self, name: str, sign: str, limit: float) -> sa.ColumnElement[bool]:
         """Whether a run's metric fits the comparison.

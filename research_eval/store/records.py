@@ -17,6 +17,12 @@ from typing import Any, NamedTuple
 # and `--resume` sets it to "running" again.
 STATUSES = ("running", "finished", "failed", "interrupted", "pruned", "diverged")
 
+# Which runs a list has, by whether they are archived or in the trash.
+ACTIVE, ARCHIVED, DELETED = "active", "archived", "deleted"
+KEPT = "kept"  # active or archived
+HIDDEN = "hidden"  # archived or deleted
+ALL = "all"
+
 COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     ">=": operator.ge,
     "<=": operator.le,
@@ -71,9 +77,12 @@ class RunRecord(NamedTuple):
 
 @dataclass(frozen=True)
 class RunFilter:
-    """Which runs; a field that is None restricts nothing.
+    """Which runs; a field that is None restricts nothing. A run must meet all of it.
 
-    `where` compares metrics that are numbers: (name, operator of COMPARISONS, number). A run must meet all of it.
+    `name` is a pattern for the name of the experiment: `*` stands for any characters, `?` for one. `tags` must all be
+    on the run. `where` compares metrics that are numbers: (name, operator of COMPARISONS, number). `config` compares
+    values of the config: (dotted path, operator, value). A run that one of `exclude` describes is left out. `ids` are
+    complete ids. `view` is one of the constants above.
     """
 
     dataset_name: str | None = None
@@ -84,6 +93,13 @@ class RunFilter:
     study: str | None = None
     since: datetime | None = None
     where: tuple[tuple[str, str, float], ...] = ()
+    until: datetime | None = None
+    name: str | None = None
+    tags: tuple[str, ...] = ()
+    config: tuple[tuple[str, str, Any], ...] = ()
+    exclude: tuple[RunFilter, ...] = ()
+    ids: tuple[str, ...] | None = None
+    view: str = ACTIVE
 
 
-EVERY_RUN = RunFilter()
+ACTIVE_RUNS = RunFilter()

@@ -5,18 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from research_eval.errors import ConfigError
 from research_eval.store.history import delete_history, put_history
-from research_eval.store.queries import DEAD, Queries
+from research_eval.store.queries import DEAD, IDS_PER_QUERY, Queries
 from research_eval.store.records import STATUSES, HistoryRow, RunRecord
-from research_eval.store.tables import experiments_table, history_runs, metrics_table
-from research_eval.store.values import NormalMetrics, canonical_json, normal_metrics
+from research_eval.store.tables import CURATION, experiments_table, history_runs, metrics_table
+from research_eval.store.values import NormalMetrics, canonical_json, normal_metrics, tags_of, tags_text
 
 
 class Store(Queries):
@@ -132,25 +133,73 @@ class Store(Queries):
             )
             _insert_metrics(connection, {experiment_id: normal})
 
+    # What people say about runs. None of these renews the heartbeat, which tells how far a run has come.
+
+    def curate(self, experiment_ids: Sequence[str], **columns: Any) -> None:
+        """Set columns of CURATION of these runs, in one transaction."""
+        assert set(columns) <= set(CURATION)
+        with self._write(durable=True) as connection:
+            for start in range(0, len(experiment_ids), IDS_PER_QUERY):
+                some = experiment_ids[start : start + IDS_PER_QUERY]
+                query = experiments_table.update().where(experiments_table.c.experiment_id.in_(some))
+                connection.execute(query.values(**columns))
+
+    def change_tags(
+        self, experiment_ids: Sequence[str], add: Collection[str] = (), remove: Collection[str] = ()
+    ) -> None:
+        """Add tags to runs and remove others from them, in one transaction."""
+        columns = experiments_table.c
+        with self._write(durable=True) as connection:
+            for experiment_id in experiment_ids:
+                this = columns.experiment_id == experiment_id
+                # On PostgreSQL another writer of these tags waits; on SQLite the transaction has the only write lock.
+                tags = tags_of(connection.scalar(sa.select(columns.tags).where(this).with_for_update()))
+                text = tags_text({*tags, *add} - set(remove))
+                connection.execute(experiments_table.update().where(this).values(tags=text))
+
+    def purge(self, experiment_ids: Sequence[str]) -> None:
+        """Delete all rows of these runs for good, in one transaction."""
+        with self._write(durable=True) as connection:
+            for start in range(0, len(experiment_ids), IDS_PER_QUERY):
+                _delete_rows(connection, experiment_ids[start : start + IDS_PER_QUERY])
+
     def merge_records(
         self, records: dict[str, RunRecord], replaces: Callable[[RunRecord, RunRecord], bool]
     ) -> dict[str, RunRecord]:
         """Enter runs of another store in one transaction; return the records that this store had of these ids.
 
-        A run that this store has too is replaced if `replaces(ours, theirs)`, and otherwise left unchanged.
+        A run that this store has too is replaced if `replaces(ours, theirs)`, and otherwise left unchanged. In both
+        cases it keeps what people said about it here, and gets the tags and the note of the other store in addition.
         """
         with self._write() as connection:
             ours = self._records(connection, list(records))
             replaced = [key for key in ours if replaces(ours[key], records[key])]
-            delete_history(connection, replaced)
-            for table in (metrics_table, history_runs, experiments_table):  # rows that refer to a run go before it
-                connection.execute(table.delete().where(table.c.experiment_id.in_(replaced)))
+            _delete_rows(connection, replaced)
             entered = {key: records[key] for key in records if key not in ours or key in replaced}
             if entered:
                 connection.execute(experiments_table.insert(), [record.experiment for record in entered.values()])
+            for key, record in ours.items():
+                said = joined_curation(record.experiment, records[key].experiment)
+                if key in replaced or said != {name: record.experiment[name] for name in CURATION}:
+                    this = experiments_table.c.experiment_id == key
+                    connection.execute(experiments_table.update().where(this).values(**said))
             _insert_metrics(connection, {key: normal_metrics(record.metrics) for key, record in entered.items()})
             put_history(connection, {key: record.history for key, record in entered.items()})
         return ours
+
+
+def joined_curation(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """What people say about a run that two stores have: ours, with the tags of both, and their note if we have none."""
+    tags = tags_text({*tags_of(ours["tags"]), *tags_of(theirs.get("tags"))})
+    note = theirs.get("note") if ours["note"] is None else ours["note"]
+    return {**{name: ours[name] for name in CURATION}, "tags": tags, "note": note}
+
+
+def _delete_rows(connection: Connection, experiment_ids: Sequence[str]) -> None:
+    """Delete runs with their metrics and points. Rows that refer to a run go before it."""
+    delete_history(connection, experiment_ids)
+    for table in (metrics_table, history_runs, experiments_table):
+        connection.execute(table.delete().where(table.c.experiment_id.in_(experiment_ids)))
 
 
 def _data_sha256(environment: dict[str, Any]) -> str | None:

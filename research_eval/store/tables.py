@@ -10,6 +10,8 @@
 - `full_config_json` is canonical (`canonical_json`), so equal configs are equal text.
 - `data_sha256` is the same for all runs on the same data, whatever their seeds; NULL if it is unknown. The config and
   this hash together are what identifies a run.
+- `archived_at` and `deleted_at` say when a run was archived or moved to the trash, else they are NULL. A run with one of
+  them is hidden from lists, tables and suggestions. `tags` is a sorted JSON list of text, NULL if there are none.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ import sqlalchemy as sa
 
 from research_eval.store.column_types import MetricValue, NanAsNull, Text, UtcDateTime
 
-SCHEMA_VERSION = "0004"  # the newest file in migrations/versions
+SCHEMA_VERSION = "0005"  # the newest file in migrations/versions
 VERSION_TABLE = "goe_schema_version"  # own name: Optuna keeps its `alembic_version` in the same database
 NUM_OLD_COLUMNS = 11  # `experiments` had this many columns before there was a schema version
 CONTINUES = "continues"  # key of `env_details_json`: the run of fewer epochs, the parent, that a run trained on from
 JSON_COLUMNS = ("full_config_json", "env_details_json")  # long, so lists of runs leave them out
+CURATION = ("archived_at", "deleted_at", "tags", "note")  # columns that people change, not runs
 
 metadata = sa.MetaData()
 
@@ -46,6 +49,10 @@ experiments_table = sa.Table(
     sa.Column("heartbeat", UtcDateTime),
     sa.Column("parent_id", Text()),
     sa.Column("data_sha256", Text()),
+    sa.Column("archived_at", UtcDateTime),
+    sa.Column("deleted_at", UtcDateTime),
+    sa.Column("tags", Text()),
+    sa.Column("note", Text()),
     sa.Index("ix_experiments_dataset_name_model_type", "dataset_name", "model_type"),
     # A covering index: a list of runs reads it alone, and not the rows with their long JSON.
     sa.Index(

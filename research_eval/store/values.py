@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from typing import Any, NewType
 
 from research_eval.errors import ConfigError
@@ -74,3 +75,21 @@ def _normal_metric(name: str, value: Any) -> Any:
         return to_strict_json(value)
     except TypeError as error:
         raise ConfigError(f"metric {name!r}: {error}. Return numbers or lists of numbers.") from error
+
+
+def tags_text(tags: Collection[str]) -> str | None:
+    """The tags of a run as they are stored: a sorted JSON list, None without tags.
+
+    >>> tags_text({"paper", "baseline"}), tags_text([])
+    ('["baseline", "paper"]', None)
+    """
+    return canonical_json(sorted(set(tags))) if tags else None
+
+
+def tags_of(text: Any) -> list[str]:
+    """The inverse of `tags_text`; an adopted database may hold any text, which is no tag."""
+    try:
+        found = json.loads(text or "[]")
+    except (ValueError, TypeError, RecursionError):
+        return []
+    return [tag for tag in found if isinstance(tag, str)] if isinstance(found, list) else []

@@ -35,7 +35,7 @@ from research_eval.seeding import derive_seed
 from research_eval.store.changes import Change, changes
 from research_eval.store.find import check_metric
 from research_eval.store.metrics import DEFAULT_METRIC, check_selectable, direction
-from research_eval.store.records import RunRow
+from research_eval.store.records import ACTIVE_RUNS, KEPT, RunFilter, RunRow
 from research_eval.store.store import Store
 from research_eval.store.values import canonical_json
 from research_eval.studies import adapter
@@ -67,7 +67,10 @@ MIN_FITTED = 2  # runs that a sampler needs to compare
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks for. `narrowing` is the content of a search space file. Raises ConfigError."""
+    """What the user asks for. `narrowing` is the content of a search space file. Raises ConfigError.
+
+    `wanted` are the runs to start from.
+    """
 
     dataset_name: str
     model_type: str
@@ -78,6 +81,7 @@ class Request:
     strategy: str = "perturb"
     seed: int = 0
     narrowing: Mapping[str, Any] | None = None
+    wanted: RunFilter = ACTIVE_RUNS
 
     def __post_init__(self) -> None:
         """Check the numbers and names. Messages name the flag that the user has to change."""
@@ -117,14 +121,21 @@ class Suggestion:
 
 def suggest(store: Store, request: Request) -> list[Suggestion]:
     """Find new configs: at least one, at most `top_n` * `num_variations_per_config`. Raises ConfigError."""
-    rows = store.runs(request.dataset_name, [request.metric_name])
-    own = [row for row in rows if row.model_type == request.model_type]
-    past = past_runs(with_translations(store, request.dataset_name, own), request.metric_name)
+    # Runs that are not wanted, or archived, are no start. But what they have tried is not new either.
+    every = store.runs(request.dataset_name, [request.metric_name], RunFilter(view=KEPT))
+    own = [row for row in every if row.model_type == request.model_type]
+    known = past_runs(with_translations(store, request.dataset_name, own), request.metric_name)
+    rows = store.runs(request.dataset_name, [], request.wanted)
+    ids = {row.experiment_id for row in rows}
+    past = [run for run in known if run.run_id in ids]
     templates = find_templates(past, request.metric_name, request.top_n)
+    if every and not rows:
+        place = f"{request.dataset_name!r} in {store.location}"
+        raise ConfigError(f"no run on {place} is left by the filters such as --name; archived runs do not count")
     if not templates:
         raise _nothing_to_start_from(store, rows, request)
     _warn_of_changed_data(templates[0])
-    novelty = Novelty(past)
+    novelty = Novelty(known)
     if request.strategy == "tpe":
         wanted = request.top_n * request.num_variations_per_config
         found = _suggest_by_tpe(past, templates[0], novelty, request)
