@@ -220,10 +220,11 @@ class StoreChecks:
         folders = trashed_folders()
         if not deleted and not folders:
             return Finding(OK, "trash", "empty")
-        text = f"{len(deleted):,} deleted runs, {size_of(folders) / 1e6:,.1f} MB in {TRASH_FOLDER}/"
+        runs = f"{len(deleted):,} deleted run{'s' * (len(deleted) != 1)}"
+        text = f"{runs}, {size_of(folders) / 1e6:,.1f} MB in {TRASH_FOLDER}/"
         others = sum(folder.name not in deleted for folder in folders)
         if others:
-            text += f", {others:,} folders there are of another database"
+            text += f", {others:,} of its folders of another database"
         return Finding(OK, "trash", f"{text}. `goe runs delete --purge` empties it.")
 
     def temporaries(self) -> Finding:

@@ -117,7 +117,8 @@ def excluded(store: Store, text: str) -> RunFilter:
     elif key == "tag":
         found = RunFilter(tags=(parse_tag(value, f"{option} tag"),))
     elif key in EXACT or key == "name":
-        found = replace(RunFilter(), **{key: value})
+        field: dict[str, Any] = {key: value}
+        found = RunFilter(**field)
         check_filter(store, found, f"{option} {key}")
     else:
         found = by_conditions(store, [text], option)

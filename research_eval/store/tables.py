@@ -10,8 +10,8 @@
 - `full_config_json` is canonical (`canonical_json`), so equal configs are equal text.
 - `data_sha256` is the same for all runs on the same data, whatever their seeds; NULL if it is unknown. The config and
   this hash together are what identifies a run.
-- `archived_at` and `deleted_at` say when a run was archived or moved to the trash, else they are NULL. A run with one of
-  them is hidden from lists, tables and suggestions. `tags` is a sorted JSON list of text, NULL if there are none.
+- `archived_at` and `deleted_at` say when a run was archived or moved to the trash, else they are NULL. A run with one
+  of them is hidden from lists, tables and suggestions. `tags` is a sorted JSON list of text, NULL if there are none.
 """
 
 from __future__ import annotations

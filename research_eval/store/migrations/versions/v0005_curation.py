@@ -24,7 +24,7 @@ def upgrade() -> None:
     for column in added:
         if column.name not in found:
             op.add_column("experiments", column)
-    # Every list leaves hidden runs out. There are few of them, so that this index is small, and a list is still read from
+    # Every list leaves hidden runs out. They are few, so that this index is small, and a list is still read from
     # `ix_experiments_listing` alone. The expression is the one of the queries, or the index would not be used.
     op.execute(
         "CREATE INDEX IF NOT EXISTS ix_experiments_hidden ON experiments (experiment_id) "
