@@ -190,8 +190,8 @@ def _pooled_list(charts: StudyCharts, found: dict[str, Importance] | str, index:
 def _list_of(found: dict[str, Importance] | str, used: set[str], number: int, empty: BarList) -> BarList:
     """The list with the largest of these shares; `used` are the parameters that every trial has.
 
-    If no share is above all that shuffled values gave to any parameter, the list says that the trials do not suffice: of
-    many parameters, one is above its own mark by chance.
+    If no share is above all that shuffled values gave to any parameter, the list says that the trials do not suffice:
+    of many parameters, one is above its own mark by chance.
     """
     if isinstance(found, str):
         return replace(empty, note=found)

@@ -94,9 +94,10 @@ def with_missing_splits(rows: dict[str, Rows], wanted: HeldOutSettings, path: Pa
         share_or_rows = HELD_OUT_SHARE if size is None else size
         if isinstance(size, float):
             share_or_rows = size * total / len(rows["train"].texts)  # a share of what is left
-        rows["train"], rows[name] = held_out(
+        rows["train"], held = held_out(
             rows["train"], share_or_rows, name, f"{path}: no {name} split" if size is None else where
         )
+        rows[name] = held._replace(origin=f"{len(held.texts) / total:.0%} of the training file, each class its share")
     return rows
 
 
@@ -123,8 +124,7 @@ def held_out(train: Rows, size: float, name: str, where: str) -> tuple[Rows, Row
             raise ConfigError(f"{where}: {most} rows can be held out, because each class keeps one. Lower it")
         chosen = np.zeros(len(train.texts), bool)
         chosen[np.argsort(turns, kind="stable")[:size]] = True
-    held = train.take(np.flatnonzero(chosen))._replace(origin=f"{chosen.mean():.0%} of train, of each class its share")
-    return train.take(np.flatnonzero(~chosen)), held
+    return train.take(np.flatnonzero(~chosen)), train.take(np.flatnonzero(chosen))
 
 
 def subset(rows: Rows, size: int | None, name: str, path: Path, stratify: bool = False) -> Rows:
