@@ -290,14 +290,19 @@ def _draw_kind(panel: Any, layout: Layout, kind: dict[str, Any], colours: list[A
             colour = "0.45" if source >= layout.num_experts else colours[source]
             share = count / samples
             panel.plot(x, y, color=colour, linewidth=0.4 + 5 * share, alpha=0.3 + 0.6 * share, solid_capstyle="round")
-    places = [layout.place(node, column) for column in range(1, layout.last) for node in range(layout.num_experts)]
-    marks = [colours[node] for _ in range(1, layout.last) for node in range(layout.num_experts)]
-    panel.scatter(*zip(*places, strict=True), s=4 if layout.is_crowded else 22, color=marks, zorder=3)
+    experts = [(node, column) for column in range(1, layout.last) for node in range(layout.num_experts)]
+    moves = [(column, *edge[:2]) for column, flow in enumerate(kind["flows"]) for edge in flow]
+    ends = {(layout.start, 0)} | {(layout.stop, column + 1) for column, _, target in moves if target == layout.stop}
+    for nodes, marks, marker in ((experts, [colours[node] for node, _ in experts], "o"), (sorted(ends), "0.6", "s")):
+        x, y = zip(*(layout.place(*node) for node in nodes), strict=True)
+        panel.scatter(x, y, s=4 if layout.is_crowded else 22, color=marks, marker=marker, zorder=3)
     name = label(kind["kind"], NAME_LENGTH)
     panel.set_title(f"{name} (N = {samples:,})", fontsize=8.5, parse_math=False)
     numbers = range(0, layout.num_experts, math.ceil(layout.num_experts / CROWD))
     panel.set_yticks([-node for node in numbers], [str(node) for node in numbers], fontsize=6.5, color="0.35")
     panel.set_xticks([])
-    panel.margins(0.09)
+    room = 0.03 * layout.num_experts + 0.4
+    lowest = min(layout.place(*node)[1] for node in [*experts, *ends])
+    panel.set(xlim=(-0.25, layout.last + 0.25), ylim=(lowest - room, room))
     panel.tick_params(length=0)
     panel.spines[:].set_color("0.9")
