@@ -9,21 +9,25 @@ import json
 import logging
 import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support import Ended, command, results, small_config
+from support import Ended, command, results, small_config, stop_at
 from test_db_utils import db, postgresql_server  # noqa: F401 - fixtures
+from tokenizers import Regex, normalizers, pre_tokenizers
 
 from research_eval.analysis.runs import load_results
 from research_eval.datasets.base_dataset import ArraySamples, SequenceBaseDataset
 from research_eval.datasets.providers import load_splits
 from research_eval.datasets.synthetic import synthetic_splits
+from research_eval.datasets.text import LINE_BREAK
 from research_eval.db_utils import Store
 from research_eval.errors import ConfigError
+from research_eval.experiment import run
 from research_eval.main import cli, main
 from research_eval.registry import SYNTHETIC_DATASETS
 from research_eval.schema import ExperimentConfig
@@ -440,3 +444,58 @@ def test_a_study_of_old_counts_does_not_go_on(folder: Path) -> None:
     ended = tune("--n_trials", "2", "--objectives", "final_val_f1,train_flops")
     assert ended.code == 2 and "flops_version: null -> 2" in ended.err
     assert tune("--n_trials", "1", "--study_name", "t").code == 0, "another objective has no version"
+
+
+# ------------------------------------------------------------------------------------------ tokenizers of old runs
+
+
+@contextmanager
+def an_earlier_version() -> Iterator[None]:
+    """Within the block, tokenizers are trained as before accents were kept. The caches of two versions differ."""
+    steps = [normalizers.Replace(Regex(LINE_BREAK), " "), normalizers.BertNormalizer(lowercase=True)]
+    module = "research_eval.datasets.text.tokenizer"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GOE_CACHE", "cache_of_an_earlier_version")
+        patch.setattr(f"{module}.normalizer_of", lambda *_, **__: normalizers.Sequence(steps))
+        patch.setattr(f"{module}.word_splitter", pre_tokenizers.BertPreTokenizer)
+        yield
+
+
+def french_config() -> ExperimentConfig:
+    lines = [f"{('café fade', 'thé gâté')[row % 2]} numéro {row},{row % 2}" for row in range(ROWS)]
+    Path("data/train.csv").write_text("\n".join(["text,label", *lines]) + "\n", encoding="utf-8")
+    return reviews_config(epochs=2, training_params={"log_every": 1, "num_threads": 1})
+
+
+def words_of(run_id: str) -> dict[str, int]:
+    vocabulary: dict[str, int] = json.loads((Path("runs") / run_id / "tokenizer.json").read_text())["model"]["vocab"]
+    return vocabulary
+
+
+def test_an_interrupted_run_of_an_earlier_version_continues_with_its_own_tokenizer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its weights belong to the ids of that tokenizer."""
+    config = french_config()
+    with an_earlier_version():
+        whole = run(config, quiet=True)
+        with monkeypatch.context() as patch:
+            stop_at(patch, step=5)
+            stopped = run(config, quiet=True)
+    assert stopped.status == "interrupted"
+    continued = run(config, quiet=True, resume=True)
+    assert (continued.experiment_id, continued.status) == (stopped.experiment_id, "finished")
+    assert "cafe" in words_of(continued.experiment_id)
+    for name in ("final_val_loss", "final_val_f1"):
+        assert continued.metrics[name] == whole.metrics[name]
+    fresh = run(config, quiet=True)
+    assert "café" in words_of(fresh.experiment_id) and "cafe" not in words_of(fresh.experiment_id)
+
+
+def test_a_replay_of_a_run_of_an_earlier_version_has_its_tokenizer() -> None:
+    config = french_config()
+    with an_earlier_version():
+        first = run(config, quiet=True)
+    again = run(config, quiet=True, parent_id=first.experiment_id)
+    assert again.metrics["final_val_loss"] == first.metrics["final_val_loss"]
+    assert words_of(again.experiment_id) == words_of(first.experiment_id)

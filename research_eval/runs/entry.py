@@ -136,7 +136,7 @@ class RunEntry:
         source = config.dataset_type, config.dataset_name, config.dataset_params, config.seed
         self.data = self.data or load_splits(*source)
         known, present = (found.get("tokenizer_sha256") for found in (_fingerprint(row), self.data.fingerprint))
-        if present is None or present == known or changed_split(row, self.data) is not None:
+        if self.data.tokenizer is None or present == known or changed_split(row, self.data) is not None:
             return
         tokenizer = read_tokenizer(folder, read_description(folder)["vocab_size"])
         trained = self.data.tokenizer

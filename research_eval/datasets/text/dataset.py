@@ -67,19 +67,19 @@ MANY_UNKNOWN = 0.05  # share of unknown tokens in all splits; above it, there is
 class TextDataset:
     """A text classification set. Raises ConfigError for data that cannot be used.
 
-    `data_dir` is a folder with `train`, `validation` (or `valid`, `val`, `dev`) and `test` as .parquet, .csv or .jsonl
-    (shards `train-00000-of-00002.parquet` as well), or one file. Without it the set comes from the hub, once: the copy
-    stays in the cache. Validation rows come from the validation split, else a stratified tenth of train is held out.
-    A test split without labels is left out. `train_samples` and `val_samples` are random rows; a larger number
-    than there are takes all. `truncation="head_tail"` keeps the first quarter of `max_length` and the rest from the
-    end of the text. `cache_dir` defaults to the environment variable GOE_CACHE, else `.goe_cache`.
+    `data_dir` is a folder with `train`, `validation` (or `valid`, `val`, `dev`) and `test`, or one file;
+    docs/configuration.md lists the layouts. Without it the set comes from the hub, once: the copy stays in the cache.
+    Validation rows come from the validation split, else they are held out of train, class by class. A test split
+    without labels is left out. `train_samples` and `val_samples` are random rows; a larger number than there are takes
+    all. `truncation="head_tail"` keeps the first quarter of `max_length` and the rest from the end of the text.
+    `cache_dir` defaults to the environment variable GOE_CACHE, else `.goe_cache`.
 
     `sources` instead of `data_dir` mixes several folders or files: each keeps its own classes ("imdb/positive"), and
     validation rows and subsets are taken from each. `groups` then holds every sample's source, and so does each of the
     `path_length` steps of its `paths`. There is a test split if all sources have one.
     """
 
-    VERSION = 2  # goes up if the same rows and options give other tokens
+    VERSION = 2  # goes up if the same rows and options give other tokens; 1 removed accents with `lowercase`
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
@@ -153,11 +153,11 @@ def _layout(path: Path, names: Container[str], settings: FileSettings) -> Layout
     return Layout(delimiter, columns, skipped, settings.columns is None)
 
 
-def _reader(lines: Iterable[str], delimiter: str, settings: FileSettings) -> Any:
+def _reader(lines: Iterable[str], delimiter: str, settings: FileSettings, strict: bool = False) -> Any:
     """Reads the records of a CSV file."""
     plain_csv.field_size_limit(CELL_LIMIT)  # a text may be longer than the library expects
     quoting: Literal[0, 3] = plain_csv.QUOTE_MINIMAL if settings.quotes else plain_csv.QUOTE_NONE
-    return plain_csv.reader(lines, delimiter=delimiter, quoting=quoting)
+    return plain_csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=strict)
 
 
 def _records(path: Path, layout: Layout, settings: FileSettings) -> Iterator[tuple[int, list[str]]]:
@@ -201,24 +201,29 @@ def _csv_problem(path: Path, layout: Layout, settings: FileSettings, error: Exce
 def _check_quotes(path: Path, layout: Layout, settings: FileSettings, table: Any) -> None:
     """Raise ConfigError if a quotation mark that nothing closes makes the rest of the file one cell.
 
-    In a file with tabs, cells with line breaks are a warning: there, quotation marks are often ordinary characters.
+    It is a warning if cells with line breaks may be several rows, because a quotation mark stands inside a cell or the
+    cells are separated by tabs: in such files quotation marks are often ordinary characters.
     """
-    breaks = [pc.match_substring(column, "\n") for column in table.columns]
+    num_breaks = sum(pc.sum(pc.match_substring(column, "\n")).as_py() or 0 for column in table.columns)
+    if not num_breaks:
+        return
     remedy = 'set "quotes": false in dataset_params if a quotation mark is an ordinary character in this file'
-    if any(len(column) and column[-1].as_py() for column in breaks):
-        with text_of(path, settings.encoding) as file:
-            text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-            cells: list[str] = []
-            start = line = 1
-            end = "the end of the file"  # becomes a part of the last cell if that is still open
-            reader = _reader(chain(text, [end]), layout.delimiter, settings)
-            for cells in reader:  # noqa: B007 - the last one is needed
-                start, line = line, reader.line_num + 1
-        if cells != [end]:
-            raise ConfigError(f"{path}:{start}: a quotation mark is opened and never closed. Close it, or {remedy}.")
-    num_breaks = sum(pc.sum(column).as_py() or 0 for column in breaks)
-    if num_breaks and layout.delimiter == "\t":
-        log.warning("%s: %d cells have line breaks in quotation marks. Check them, and %s", path, num_breaks, remedy)
+    doubt = " between tabs" if layout.delimiter == "\t" else ""
+    start = 1
+    with text_of(path, settings.encoding) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        reader = _reader(text, layout.delimiter, settings, strict=True)
+        try:
+            for _ in reader:
+                start = reader.line_num + 1
+        except plain_csv.Error as error:
+            if "unexpected end" in str(error):
+                raise ConfigError(
+                    f"{path}:{start}: a quotation mark is opened and never closed. Close it, or {remedy}."
+                ) from error
+            doubt = f", and a quotation mark stands inside the cell of line {start}"
+    if doubt:
+        log.warning("%s: %d cells have line breaks%s. Check them, and %s", path, num_breaks, doubt, remedy)
 
 
 # ---------------------------------------------------------------------------------------------------------------- JSON
