@@ -21,7 +21,7 @@ from research_eval.runs.journal import Result, Watch, csv_row, start_row
 from research_eval.runs.predict import read_description, read_tokenizer
 from research_eval.runs.prepare import Prepared
 from research_eval.store.csv_file import append_if_possible, csv_accepts_rows
-from research_eval.store.data_facts import facts_of
+from research_eval.store.data_facts import baselines_of, facts_of
 from research_eval.store.pending import with_retries
 from research_eval.store.store import Store
 from research_eval.store.tables import CONTINUES
@@ -153,11 +153,21 @@ class RunEntry:
             return None
         name = self.experiment_id
         log.info("run %s of this config is finished: nothing to resume", name)
-        facts = facts_of(self._known["env_details_json"])
-        result = Result.finished(name, self._store.metrics(name), run_folder(name), facts)
+        result = Result.finished(name, self._store.metrics(name), run_folder(name), self._facts_of_finished())
         if to_csv and self._trial is None:  # the row may be missing, for example after a full disk
             append_if_possible(csv_row(self._config, result), unless_known=("experiment_id", "status"))
         return result
+
+    def _facts_of_finished(self) -> dict[str, Any]:
+        """What a finished run has stored of its data, and baselines that were fitted to the same rows after it."""
+        assert self._known is not None
+        environment = stored_object(self._known["env_details_json"])
+        facts = facts_of(self._known["env_details_json"])
+        fitted = {} if self.data is None else baselines_of(self.data.fingerprint)
+        if facts and not set(fitted) <= set(baselines_of(facts)):
+            facts = {**facts, "baselines": fitted}
+            self._store.update_environment(self.experiment_id, {**environment, "data": facts})
+        return facts
 
     def check(self, prepared: Prepared) -> None:
         """Say so if the run repeats one on other data.
