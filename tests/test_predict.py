@@ -573,7 +573,7 @@ def test_an_error_leaves_the_file_of_answers_as_it_was(routed_run: Trained, tmp_
     assert out.read_text() == "mine"
     ended = ask(routed_run, "--file", "good.txt", "in.txt", "--format", "csv", folder=tmp_path)
     assert (ended.code, ended.out) == (2, "")  # not even a header
-    for wrong in ("good.txt", "./good.txt", "nowhere/out.csv", ".", ""):
+    for wrong in ("good.txt", "./good.txt", "nowhere/out.csv", "."):
         ended = ask(routed_run, "--file", "good.txt", "--out", wrong, folder=tmp_path)
         assert ended.code == 2 and ended.err.startswith("--out: ")
     assert (tmp_path / "good.txt").read_text() == "1 2 3\n"

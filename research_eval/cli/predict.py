@@ -36,13 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--run", required=True, metavar="RUN", help="experiment id, the beginning of one, latest, or a run's folder"
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", help="one text (synthetic tasks: token ids with blanks)")
+    source.add_argument(
+        "--text", action="append", help="one text (synthetic tasks: token ids with blanks); may be given again"
+    )
     source.add_argument(
         "--file",
         nargs="+",
         action="extend",
         metavar="FILE",
-        help="one text per line (- reads standard input), or .csv, .tsv, .jsonl or .parquet with the run's text column",
+        help="one text per line (- reads standard input), or a table (.csv, .tsv, .jsonl, .json or .parquet, also .gz "
+        "or .zst) with the run's text column",
     )
     parser.add_argument("--format", choices=FORMATS, help="of the output (default: what --out ends with, else text)")
     parser.add_argument("--out", metavar="FILE", help="write the answers there, and not to the screen")
@@ -66,7 +69,8 @@ def predict_command(arguments: argparse.Namespace) -> int:
 
     model = TrainedModel(folder, arguments.device)
     with phase("reading the texts"):
-        inputs = [Input("", 1, arguments.text)] if arguments.text is not None else model.read_inputs(files)
+        given = [Input("", number, text) for number, text in enumerate(arguments.text or [], 1)]
+        inputs = given or model.read_inputs(files)
     form = arguments.format or (out.suffix[1:] if out is not None and out.suffix[1:] in FORMATS else "text")
     answers = zip(inputs, model.answers(inputs), strict=True)
     if form == "csv":

@@ -28,7 +28,7 @@ from research_eval.config.sections import ExperimentConfig
 from research_eval.datasets.kinds import dataset_kind
 from research_eval.datasets.text import UNK, UNK_ID, TextDataset, encode_texts
 from research_eval.datasets.text.normalizing import has_our_steps
-from research_eval.datasets.text.source import FILE_TYPES
+from research_eval.datasets.text.source import FILE_TYPES, file_type
 from research_eval.datasets.token_data import CLASSIFICATION, Batches, TokenData
 from research_eval.errors import ConfigError
 from research_eval.files import CONFIG_FILE, MODEL_FILE
@@ -167,7 +167,7 @@ class TrainedModel:
         return found
 
     def _read_texts(self, path: str) -> list[str]:
-        if path == STDIN or Path(path).suffix not in FILE_TYPES:
+        if path == STDIN or file_type(path) not in FILE_TYPES:
             return read_texts(path)
         config = self.config
         dataset = dataset_kind(config.dataset_type).build(config.dataset_name, config.dataset_params)

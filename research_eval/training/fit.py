@@ -78,10 +78,9 @@ def fit(
     runtime.seed(config.seed, "training")  # before `restore`, which loads the generators of a checkpoint
     checkpointer = Checkpointer(folder, model, average, optimizer, schedule)
     state = checkpointer.restore(total_steps)
-    first_step = state.step
     observer.start(state, per_epoch, total_steps)
     # `seconds` sums all sessions of a run, so the clock starts earlier by the seconds of the others.
-    started, meter, evaluation = time.perf_counter() - state.seconds, Meter(), None
+    started, first_step, meter, evaluation = time.perf_counter() - state.seconds, state.step, Meter(), None
 
     with stop_requests() as request:
         while state.step < total_steps and not state.stopped_early:

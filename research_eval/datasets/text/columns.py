@@ -60,7 +60,7 @@ def find_columns(table: TableFile, names: ColumnNames, label_is_needed: bool) ->
 
 def is_candidate(name: str) -> bool:
     """Whether people call a column of texts or of labels so."""
-    return _plain(name) in LABEL_WORDS or _is_text_word(name)
+    return _plain(name) in LABEL_WORDS or is_text_word(name)
 
 
 def _found(table: TableFile, candidates: Sequence[str], is_given: bool, words: frozenset[str], what: str) -> str | None:
@@ -70,7 +70,7 @@ def _found(table: TableFile, candidates: Sequence[str], is_given: bool, words: f
             return name
     if is_given:
         return None
-    is_word = _is_text_word if words is TEXT_WORDS else lambda name: _plain(name) in words
+    is_word = is_text_word if words is TEXT_WORDS else lambda name: _plain(name) in words
     others = [name for name in table.names if is_word(name)]
     if len(others) != 1:
         return None
@@ -82,7 +82,7 @@ def _plain(name: str) -> str:
     return re.sub(r"[\W_]+", "", name).lower()
 
 
-def _is_text_word(name: str) -> bool:
+def is_text_word(name: str) -> bool:
     plain = _plain(name)
     return plain in TEXT_WORDS or plain.removesuffix("text") in TEXT_WORDS or plain.removeprefix("text") in TEXT_WORDS
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 from pyarrow import compute as pc
 
 from research_eval.datasets.text.class_folders import class_folders
-from research_eval.datasets.text.columns import Columns, find_columns, is_candidate
+from research_eval.datasets.text.columns import Columns, find_columns, is_candidate, is_text_word
 from research_eval.datasets.text.labels import as_written, class_numbers, classes_of, names_in_schema
 from research_eval.datasets.text.opening import CHUNK_BYTES, check_size, decompressed
 from research_eval.datasets.text.source import (
@@ -80,6 +80,9 @@ def read_text_column(path: Path, names: ColumnNames, settings: FileSettings) -> 
             if not file.read(CHUNK_BYTES).strip():
                 return []
         table = open_table(path, _Wanted(names), settings)
+        if not any(name in names.text or is_text_word(name) for name in table.names):  # no config can be changed here
+            wanted, found = " or ".join(map(repr, names.text)), ", ".join(table.names)
+            raise ConfigError(f"{path}: no column {wanted}; found {found}. Rename the column of the texts.")
         columns = find_columns(table, names, label_is_needed=False)
         cells = table.read(columns.text)
         parts = [_plain(cells[name], path) for name in columns.text]
