@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from research_eval.analysis.statistics import FEWEST
 from research_eval.store.metrics import gain_sign, latency_parts
+from research_eval.store.records import ACTIVE_RUNS, RunFilter
 from research_eval.system.untrusted import stored_object
 
 if TYPE_CHECKING:
-    from research_eval.store.records import RunFilter, RunRow
+    from research_eval.store.records import RunRow
     from research_eval.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -186,13 +187,13 @@ def _leaders(groups: Sequence[Group], metric: str) -> dict[tuple[str, str], Grou
 
 
 def load_results(
-    store: Store, dataset_name: str, metrics: Sequence[str] = (), wanted: RunFilter | None = None
+    store: Store, dataset_name: str, metrics: Sequence[str] = (), wanted: RunFilter = ACTIVE_RUNS
 ) -> Results:
-    """Read the runs on a dataset from the store, with these metrics: all that are not hidden, or the `wanted` ones."""
+    """Read the `wanted` runs on a dataset from the store, with these metrics."""
     seeds: dict[tuple[str, str, str], dict[int | str, RunRow]] = {}
     ended: dict[tuple[str, str, str], set[int | str]] = {}
     spent: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)
-    found = store.runs(dataset_name, metrics) if wanted is None else store.runs(dataset_name, metrics, wanted)
+    found = store.runs(dataset_name, metrics, wanted)
     rows = [row for row in found if row.status in COUNTED]
     for row, (task, config) in zip(rows, keys_by_data(rows), strict=True):
         place = (row.model_type, task, config)
