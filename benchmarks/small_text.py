@@ -27,7 +27,7 @@ from research_eval.routing.alarms import STILL_LEARNING
 from research_eval.schema import config_from_dict
 
 SEEDS, TUNING_SEEDS = (0, 1, 2), (100, 101)
-LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
+LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)  # within the range of a study
 # The same width for all: three blocks, or a path of three steps. Gated experts have a third matrix and fewer columns.
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {"num_layers": 3, "dim_feedforward_factor": 3},
