@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from research_eval.cli.tune import study_options
 from research_eval.db_utils import DB_FILE, Store
 from research_eval.errors import ConfigError
 from research_eval.runs.prepare import prepare
@@ -136,6 +138,16 @@ def test_the_names_are_those_of_the_tasks_scores(monkeypatch: pytest.MonkeyPatch
     prepare(small_config(training_params={"select_by": "recall_at_5"}))
     with pytest.raises(ConfigError, match="Known: loss, recall_at_5"):
         prepare(small_config(training_params={"select_by": "f1"}))
+
+
+def test_a_study_optimises_what_selects_its_weights(tmp_path: Path) -> None:
+    """If the search space fixes it, and the user names no objective."""
+    space = tmp_path / "space.json"
+    flags = {"dataset_name": "parity", "search_space": str(space)}
+    for fixed, objective in (({}, "final_val_f1"), ({"select_by": "val_loss"}, "final_val_loss")):
+        space.write_text(json.dumps({"training_params": fixed}))
+        assert study_options(argparse.Namespace(**flags)).objectives == (objective,)
+    assert study_options(argparse.Namespace(**flags, objectives="final_val_acc")).objectives == ("final_val_acc",)
 
 
 # ------------------------------------------------------------------------------------------------------- identity
