@@ -7,12 +7,15 @@ middle of a study, or between two commands, does not mix trials on old and on ne
 from __future__ import annotations
 
 import hashlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 import optuna
 
 from research_eval.config.sections import ExperimentConfig
+from research_eval.datasets.token_data import DataSplits
 from research_eval.errors import ConfigError
+from research_eval.runs.data_block import data_block
 from research_eval.store.store import Store
 from research_eval.store.values import canonical_json
 from research_eval.studies.proposals import splits_of
@@ -20,6 +23,8 @@ from research_eval.system.untrusted import stored_object
 
 if TYPE_CHECKING:
     from research_eval.studies.queue import TrialQueue
+
+log = logging.getLogger(__name__)
 
 DIGITS = 12  # of a hash, in messages
 NOTED = "data_sha256 noted"  # attribute of a study whose trials have all noted their data
@@ -57,11 +62,19 @@ def check_present_data(queue: TrialQueue, config: ExperimentConfig) -> None:
 
 def present_sha256(config: ExperimentConfig) -> str | None:
     """The hash of the data of a config as they are now. Raises ConfigError for unusable data."""
-    params = canonical_json(config.dataset_params)
-    found: str | None = splits_of(config.dataset_type, config.dataset_name, params, config.seed).fingerprint.get(
-        "data_sha256"
-    )
+    found: str | None = _present_data(config).fingerprint.get("data_sha256")
     return found
+
+
+def show_present_data(config: ExperimentConfig) -> None:
+    """Log what is known of the data of a config as they are now. Raises ConfigError for unusable data."""
+    for line in data_block(config.dataset_name, _present_data(config)):
+        log.info("%s", line)
+
+
+def _present_data(config: ExperimentConfig) -> DataSplits:
+    params = canonical_json(config.dataset_params)
+    return splits_of(config.dataset_type, config.dataset_name, params, config.seed)
 
 
 def _attribute(dataset_params: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ from research_eval.studies.options import StudyOptions
 from research_eval.studies.proposals import MAX_PROPOSALS, over_budget, splits_of
 from research_eval.studies.queue import TrialQueue
 from research_eval.studies.results import StudyFiles, summary, write_csv_of, write_results
-from research_eval.studies.study_data import check_present_data
+from research_eval.studies.study_data import check_present_data, show_present_data
 from research_eval.studies.trials import train_config
 from research_eval.studies.workers import WorkerPool, new_worker_name, quiet_runs, work
 from research_eval.system.best_effort import attempted
@@ -84,6 +84,7 @@ def tune(options: StudyOptions, timeout: float | None = None, quiet: bool = Fals
     queue = TrialQueue(options)
     try:
         check_present_data(queue, config)
+        show_present_data(config)
         with quiet_runs():
             return _run_study(queue, quiet)
     finally:
