@@ -70,9 +70,9 @@ class TextDataset:
     `data_dir` is a folder with `train`, `validation` (or `valid`, `val`, `dev`) and `test`, or one file;
     docs/configuration.md lists the layouts. Without it the set comes from the hub, once: the copy stays in the cache.
     Validation rows come from the validation split, else they are held out of train, class by class. A test split
-    without labels is left out. `train_samples` and `val_samples` are random rows (`stratify`: class by class); more than there are takes
-    all. `truncation="head_tail"` keeps the first quarter of `max_length` and the rest from the end of the text.
-    `cache_dir` defaults to the environment variable GOE_CACHE, else `.goe_cache`.
+    without labels is left out. `train_samples` and `val_samples` are random rows, drawn class by class with `stratify`;
+    a larger number than there are takes all. `truncation="head_tail"` keeps the first quarter of `max_length` and the
+    rest from the end of the text. `cache_dir` defaults to the environment variable GOE_CACHE, else `.goe_cache`.
 
     `sources` instead of `data_dir` mixes several folders or files: each keeps its own classes ("imdb/positive"), and
     validation rows and subsets are taken from each. `groups` then holds every sample's source, and so does each of the
