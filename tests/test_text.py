@@ -621,7 +621,7 @@ def test_missing_and_unreadable_files_are_explained(folder, tmp_path):
         ("train.jsonl", b""),
     ]:
         (folder / name).write_bytes(content)
-        with pytest.raises(ConfigError, match=rf"{name}: cannot be read"):
+        with pytest.raises(ConfigError, match=rf"{name}(:\d)?: (cannot be read|not UTF-8)"):
             load(folder)
         (folder / name).unlink()
 

@@ -203,6 +203,26 @@ def test_a_file_without_a_header_has_its_columns_named(folder: Path, names: list
     assert texts(folder, columns=remedies(message)["columns"]) == TEXTS
 
 
+@pytest.mark.parametrize(
+    ("ending", "option", "is_used"),
+    [
+        (".parquet", {"encoding": "cp1252"}, False),
+        (".jsonl", {"delimiter": ";"}, False),
+        (".json", {"quotes": False}, False),
+        (".jsonl", {"encoding": "cp1252"}, True),
+        (".txt", {"delimiter": "tab"}, True),
+    ],
+)
+def test_an_option_that_no_file_uses_is_refused(
+    folder: Path, ending: str, option: dict[str, Any], is_used: bool
+) -> None:
+    (folder / f"train{ending}").write_bytes(content_of(ending))
+    if is_used:
+        assert texts(folder, **option) == TEXTS
+    else:
+        assert f"{next(iter(option))} is for other types of files" in refusal(folder, **option)
+
+
 def test_columns_that_do_not_fit_are_counted(folder: Path) -> None:
     (folder / "train.csv").write_text(csv_of(header=None))
     assert "columns has 3 names, and the first line has 2 cells" in refusal(folder, columns=["id", "text", "label"])
@@ -416,6 +436,20 @@ def test_a_text_in_another_encoding_is_named_in_a_folder_of_classes(folder: Path
             (folder / name / f"{row}.txt").write_bytes(f"café {row}".encode("cp1252"))
     assert "0.txt:1: not UTF-8" in refusal(folder)
     assert texts(folder, encoding="cp1252")[0] == "café 0"
+
+
+def test_other_files_beside_the_splits_do_no_harm(folder: Path) -> None:
+    """As in repositories of the hub."""
+    (folder / "data").mkdir()
+    (folder / "data" / "train-00000-of-00001.parquet").write_bytes(content_of(".parquet"))
+    (folder / "dataset_infos.json").write_text("{}")
+    (folder / "requirements.txt").write_text("x")
+    assert texts(folder) == TEXTS
+    (folder / "train.csv").write_text(csv_of())
+    (folder / "train.txt").write_text("a note")
+    (folder / "train").mkdir()
+    (folder / "train" / "old.csv").write_text("x\n")
+    assert texts(folder) == TEXTS
 
 
 @pytest.mark.parametrize("inside", ["", "data"])

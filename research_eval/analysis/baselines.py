@@ -1,4 +1,4 @@
-"""What a score has to beat: even guessing, always the most frequent class, and stored baselines of the data."""
+"""What a score has to beat: even guessing, always the majority class, and stored baselines of the data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Baseline:
 def baselines_of(store: Store, results: Results, metric: str) -> dict[str, list[Baseline]]:
     """Task -> its baselines, the lowest first; a task whose classes are not known has none.
 
-    A run's environment may hold measured baselines of its data. Guessing and the most frequent class follow from the
+    A run's environment may hold measured baselines of its data. Guessing and the majority class follow from the
     number of validation samples of each class.
     """
     found = _METRIC.fullmatch(metric)
@@ -48,7 +48,7 @@ def baselines_of(store: Store, results: Results, metric: str) -> dict[str, list[
 
 
 def expected_scores(support: Sequence[Any], score: str) -> dict[str, float]:
-    """The accuracy ("acc") or macro-F1 ("f1") of guessing all classes equally often, and of the most frequent class.
+    """The accuracy ("acc") or macro-F1 ("f1") of guessing all classes equally often, and of the majority class.
 
     `support` has the number of samples of each class. Guessing has its value in the limit of many samples: with C
     classes, recall is 1 / C and precision is the share p of the class, so that F1 is 2 p / (1 + C p).

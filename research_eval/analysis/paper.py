@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from research_eval.analysis.comparison import Comparison, p_text
 from research_eval.analysis.runs import Results
 from research_eval.analysis.statistics import PairedDifference
-from research_eval.analysis.summary import COSTS, Estimate, Options, Row, spent_text
+from research_eval.analysis.summary import COSTS, Estimate, Options, Row, baseline_texts, spent_text
 from research_eval.analysis.tables import Table, interval_text, metric_text, short_number
 from research_eval.store.metrics import gain_sign
 
@@ -37,6 +37,10 @@ def summary_paper(results: Results, rows: Sequence[Row], options: Options, extra
         line += [_with_interval(score, metric) for metric, score in zip(metrics, (row.score, row.test), strict=False)]
         line += [short_number(row.costs[name]) for name in costs]
         cells.append(line + [text(row) for _, text in further])
+    for task in dict.fromkeys(row.group.task for row in rows):
+        for name, *texts in baseline_texts(next(row for row in rows if row.group.task == task), options):
+            line = [*[results.tasks[task]] * tasks, name, "", *texts[: len(metrics)]]
+            cells.append(line + [""] * (len(columns) - len(line)))
     bold = {
         (line, 1 + tasks + place + 1)
         for place, metric in enumerate(metrics)

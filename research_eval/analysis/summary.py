@@ -172,7 +172,7 @@ def summary_table(results: Results, rows: Sequence[Row], options: Options) -> Ta
         line.append(spent_text(row.spent))
         cells.append(line)
     for task in dict.fromkeys(row.group.task for row in rows):
-        for name, score, test in _baseline_texts(next(row for row in rows if row.group.task == task), options):
+        for name, score, test in baseline_texts(next(row for row in rows if row.group.task == task), options):
             shown = {"model": name, "task": results.tasks[task], options.metric: score, options.test_metric: test}
             cells.append([shown.get(column, "") for column in columns])
     return Table(
@@ -184,7 +184,7 @@ def summary_table(results: Results, rows: Sequence[Row], options: Options) -> Ta
     )
 
 
-def _baseline_texts(row: Row, options: Options) -> list[tuple[str, str, str]]:
+def baseline_texts(row: Row, options: Options) -> list[tuple[str, str, str]]:
     """Name, score and test score of each baseline of the row's task that has a score of this kind."""
     lines = []
     for name, scores in row.baselines.items():

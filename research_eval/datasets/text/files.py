@@ -20,6 +20,7 @@ from research_eval.datasets.text.opening import CHUNK_BYTES, check_size, decompr
 from research_eval.datasets.text.source import (
     COMPRESSED,
     FILE_TYPES,
+    READER_OF_TYPE,
     SPLIT_OF_NAME,
     ColumnNames,
     FileSettings,
@@ -54,11 +55,15 @@ def read_rows(path: Path, names: ColumnNames, settings: FileSettings) -> tuple[d
     `names` are those that the two columns may have. Raises ConfigError for files that cannot be used.
     """
     tables: dict[str, RawRows] = {}
-    files = _files(path)
-    if not files:
-        tables = class_folders(path, settings.encoding)
-        if not tables:
-            raise ConfigError(_without_train(path))
+    try:
+        files = _files(path)
+        if not files:
+            tables = class_folders(path, settings.encoding)
+            if not tables:
+                raise ConfigError(_without_train(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}. Make its folders readable.") from error
+    _check_used(path, [file_type(file) for paths in files.values() for file in paths], settings)
     for name, paths in files.items():
         found = _read_split(paths, names, settings, labels_needed=name != "test")
         if found is not None:
@@ -108,23 +113,14 @@ def _files(path: Path) -> dict[str, list[Path]]:
         return {"train": [path]}
     if not path.is_dir():
         raise ConfigError(_not_there(path))
-    found: defaultdict[str, defaultdict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
-    for file in _listed(path):
-        match = re.fullmatch(r"([a-z]+)(?:-\d{5}-of-(\d{5})(?:-[0-9a-f]{16})?)?", stem_of(file).lower())
-        if file_type(file) and match and match[1] in SPLIT_OF_NAME:
-            name = f"{stem_of(file).partition('-')[0]}{file.name.removeprefix(stem_of(file))}"
-            kind = name if match[2] is None else f"{int(match[2])} shards of {name}"
-            found[SPLIT_OF_NAME[match[1]]][kind].append(file)
-    for folder in (path, path / "data"):  # a folder for each split, with any names in it
-        for inner in sorted(folder.iterdir()) if folder.is_dir() else ():
-            split = SPLIT_OF_NAME.get(inner.name)
-            if split is not None and split not in found and inner.is_dir():
-                parts = [file for file in sorted(inner.iterdir()) if file_type(file) and file.suffix != ".txt"]
-                found[split] |= {f"{inner.name}/*{''.join(part.suffixes)}": parts for part in parts[:1]}
-    if "train" not in found:
+    for place in (path, path / "data"):  # a folder as the hub gives it has the files in `data`
+        found = _kinds(place) if place.is_dir() else {}
+        if "train" in found:
+            break
+    else:
         return {}
     files = {}
-    for split in sorted(filter(found.get, found), key=("train", "validation", "test").index):
+    for split in sorted(found, key=("train", "validation", "test").index):
         if len(found[split]) > 1:
             raise ConfigError(f"{path}: {' and '.join(found[split])} are all the {split} split. Keep one of them.")
         ((kind, files[split]),) = found[split].items()
@@ -133,13 +129,33 @@ def _files(path: Path) -> dict[str, list[Path]]:
     return files
 
 
-def _listed(path: Path) -> list[Path]:
-    """The files of a folder, sorted. A folder as the hub gives it has them in its folder `data`."""
-    files = sorted(path.iterdir())
-    inside = path / "data"
-    if inside.is_dir() and not any(map(file_type, files)):
-        return sorted(inside.iterdir())
-    return files
+def _kinds(folder: Path) -> dict[str, dict[str, list[Path]]]:
+    """Split -> what its files are called together -> these files.
+
+    A table counts first, then a folder for the split with tables of any names in it, and a .txt if there is neither.
+    """
+    found: list[defaultdict[str, dict[str, list[Path]]]] = [defaultdict(dict), defaultdict(dict), defaultdict(dict)]
+    for file in sorted(folder.iterdir()):
+        match = re.fullmatch(r"([a-z]+)(?:-\d{5}-of-(\d{5})(?:-[0-9a-f]{16})?)?", stem_of(file).lower())
+        split = SPLIT_OF_NAME.get(match[1]) if match else None
+        if match and split and file_type(file):
+            name = f"{stem_of(file).partition('-')[0]}{file.name.removeprefix(stem_of(file))}"
+            kind = name if match[2] is None else f"{int(match[2])} shards of {name}"
+            found[0 if file_type(file) in FILE_TYPES else 2][split].setdefault(kind, []).append(file)
+        elif split and file.is_dir():
+            parts = [part for part in sorted(file.iterdir()) if file_type(part) in FILE_TYPES]
+            if parts:
+                found[1][split][f"{file.name}/"] = parts
+    return found[2] | found[1] | found[0]
+
+
+def _check_used(path: Path, types: list[str], settings: FileSettings) -> None:
+    """Raise ConfigError for an option that no file of these types uses."""
+    usual = FileSettings()
+    for name in ("delimiter", "columns", "quotes", "encoding"):
+        is_used = any(READER_OF_TYPE[one] == "csv" or (name == "encoding" and one != ".parquet") for one in types)
+        if getattr(settings, name) != getattr(usual, name) and not is_used and (types or name != "encoding"):
+            raise ConfigError(f"{path}: dataset_params.{name} is for other types of files than these. Leave it out.")
 
 
 def _how_to_read(path: Path) -> str:
@@ -170,7 +186,7 @@ def _without_train(path: Path) -> str:
     inside = sorted(path.iterdir())
     names = ", ".join(file.name for file in inside[:10]) or "nothing"
     wanted = ", ".join(f"train{ending}" for ending in FILE_TYPES)
-    single = next((file for file in inside if file_type(file)), None)
+    single = next((file for file in inside if file_type(file) and not file.name.startswith("dataset_info")), None)
     folder = next((one for one in inside if one.is_dir() and _has_train(one)), None)
     other = next((file for file in inside if file.suffix.lower() in OTHER_TYPES), None)
     remedy = "Put a file of one of these names there, or set dataset_params.data_dir to the file of the training rows."
