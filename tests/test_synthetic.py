@@ -210,7 +210,7 @@ def test_the_hash_covers_labels_and_boundaries() -> None:
     data = TokenData(np.array([1, 2, 3], np.int32), np.array([0, 1, 3]), np.array([0, 1]))
     relabelled = TokenData(data.tokens, data.offsets, data.labels[::-1])
     recut = TokenData(data.tokens, np.array([0, 2, 3]), data.labels)
-    assert len({synthetic._sha256(one) for one in (data, relabelled, recut)}) == 3
+    assert len({one.sha256() for one in (data, relabelled, recut)}) == 3
 
 
 @pytest.mark.parametrize("name", ["tables", "copying"])
