@@ -461,7 +461,8 @@ def config_cases() -> Iterator[Case]:
             if "list" in str(annotation) and name in ("list", "deep"):
                 continue
             label = f"{settings['model_type']} {settings['dataset_name']} {'.'.join(path)}: {name}"
-            yield case(label, config_text(settings, path, value), rf"{path[-1]}|config\.json:\d+:\d+: ")
+            # A data folder that is missing, as here, is said before the rest of the config is checked.
+            yield case(label, config_text(settings, path, value), rf"{path[-1]}|config\.json:\d+:\d+: |data_dir")
     yield from size_cases()
     yield from file_cases()
 

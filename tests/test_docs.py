@@ -418,7 +418,7 @@ def test_what_studies_search_is_on_the_page() -> None:
 
 def test_the_flags_are_those_of_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
     assert flags_on("configuration.md", "Command line") == flags_of(run.add_run_arguments, run.add_common_arguments)
-    common = {"epochs", "batch_size", "seed", "dry_run"}  # that mean something else in a study
+    common = {"epochs", "batch_size", "seed", "dry_run", "set"}  # that mean something else in a study
     assert flags_on("studies.md", "Flags") == flags_of(tune.add_study_arguments) | common
     assert flags_on("suggestions.md", "Flags") == flags_of(suggest.add_arguments)
     assert flags_on("evaluation.md", "Measure latency again") == flags_of(measure.add_arguments)

@@ -39,12 +39,17 @@ NAME_LENGTH = 24  # characters of a class or group
 
 
 def draw_routing(
-    metrics: dict[str, Any], reports: Sequence[dict[str, Any]], label_names: Sequence[str], folder: Path, title: str
+    metrics: dict[str, Any],
+    reports: Sequence[dict[str, Any]],
+    label_names: Sequence[str],
+    folder: Path,
+    title: str,
+    halts: bool = False,
 ) -> None:
     """Write PNG files into `folder`: each picture that has something to show.
 
     `reports` has the routing report of every epoch. A picture over epochs needs at least two of them. Path lengths are
-    drawn if they differ: without halting all paths are equally long.
+    drawn if they differ, or if the model `halts`: else all paths are equally long.
     """
     in_layers = routes_in_layers(metrics)
     loads = [report["expert_load"] for report in reports if "expert_load" in report]
@@ -59,7 +64,8 @@ def draw_routing(
         counts_CT, kind = [counts for _, counts in metrics["path_length_by_group"]], "group"
     else:
         names, counts_CT, kind = list(label_names), metrics.get("path_length_by_class", []), "class"
-    if np.count_nonzero(np.array(counts_CT).sum(0)) > 1:
+    num_lengths = np.count_nonzero(np.array(counts_CT).sum(0))
+    if num_lengths > (0 if halts else 1):
         draw_lengths(counts_CT, names, folder / LENGTH_FILE, f"Path lengths of each {kind}: {title}")
 
 

@@ -151,6 +151,11 @@ def study_options(arguments: argparse.Namespace) -> StudyOptions:
     types = names_of(_words(given("model_types", list(DEFAULT_TYPES))))
     if not types:
         raise ConfigError("--model_types: give at least one")
+    if sets:
+        try:
+            build_space(types, base, sets)  # alone, so that messages name the flag
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("--search_space:", "--set:")) from error
     space = build_space(types, base, narrowing)
     objectives = _objectives(given("objectives"), _selected_by(space.base))
     sampler = given("sampler", "tpe")
@@ -160,11 +165,6 @@ def study_options(arguments: argparse.Namespace) -> StudyOptions:
     for name, value in {"timeout": given("timeout"), "max_flops": max_flops}.items():
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ConfigError(f"--{name}: expected a number above 0, got {value}")
-    if sets:
-        try:
-            build_space(types, base, sets)  # alone, so that messages name the flag
-        except ConfigError as error:
-            raise ConfigError(str(error).replace("--search_space:", "--set:")) from error
     return StudyOptions(
         study_name=base["experiment_name"],
         storage=storage_url(given("storage", DEFAULT_STORAGE)),

@@ -8,6 +8,7 @@ from typing import Any
 
 from research_eval.config.sections import ExperimentConfig
 from research_eval.datasets.token_data import DataSplits
+from research_eval.routing.alarms import Circumstances
 from research_eval.runs.journal import Result
 from research_eval.system.best_effort import attempted
 
@@ -33,4 +34,5 @@ def draw_pictures(
         with attempted(log, f"run {result.experiment_id}: not all pictures of the routing"):
             from research_eval.analysis.routing_plots import draw_routing
 
-            draw_routing(result.metrics, reports, data.label_names, result.folder, config.experiment_name)
+            halts = Circumstances.of(config.epochs, config.model_params).halting
+            draw_routing(result.metrics, reports, data.label_names, result.folder, config.experiment_name, halts)

@@ -112,7 +112,7 @@ def _utf8(path: Path, stream: IO[bytes], encoding: str, is_given: bool) -> Itera
         if is_first:
             text = text.removeprefix("\ufeff")
         num_lines += text.count("\n")
-        report(f"{path.name}, line {num_lines:,}")
+        report(f"{path.name}, line {num_lines - 1:,}")
         try:
             yield text.encode()
         except UnicodeEncodeError as error:  # an encoding such as utf-7 can spell half a surrogate pair

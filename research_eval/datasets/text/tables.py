@@ -89,9 +89,11 @@ def _csv(path: Path, names: Container[str], settings: FileSettings) -> TableFile
             return "error"
 
         with text_of(path, settings.encoding) as file:
+            # Arrow reads ahead in a thread of its own. If that calls Python while the program ends, the process aborts.
+            content = pa.BufferReader(file.read())
             try:
                 table = csv.read_csv(
-                    file,
+                    content,
                     csv.ReadOptions(
                         block_size=BLOCK_BYTES,
                         skip_rows=layout.skipped,
@@ -258,7 +260,9 @@ def _json_lines(path: Path, settings: FileSettings) -> TableFile:
         with text_of(path, settings.encoding) as file:
             try:
                 options = jsonl.ReadOptions(block_size=BLOCK_BYTES)
-                return jsonl.read_json(file, options, jsonl.ParseOptions(explicit_schema=explicit))
+                return jsonl.read_json(
+                    pa.BufferReader(file.read()), options, jsonl.ParseOptions(explicit_schema=explicit)
+                )
             except pa.ArrowInvalid as error:
                 raise ConfigError(_json_problem(path, settings, error)) from error
 
