@@ -263,7 +263,7 @@ def interval_text(shares: list[float]) -> str:
 
 
 def flops_text(plan: Study, runs: dict[str, list[dict[str, Any]]]) -> str:
-    """The smallest and the largest forward FLOPs of the arms that are meant to be equal, then those of the others."""
+    """A sentence on forward FLOPs: the range over the arms that are meant to be equal, then each other arm."""
     costs = {
         arm: statistics.mean(float(run["inference_flops_per_sample"]) for run in results) / 1e6
         for arm, results in runs.items()

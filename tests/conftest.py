@@ -35,6 +35,19 @@ def _no_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("research_eval.system.phases.SECONDS_BEFORE_SHOWN", 600.0)
 
 
+@pytest.fixture(name="drawn")
+def _drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """File stem -> figure, for all pictures that are drawn after this; no file has content."""
+    figures: dict[str, Any] = {}
+
+    def kept(figure: Any, _: str, name: str) -> bytes:
+        figures[name] = figure
+        return b""
+
+    monkeypatch.setattr("research_eval.system.drawing.encoded", kept)
+    return figures
+
+
 @pytest.fixture
 def build_model() -> Callable[..., EvaluableModel]:
     """build_model(name, **arguments): a small model without dropout, the same one at every call."""

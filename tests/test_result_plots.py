@@ -25,7 +25,6 @@ from research_eval.analysis.study_axes import tick_texts
 from research_eval.analysis.summary import Options, summary_rows
 from research_eval.analysis.tables import Table
 from research_eval.routing.roles import Usage, expert_roles, members_of
-from research_eval.system import drawing
 from research_eval.tasks.classification import macro_f1, per_class
 
 F1, COST = "final_val_f1", "param_count"
@@ -38,26 +37,13 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
     made.store.close()
 
 
-@pytest.fixture(name="figures")
-def _figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """File stem -> figure, for all pictures that are drawn after this; no file has content."""
-    drawn: dict[str, Any] = {}
-
-    def kept(figure: Any, _: str, name: str) -> bytes:
-        drawn[name] = figure
-        return b""
-
-    monkeypatch.setattr(drawing, "encoded", kept)
-    return drawn
-
-
-def drawn_costs(lab: Lab, figures: dict[str, Any], tmp_path: Path, **settings: Any) -> Any:
+def drawn_costs(lab: Lab, drawn: dict[str, Any], tmp_path: Path, **settings: Any) -> Any:
     """The figure of scores against parameters."""
     results = lab.results(F1, *COSTS)
     score = Score.of(results, F1)
     score = Score(**vars(score) | settings)
     assert draw_cost_plot(results, COST, score, 0.95, tmp_path / "plot.png")
-    return figures["plot"]
+    return drawn["plot"]
 
 
 def legend_of(figure: Any) -> list[str]:
@@ -122,12 +108,12 @@ def test_clearly_worse_is_what_the_slow_way_says(configs: list[tuple[int, list[f
 
 
 def test_each_standing_has_its_look_and_its_place_in_the_legend(
-    lab: Lab, figures: dict[str, Any], tmp_path: Path
+    lab: Lab, drawn: dict[str, Any], tmp_path: Path
 ) -> None:
     add_seeds(lab, [0.70, 0.72, 0.74], 100, 0.1)
     add_seeds(lab, [0.30, 0.31, 0.32], 300, 0.3)
     add_seeds(lab, [0.10], 400, 0.4)
-    figure = drawn_costs(lab, figures, tmp_path)
+    figure = drawn_costs(lab, drawn, tmp_path)
     (panel,) = figure.axes
     shown = {one.get_label(): one for one in panel.collections if one.get_label() in Standing.__members__}
     assert {name: one.get_offsets().tolist() for name, one in shown.items()} == {
@@ -144,10 +130,10 @@ def test_each_standing_has_its_look_and_its_place_in_the_legend(
 # ------------------------------------------------------------------------------------------------- ticks and titles
 
 
-def test_costs_that_differ_by_a_percent_have_different_ticks(lab: Lab, figures: dict[str, Any], tmp_path: Path) -> None:
+def test_costs_that_differ_by_a_percent_have_different_ticks(lab: Lab, drawn: dict[str, Any], tmp_path: Path) -> None:
     for number, cost in enumerate((100_000, 100_400, 101_000)):
         lab.add(0.5 + number / 100, metrics={COST: cost}, optimizer_params={"lr": 0.1 + number})
-    (panel,) = drawn_costs(lab, figures, tmp_path).axes
+    (panel,) = drawn_costs(lab, drawn, tmp_path).axes
     for axis in (panel.xaxis, panel.yaxis):
         texts = [tick.get_text() for tick in axis.get_ticklabels()]
         assert len(texts) >= 3
@@ -156,13 +142,13 @@ def test_costs_that_differ_by_a_percent_have_different_ticks(lab: Lab, figures: 
         assert all(low <= place <= high for place in axis.get_ticklocs())
 
 
-def test_a_long_name_is_wrapped_and_not_cut_off(lab: Lab, figures: dict[str, Any], tmp_path: Path) -> None:
+def test_a_long_name_is_wrapped_and_not_cut_off(lab: Lab, drawn: dict[str, Any], tmp_path: Path) -> None:
     lab.add(0.5, metrics={COST: 10}, dataset="a data set with a rather long name of many words, for reasons of its own")
     results = lab.results(
         F1, *COSTS, dataset="a data set with a rather long name of many words, for reasons of its own"
     )
     draw_cost_plot(results, COST, Score.of(results, F1), 0.95, tmp_path / "plot.png")
-    figure = figures["plot"]
+    figure = drawn["plot"]
     lines = figure.get_suptitle().splitlines()
     assert len(lines) > 1
     assert max(map(len, lines)) * 0.0077 * 11.5 <= figure.get_figwidth()
@@ -198,12 +184,12 @@ def test_baselines_come_from_the_classes_and_from_the_environment(lab: Lab) -> N
     assert baselines_of(lab.store, results, "final_val_loss") == {}
 
 
-def test_near_baselines_are_lines_and_far_ones_a_sentence(lab: Lab, figures: dict[str, Any], tmp_path: Path) -> None:
+def test_near_baselines_are_lines_and_far_ones_a_sentence(lab: Lab, drawn: dict[str, Any], tmp_path: Path) -> None:
     for number in range(3):
         lab.add(0.80 + number / 20, metrics={COST: 10 + number}, optimizer_params={"lr": 0.1 + number})
     (task,) = lab.results(F1).tasks
     known = [Baseline("chance", 0.1), Baseline("TF-IDF", 0.75)]
-    (panel,) = drawn_costs(lab, figures, tmp_path, baselines={task: known}).axes
+    (panel,) = drawn_costs(lab, drawn, tmp_path, baselines={task: known}).axes
     lines = {line.get_label(): line.get_ydata()[0] for line in panel.lines if "TF" in str(line.get_label())}
     assert lines == {"TF-IDF 0.750": 0.75}
     assert panel.get_ylim()[0] < 0.75

@@ -63,19 +63,6 @@ def test_what_a_run_does_not_have_is_not_drawn(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture(name="drawn")
-def _drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """File stem -> figure, for all pictures that are drawn after this; no file has content."""
-    figures: dict[str, Any] = {}
-
-    def kept(figure: Any, _: str, name: str) -> bytes:
-        figures[name] = figure
-        return b""
-
-    monkeypatch.setattr(drawing, "encoded", kept)
-    return figures
-
-
 def texts_of(panel: Any) -> list[str]:
     return [text.get_text() for text in panel.texts]
 
