@@ -286,7 +286,7 @@ def test_without_scikit_learn_there_is_one_message(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
     ended = command(main.main, "--json_config_path", "c.json", "--baselines")
     assert ended.code == 2
-    assert ended.err.strip().endswith("needs scikit-learn: pip install 'graph-of-experts[baselines]'")
+    assert ended.err.strip().endswith("needs scikit-learn: pip install scikit-learn")
     assert not Path(DB_FILE).exists()
 
 

@@ -71,7 +71,7 @@ def linear_scores(rows: Mapping[str, Rows]) -> dict[str, float]:
         from sklearn.metrics import accuracy_score, f1_score
     except ImportError as error:
         raise ConfigError(
-            "--baselines: TF-IDF + logistic regression needs scikit-learn: pip install 'graph-of-experts[baselines]'"
+            "--baselines: TF-IDF + logistic regression needs scikit-learn: pip install scikit-learn"
         ) from error
     train = rows["train"]
     log.info("fitting TF-IDF + logistic regression to %s texts", f"{len(train.texts):,}")
