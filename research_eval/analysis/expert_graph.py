@@ -29,11 +29,11 @@ from research_eval.analysis.figures import (
     set_heading,
     stage,
 )
+from research_eval.routing.report import DEAD
 
 CROWD = 16  # with more experts than this, the picture stops growing and hides the thinnest flows
 HAIR = 0.002  # share of the samples below which a flow is one of the thinnest
 WRITTEN = 0.04  # share of the samples from which an edge has its share written on it
-DEAD = 0.01  # an expert with less than this share of an even load is dead, as in `routing.report.load_metrics`
 NODE_SIZE = 25.0  # diameter of a node in points, if there is room
 COLUMN_INCHES = 1.9
 SMALL_INCHES = 2.5  # width of a small graph

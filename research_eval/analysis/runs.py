@@ -76,7 +76,7 @@ class Group:
     @property
     def config(self) -> dict[str, Any]:
         """The config of the first run; empty if an earlier version of the program stored something else."""
-        return _parsed(self.runs[0].config_json)
+        return stored_object(self.runs[0].config_json)
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def keys(row: RunRow, with_place: bool = True) -> tuple[str, str]:
     found = _cut(row.config_json, row.experiment_name, row.seed, with_place)
     if found is not None:
         return found
-    config = _parsed(row.config_json)
+    config = stored_object(row.config_json)
     found = _cut(json.dumps(config, sort_keys=True), config.get("experiment_name"), config.get("seed"), with_place)
     if found is not None:
         return found
@@ -308,7 +308,7 @@ def without_data(task: str) -> str:
 @lru_cache(maxsize=4096)
 def _with_data(task: str, data_sha256: str | None) -> str:
     """The key of a task, with the beginning of the hash of its data."""
-    return json.dumps({**_parsed(task), "data": (data_sha256 or "unknown")[:DATA_DIGITS]}, sort_keys=True)
+    return json.dumps({**stored_object(task), "data": (data_sha256 or "unknown")[:DATA_DIGITS]}, sort_keys=True)
 
 
 def _has_place(config_json: str) -> bool:
@@ -325,7 +325,7 @@ def _task_key(text: str, with_place: bool) -> str | None:
     task = _without(text, ("data_dir",))
     if task is None or with_place or '"sources": ["' not in task:
         return task
-    section = _parsed(task)
+    section = stored_object(task)
     return json.dumps({**section, "sources": names_of_sources(section["sources"])}, sort_keys=True)
 
 
@@ -342,15 +342,10 @@ def _training_key(text: str) -> str | None:
 
 def _without(text: str, names: Sequence[str]) -> str | None:
     """The JSON object of `text` without these keys; None if the text is no object."""
-    section = _parsed(text)
+    section = stored_object(text)
     if not section and text.strip() != "{}":
         return None
     return json.dumps({key: value for key, value in section.items() if key not in names}, sort_keys=True)
-
-
-def _parsed(text: str) -> dict[str, Any]:
-    """The stored JSON object; empty for anything else."""
-    return stored_object(text)
 
 
 # ------------------------------------------------------------------------------------------------- what differs
@@ -387,7 +382,7 @@ def _labels(tasks: set[str]) -> dict[str, str]:
     if len(tasks) == 1:
         return dict.fromkeys(tasks, "")
     ordered = sorted(tasks)
-    varied = dict(zip(ordered, differences([flat(_parsed(task)) for task in ordered]), strict=True))
+    varied = dict(zip(ordered, differences([flat(stored_object(task)) for task in ordered]), strict=True))
     by_value = sorted(ordered, key=lambda task: [_sortable(value) for value in varied[task].values()])
     return {task: described(varied[task]) or "no parameters" for task in by_value}
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 PERMUTATIONS = 100  # shuffles for the null distribution
+DEAD = 0.01  # share of an even load below which an expert is dead
 
 
 def load_metrics(counts_TN: NDArray[np.int64]) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def load_metrics(counts_TN: NDArray[np.int64]) -> dict[str, Any]:
     return {
         "expert_load": (counts_TN / np.maximum(counts_TN.sum(1, keepdims=True), 1)).round(6).tolist(),
         "expert_load_cv": float(share_N.std() / fair),
-        "dead_experts": int((share_N < 0.01 * fair).sum()),
+        "dead_experts": int((share_N < DEAD * fair).sum()),
     }
 
 

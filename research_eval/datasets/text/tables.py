@@ -35,7 +35,6 @@ PARQUET_ROWS = 1000  # that are decompressed at once
 MAX_LIST_BYTES = 2**28  # of a JSON list, which is parsed as a whole
 MAX_HEADER = 1 << 20  # characters of the first line of a CSV file
 SAMPLE_ROWS = 100
-SHOWN_ROWS = 5  # in a message
 CELL_LIMIT = 2**31 - 1
 ONE_TYPE = "Give all values of the column one type: numbers, or text in quotation marks."
 
