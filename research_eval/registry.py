@@ -145,10 +145,16 @@ def _import_extension(file: Path) -> None:
 
 MODEL_TYPE = "model_type"  # the key of a config, and the parameter of a study, that names the model
 MODELS_MAP: Registry[Any] = Registry(MODEL_TYPE, "research_eval.models")
+LANGUAGE_MODELS: Registry[Any] = Registry(MODEL_TYPE, "research_eval.models.language")
 SYNTHETIC_DATASETS: Registry[Any] = Registry("dataset_name", "research_eval.datasets")
 TASKS: Registry[Any] = Registry("task", "research_eval.tasks")
 CHOICES: Registry[Any] = Registry("router_mode", "research_eval.layers.path")
 DISPATCHERS: Registry[Any] = Registry("dispatcher", "research_eval.layers")
+
+
+def models_for(task: str) -> Registry[Any]:
+    """The models that can be trained for a task: MODELS_MAP, or for the task "next_token" LANGUAGE_MODELS."""
+    return LANGUAGE_MODELS if task == "next_token" else MODELS_MAP
 
 
 class Registered:

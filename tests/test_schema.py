@@ -347,7 +347,8 @@ def test_all_mistakes_of_a_file_are_reported_at_once_in_its_order() -> None:
         "runs/a.json:13: duplicate key 'epochs', first on line 4",
         "runs/a.json:13: batch_size: expected int, got 1.5.",
         "runs/a.json:14: scheduler_params: duplicate key 'name', first on line 14",
-        "runs/a.json:14: optimizer_params.name: expected one of 'adamw', 'sgd', got \"adam\". Did you mean 'adamw'?",
+        "runs/a.json:14: optimizer_params.name: expected one of 'adamw', 'sgd', 'muon', got \"adam\". "
+        "Did you mean 'adamw'?",
         "runs/a.json:15: training_params: expected an object, got 3.",
     ]
 

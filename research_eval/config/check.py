@@ -10,6 +10,7 @@ from typing import Any
 from research_eval.annotations import INT_MAX
 from research_eval.config.complaints import Location, Report
 from research_eval.config.construction import dataset_params, model_params
+from research_eval.config.defaults import add_defaults
 from research_eval.config.jsonc import MAX_DEPTH, read_object, read_text
 from research_eval.config.sections import ExperimentConfig
 from research_eval.errors import ConfigError
@@ -90,6 +91,7 @@ def _check(data: dict[str, Any], report: Report) -> ExperimentConfig:
     load_extensions()  # before the report: a file that fails is no mistake of the config
     data.pop("$schema", None)
     _check_values(data, (), report)
+    add_defaults(data)
     config = report.validated(ExperimentConfig, data)
     sections = {"dataset_params": dataset_params(data, report), "model_params": model_params(data, report)}
     report.raise_if_any()

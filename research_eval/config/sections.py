@@ -29,10 +29,10 @@ class _Section(BaseModel):
 class OptimizerParams(_Section):
     """The optimiser and what scales its gradients."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    """Update rule."""
+    name: Literal["adamw", "sgd", "muon"] = "adamw"
+    """Update rule; muon orthogonalises the updates of matrices and uses adamw for all other parameters."""
     lr: Annotated[Positive, Range(3e-4, 1e-2, log=True)] = 1e-3
-    """Largest learning rate."""
+    """Largest learning rate; for muon, that of the matrices."""
     weight_decay: Annotated[Weight, Range(1e-3, 0.3, log=True)] = 0.01
     """Decay of weight matrices: decoupled for adamw, added to the gradient for sgd."""
     grad_clip_norm: Positive | None = 1.0
@@ -46,14 +46,19 @@ class OptimizerParams(_Section):
     edge_lr_mult: Weight = 10.0
     """Learning rate of the edge tables of scan experts relative to `lr`."""
     momentum: Annotated[Share, Range(0.5, 0.95), When("name", "sgd")] = 0.9
-    """Momentum of sgd; an error with adamw."""
+    """Momentum of sgd; an error with the other update rules."""
+    adam_lr: Annotated[Positive | None, Younger()] = None
+    """Largest learning rate of the parameters that muon leaves to adamw; null for 3e-3. An error without muon."""
+    adam_beta2: Annotated[Share | None, Younger()] = None
+    """Decay of adamw's squared gradients; null for 0.999, and for 0.95 beside muon."""
 
-    @field_validator("momentum")  # runs for a given value only, never for the default
+    @field_validator("momentum", "adam_lr")  # runs for a given value only, never for the default
     @classmethod
-    def _only_for_sgd(cls, momentum: float, info: Any) -> float:
-        if info.data.get("name") == "adamw":
-            raise ValueError("must be left out unless name is 'sgd'")
-        return momentum
+    def _only_for_its_rule(cls, value: float | None, info: Any) -> float | None:
+        owner = {"momentum": "sgd", "adam_lr": "muon"}[info.field_name]
+        if value is not None and info.data.get("name", owner) != owner:
+            raise ValueError(f"must be left out unless name is {owner!r}")
+        return value
 
 
 class SchedulerParams(_Section):
@@ -129,6 +134,19 @@ class TrainingParams(_Section):
     """How rows reach the process that holds their expert: local (one process), or a dispatcher of your own."""
     keep_memory: bool = False
     """Linux: let the process keep freed memory instead of giving it back to the system after every step."""
+    max_steps: Annotated[Count | None, Younger()] = None
+    """Length of the training in optimiser steps, in place of epochs; null for the epochs."""
+    max_tokens: Annotated[Count | None, Younger()] = None
+    """Length of the training in tokens, in place of epochs; null for the epochs. Give it or max_steps."""
+    eval_every: Annotated[Count | None, Younger()] = None
+    """Steps between evaluations; null for one after each epoch."""
+
+    @field_validator("max_tokens")
+    @classmethod
+    def _one_length(cls, max_tokens: int | None, info: Any) -> int | None:
+        if max_tokens is not None and info.data.get("max_steps") is not None:
+            raise ValueError("max_steps gives the length of the training too: give one of the two")
+        return max_tokens
 
 
 class ExperimentConfig(_Section):
@@ -167,7 +185,9 @@ class ExperimentConfig(_Section):
         config = self.model_dump(mode="json")
         if self.optimizer_params.name != "sgd":
             del config["optimizer_params"]["momentum"]
-        for section, values in ((self, config), (self.training_params, config["training_params"])):
+        sections = [(self, config)]
+        sections += [(getattr(self, name), config[name]) for name in ("optimizer_params", "training_params")]
+        for section, values in sections:
             for name in younger_fields(type(section)):
                 if getattr(section, name) == type(section).model_fields[name].default:
                     del values[name]

@@ -39,6 +39,9 @@ class DatasetKind(ABC):
     generated: bool = False
     """Whether the parameters alone determine the splits, without files or network, so that a suggested config can be
     tried out before a run."""
+    config_defaults: Mapping[str, Mapping[str, Any]] = {}
+    """Section of a config -> the values that it has for this kind where a config does not give them. If a section has a
+    `name`, its values count only for the name that they hold."""
     own_data: str = ""
     """A sentence for the message about an unknown name: how a user brings data of another name."""
 

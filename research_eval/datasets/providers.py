@@ -88,5 +88,5 @@ def _loaders(
     splits: DataSplits, batch_size: int, seed: int, device: torch.device | str
 ) -> tuple[Batches, Batches, DataSplits]:
     """Train in a new order every epoch, drawn from `seed`; validation always in the same order."""
-    train = Batches(splits.train, batch_size, device, seed)
-    return train, Batches(splits.validation, batch_size, device), splits
+    train = splits.train.batches(batch_size, device, seed)
+    return train, splits.validation.batches(batch_size, device), splits

@@ -61,6 +61,21 @@ class TokenData:
         """Tokens per sample, [N]."""
         return np.diff(self.offsets)
 
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples of one pass of the training."""
+        return len(self)
+
+    def batches(
+        self,
+        batch_size: int,
+        device: torch.device | str = "cpu",
+        seed: int | None = None,
+        curriculum_epochs: float = 0.0,
+    ) -> Batches:
+        """The split as batches: for training with a `seed`, else for evaluation (see `Batches`)."""
+        return Batches(self, batch_size, device, seed, curriculum_epochs)
+
     def sample(self, index: int) -> list[int]:
         """The tokens of one sample."""
         return [int(token) for token in self.tokens[self.offsets[index] : self.offsets[index + 1]]]
@@ -97,9 +112,10 @@ class DataSplits:
 class Batch(NamedTuple):
     """`input_ids` [B, L] int64, padded with 0; `attention_mask` [B, L], True where a token is real; `labels` [B].
 
-    Labels are class numbers (int64), or targets (float32) if the task has no classes. `paths` [B, T] is the right path
-    of each sample, if the task knows it; `rows` [B] its place in the split. `num_tokens` counts the real tokens, and a
-    sample without any as one.
+    Labels are class numbers (int64), or targets (float32) if the task has no classes. Running text has a label for each
+    token, [B, L]. `paths` [B, T] is the right path of each sample, if the task knows it; `rows` [B] its place in the
+    split. `num_tokens` counts the real tokens, and a sample without any as one. `documents` [B, L] numbers the document
+    of each token, if a sample has tokens of several documents that must not see each other.
     """
 
     input_ids: torch.Tensor
@@ -108,6 +124,7 @@ class Batch(NamedTuple):
     paths: torch.Tensor | None = None
     rows: NDArray[np.int64] | None = None
     num_tokens: int | None = None
+    documents: torch.Tensor | None = None
 
 
 class Batches:

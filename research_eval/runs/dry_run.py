@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from research_eval.config.sections import ExperimentConfig
-from research_eval.datasets.token_data import Batches, DataSplits
+from research_eval.datasets.token_data import DataSplits
 from research_eval.models.base_model import EvaluableModel
 from research_eval.runs.data_block import data_block
 from research_eval.runs.prepare import prepare
@@ -25,7 +25,7 @@ def describe(config: ExperimentConfig) -> str:
     The data are loaded and the model is built, so this finds the same errors as a run. Raises ConfigError.
     """
     runtime, data, model = prepare(config)
-    validation = Batches(data.validation, config.batch_size, runtime.device)
+    validation = data.validation.batches(config.batch_size, runtime.device)
     task = task_of(config.task, data)
     forward, training = measure_flops(model, validation, runtime, task=task)
     weights, activations = memory_estimate(model, config, data, runtime)
@@ -88,7 +88,7 @@ def memory_estimate(
     # AdamW: weights, gradients and two moments; SGD: weights, gradients and momentum. A weight average is one more.
     copies = {"adamw": 4, "sgd": 3}[config.optimizer_params.name] + (config.training_params.ema_decay > 0)
     longest = np.argsort(-data.train.lengths, kind="stable")[: config.batch_size]
-    batch = Batches(data.train, config.batch_size, runtime.device).take(longest)
+    batch = data.train.batches(config.batch_size, runtime.device).take(longest)
     # Linear layers save their weights too; these are already in the first figure.
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, int] = {}

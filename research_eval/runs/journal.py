@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -127,11 +128,11 @@ class Journal:
         self._experiment_id = experiment_id
         self._writer = RunWriter(store, experiment_id)
         self._progress = progress
-        self._steps_per_epoch = 1  # until `start` reports the real number
+        self._period = 1  # until `start` reports the real number
 
-    def start(self, state: TrainingState, steps_per_epoch: int, total_steps: int) -> None:
+    def start(self, state: TrainingState, steps_per_evaluation: int, total_steps: int) -> None:
         """Delete stored rows after the checkpoint, because the resumed training writes them again."""
-        self._steps_per_epoch = steps_per_epoch
+        self._period = steps_per_evaluation
         self._writer.write(("truncate", state.step))
         self._progress.start(state.step, total_steps)
 
@@ -145,15 +146,16 @@ class Journal:
         values = {"val_loss": evaluation.loss, **{f"val_{name}": score for name, score in evaluation.scores.items()}}
         scalars = {name: float(value) for name, value in model_metrics.items() if isinstance(value, int | float)}
         self._write(step, {**scalars, **values})
-        self._progress.epoch(step // self._steps_per_epoch, values)
+        number = math.ceil(step / self._period)  # the last period may be shorter
+        self._progress.epoch(number, values)
         for alarm in model_metrics.get("alarms", ()):
             self._progress.warn(str(alarm))
         if self.watch is not None:
-            self.watch(step // self._steps_per_epoch, values)
+            self.watch(number, values)
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         """Add values of one step to the history. Their epoch is a fraction within an epoch."""
-        epoch = step / self._steps_per_epoch
+        epoch = step / self._period
         rows = [HistoryRow(step, epoch, name, value) for name, value in values.items()]
         self._writer.write(("history", rows))
 

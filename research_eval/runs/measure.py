@@ -19,7 +19,7 @@ from research_eval.analysis.statistics import Interval, median_interval
 from research_eval.config.check import config_from_dict
 from research_eval.config.sections import ExperimentConfig
 from research_eval.datasets.providers import load_splits
-from research_eval.datasets.token_data import Batch, Batches, DataSplits
+from research_eval.datasets.token_data import Batch, DataSplits
 from research_eval.errors import ConfigError
 from research_eval.files import run_folder
 from research_eval.layers.block import compile_blocks
@@ -142,7 +142,7 @@ def subjects(
         place = f"{config.dataset_type} {config.dataset_name} {config.dataset_params} {runtime.device}"
         if place not in known:
             data = load_splits(config.dataset_type, config.dataset_name, config.dataset_params, config.seed)
-            known[place] = data, timed_batches(Batches(data.validation, batch_size, runtime.device))
+            known[place] = data, timed_batches(data.validation.batches(batch_size, runtime.device))
         data, batches = known[place]
         if data.vocab_size > description["vocab_size"] or data.max_length > description["max_length"]:
             raise ConfigError(

@@ -55,7 +55,7 @@ def score(
     metrics |= routing_metrics(model, evaluation, data.validation, data.num_classes, task)
     metrics |= role_metrics(model, evaluation, data, task)
     metrics |= alarm_metrics(state.reports, config)
-    validation = Batches(data.validation, config.training_params.eval_batch_size or config.batch_size, runtime.device)
+    validation = data.validation.batches(config.training_params.eval_batch_size or config.batch_size, runtime.device)
     metrics |= {
         "final_val_loss": evaluation.loss,
         **{f"final_val_{name}": value for name, value in evaluation.scores.items()},
@@ -68,7 +68,7 @@ def score(
         weights, _ = load_tensors(in_folder(folder, MODEL_FILE))
         load_weights(model, weights, folder / MODEL_FILE)
         for name, split in {"": data.test, **{f"{name}_": part for name, part in data.further_tests.items()}}.items():
-            scored[f"test_{name}"] = Batches(split, validation.batch_size, runtime.device)
+            scored[f"test_{name}"] = split.batches(validation.batch_size, runtime.device)
             test = evaluate(model, scored[f"test_{name}"], task.num_outputs(data), runtime, task)
             values = {"loss": test.loss, **test.scores}
             metrics |= {f"test_{name}{score}": value for score, value in values.items()}
@@ -103,7 +103,7 @@ def _costs(
     `active_flops_per_sample` is the analytic figure, averaged over the lengths of the validation split.
     """
     meter = LoadMeter()  # counting FLOPs takes time too, and a longer look sees more of the load of the machine
-    per_epoch = steps_per_epoch(config, len(data.train))
+    per_epoch = steps_per_epoch(config, data.train.samples_per_epoch)
     forward_flops, training_flops = measure_flops(model, validation, runtime, task=task)
     # One analytic count per distinct length, weighted by the number of its samples.
     lengths, counts = np.unique(data.validation.lengths, return_counts=True)
@@ -114,7 +114,7 @@ def _costs(
         "param_count": model.get_parameter_count(),
         "active_param_count": model.get_active_parameter_count(),
         "inference_flops_per_sample": forward_flops,
-        "train_flops": training_flops * len(data.train) * state.step / per_epoch,
+        "train_flops": training_flops * data.train.samples_per_epoch * state.step / per_epoch,
         **measure_latency(model, validation, runtime, meter=meter),
     }
     if None not in analytic:  # the model knows its own FLOPs

@@ -80,7 +80,6 @@ def rehearse(config: ExperimentConfig) -> str | None:
         return None
     import torch
 
-    from research_eval.datasets.token_data import Batches
     from research_eval.models.base_model import adapt
     from research_eval.runs.prepare import create_model, model_context
     from research_eval.tasks.base import task_of
@@ -88,7 +87,7 @@ def rehearse(config: ExperimentConfig) -> str | None:
     data = _splits_of(config.dataset_type, config.dataset_name, canonical_json(config.dataset_params), config.seed)
     context = model_context(config, data)
     samples = np.arange(min(len(data.train), REHEARSED_SAMPLES))
-    batches = Batches(data.train, config.batch_size)
+    batches = data.train.batches(config.batch_size)
     try:
         with torch.random.fork_rng(devices=[]):
             params = config.model_params

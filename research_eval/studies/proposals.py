@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial
 from research_eval.config.check import config_from_dict
 from research_eval.config.sections import ExperimentConfig
 from research_eval.datasets.providers import load_splits
-from research_eval.datasets.token_data import Batches, DataSplits
+from research_eval.datasets.token_data import DataSplits
 from research_eval.errors import ConfigError
 from research_eval.experiment import prepare
 from research_eval.seeding import derive_seed
@@ -132,7 +132,7 @@ def costs(config: ExperimentConfig, names: Sequence[str]) -> dict[str, float]:
     """The `COSTS` with these names, of the model before any training."""
     data = splits_of(config.dataset_type, config.dataset_name, canonical_json(config.dataset_params), config.seed)
     runtime, _, model = prepare(config, data)
-    validation = Batches(data.validation, config.training_params.eval_batch_size or config.batch_size, runtime.device)
+    validation = data.validation.batches(config.training_params.eval_batch_size or config.batch_size, runtime.device)
     found: dict[str, float] = {"param_count": model.get_parameter_count()}
     if set(names) & {"inference_flops_per_sample", "train_flops"}:
         forward, training = measure_flops(model, validation, runtime)

@@ -48,10 +48,15 @@ class Evaluation:
 
 
 class Task(ABC):
-    """A task kind. Objects have no state: every method is a function of its arguments."""
+    """A task kind. The methods of an object are functions of their arguments and of the data that `of` received."""
 
     name: ClassVar[str]
     selected_by: ClassVar[str]  # name of the score (without `val_`) that selects the best weights
+
+    @classmethod
+    def of(cls, data: DataSplits) -> Task:
+        """The task for these data. A task that needs facts about them, such as the bytes of a token, overrides this."""
+        return cls()
 
     @abstractmethod
     def num_outputs(self, data: DataSplits) -> int:
@@ -98,7 +103,7 @@ class Task(ABC):
 
 def task_of(name: str | None, data: DataSplits) -> Task:
     """The task of this name; without a name, the task of the data. Raises ConfigError for an unknown name."""
-    task: Task = TASKS.get_or_explain(name or data.task)()
+    task: Task = TASKS.get_or_explain(name or data.task).of(data)
     return task
 
 

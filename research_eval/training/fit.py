@@ -21,7 +21,8 @@ from research_eval.training.checkpointer import CHECKPOINT_FILE as CHECKPOINT_FI
 from research_eval.training.checkpointer import MODEL_FILE as MODEL_FILE
 from research_eval.training.checkpointer import Checkpointer
 from research_eval.training.evaluate import evaluate
-from research_eval.training.optimizers import build_optimizer, build_schedule, steps_per_epoch
+from research_eval.training.length import Length
+from research_eval.training.optimizers import build_optimizer, build_schedule
 from research_eval.training.parallel import OneProcess, Parallel
 from research_eval.training.routing_watch import RoutingWatch
 from research_eval.training.runtime import Runtime, stop_requests
@@ -35,7 +36,7 @@ class Observer(Protocol):
     `epoch_end` may raise Pruned to end the run.
     """
 
-    def start(self, state: TrainingState, steps_per_epoch: int, total_steps: int) -> None: ...
+    def start(self, state: TrainingState, steps_per_evaluation: int, total_steps: int) -> None: ...
     def train_values(self, step: int, values: dict[str, float]) -> None: ...
     def epoch_end(self, step: int, evaluation: Evaluation, model_metrics: dict[str, Any]) -> None: ...
 
@@ -60,34 +61,33 @@ def fit(
     parallel = parallel or OneProcess()
     options, task = config.training_params, task_of(config.task, data)
     selection = Selection.of(task, options.select_by, options.early_stopping_metric)
-    train = Batches(
-        data.train, config.batch_size, runtime.device, config.seed, curriculum_epochs=options.curriculum * config.epochs
+    train = data.train.batches(
+        config.batch_size, runtime.device, config.seed, curriculum_epochs=options.curriculum * config.epochs
     )
-    validation = Batches(data.validation, options.eval_batch_size or config.batch_size, runtime.device)
+    validation = data.validation.batches(options.eval_batch_size or config.batch_size, runtime.device)
     every = options.gradient_accumulation_steps
-    per_epoch = steps_per_epoch(config, len(data.train))
-    total_steps = per_epoch * config.epochs
+    length = Length.of(config, data.train)
 
     with phase("importing the compiler of torch"):  # the first optimiser of a process does
         optimizer = build_optimizer(model, config.optimizer_params)
-    schedule = build_schedule(optimizer, config.scheduler_params, total_steps)
+    schedule = build_schedule(optimizer, config.scheduler_params, length.total)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema_decay)) if options.ema_decay else None
     scored = _scored_model(model, average)
     loss_of = parallel.wrap(_training_loss(model, task, data, config, runtime))
     watch = RoutingWatch(model, validation, task, data, config, runtime, folder)
     runtime.seed(config.seed, "training")  # before `restore`, which loads the generators of a checkpoint
     checkpointer = Checkpointer(folder, model, average, optimizer, schedule)
-    state = checkpointer.restore(total_steps)
-    observer.start(state, per_epoch, total_steps)
+    state = checkpointer.restore(length.total)
+    observer.start(state, length.period, length.total)
     # `seconds` sums all sessions of a run, so the clock starts earlier by the seconds of the others.
     started, first_step, meter, evaluation = time.perf_counter() - state.seconds, state.step, Meter(), None
 
     with stop_requests() as request:
-        while state.step < total_steps and not state.stopped_early:
+        while state.step < length.total and not state.stopped_early:
             # After a resume, the epoch continues after its finished steps: its order depends on the seed alone.
-            epoch, steps_done = divmod(state.step, per_epoch)
+            epoch, steps_done = divmod(state.step, length.per_epoch)
             order = train.order(epoch)[steps_done * every :]
-            for first in range(0, len(order), every):
+            for first in range(0, len(order), every)[: length.total - state.step]:
                 if not model.training:  # an evaluation came before
                     model.train()
                 batches = [train.take(rows) for rows in order[first : first + every]]
@@ -97,9 +97,9 @@ def fit(
                 if average is not None:
                     average.update_parameters(model)
                 state.step += 1
-                model.after_step(state.step / total_steps)
+                model.after_step(state.step / length.total)
 
-                epoch_ends = state.step % per_epoch == 0
+                epoch_ends = length.is_evaluated(state.step)
                 due = epoch_ends if options.checkpoint_every is None else state.step % options.checkpoint_every == 0
                 # A report empties the meter, so every checkpoint follows one: it need not hold the meter.
                 if epoch_ends or state.step % options.log_every == 0 or due or request.signal:
@@ -107,13 +107,13 @@ def fit(
                 if epoch_ends:
                     evaluation = _evaluated(scored, validation, data, task, runtime)
                     _check_finite("validation loss", evaluation.loss, state.step)
-                    metrics = watch.epoch_end(epoch + 1, scored, evaluation, state.reports)
+                    metrics = watch.epoch_end(math.ceil(state.step / length.period), scored, evaluation, state.reports)
                     observer.epoch_end(state.step, evaluation, metrics)
                     gains = _keep_best(state, evaluation, task, selection, scored, checkpointer)
                     _count_patience(state, gains, options.early_stopping_patience)
                 # All processes have to stop at the same step, also if only one received the signal.
                 stop = parallel.agree(request.signal)
-                if due or stop or (epoch_ends and state.step == total_steps):
+                if due or stop or state.step == length.total:
                     state.seconds = time.perf_counter() - started
                     if parallel.is_main:
                         checkpointer.save(state)
