@@ -152,9 +152,13 @@ CHOICES: Registry[Any] = Registry("router_mode", "research_eval.layers.path")
 DISPATCHERS: Registry[Any] = Registry("dispatcher", "research_eval.layers")
 
 
+CLASSIFICATION = "classification"  # the task of most data: its labels are class numbers
+NEXT_TOKEN = "next_token"  # noqa: S105 - the task of running text
+
+
 def models_for(task: str) -> Registry[Any]:
-    """The models that can be trained for a task: MODELS_MAP, or for the task "next_token" LANGUAGE_MODELS."""
-    return LANGUAGE_MODELS if task == "next_token" else MODELS_MAP
+    """The models that can be trained for a task: MODELS_MAP, or for running text LANGUAGE_MODELS."""
+    return LANGUAGE_MODELS if task == NEXT_TOKEN else MODELS_MAP
 
 
 class Registered:

@@ -136,7 +136,7 @@ def _keys_of_configs() -> dict[str, str]:
     from research_eval.config.sections import ExperimentConfig, OptimizerParams, SchedulerParams, TrainingParams
     from research_eval.config.signatures import MODEL_PROVIDED, signature_model, spellings_of
     from research_eval.datasets.kinds import DATASET_KINDS
-    from research_eval.registry import MODELS_MAP
+    from research_eval.registry import LANGUAGE_MODELS, MODELS_MAP
 
     spellings: list[tuple[str, Iterable[str]]] = [
         ("optimizer_params.", OptimizerParams.model_fields),
@@ -146,7 +146,9 @@ def _keys_of_configs() -> dict[str, str]:
     ]
     with contextlib.suppress(ConfigError):  # a bad extension: its own command says so
         spellings += [
-            ("model_params.", spellings_of(signature_model(cls, MODEL_PROVIDED))) for cls in MODELS_MAP.values()
+            ("model_params.", spellings_of(signature_model(cls, MODEL_PROVIDED)))
+            for models in (MODELS_MAP, LANGUAGE_MODELS)
+            for cls in models.values()
         ]
         for kind in (make() for make in DATASET_KINDS.values()):
             models = [signature_model(kind.constructor(name), kind.provided) for name in kind.names()]

@@ -24,9 +24,9 @@ from research_eval.config.signatures import (
     spellings_of,
     younger_fields,
 )
-from research_eval.datasets.kinds import DATASET_KINDS, DatasetKind
+from research_eval.datasets.kinds import DATASET_KINDS, DatasetKind, task_name
 from research_eval.errors import ConfigError
-from research_eval.registry import MODELS_MAP
+from research_eval.registry import models_for
 from research_eval.wording import largest_of
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def model_params(data: Mapping[str, Any], report: Report) -> dict[str, Any] | No
     if not isinstance(model_type, str):
         return None  # reported with the sections
     try:
-        cls = MODELS_MAP.get_or_explain(model_type)
+        cls = models_for(task_name(data)).get_or_explain(model_type)
     except ConfigError as error:
         report.add((), str(error), at=("model_type",))
         return None

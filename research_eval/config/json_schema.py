@@ -12,7 +12,7 @@ from pydantic_core.core_schema import ModelField
 from research_eval.config.sections import ExperimentConfig
 from research_eval.config.signatures import MODEL_PROVIDED, dataset_model, signature_model
 from research_eval.datasets.kinds import DATASET_KINDS
-from research_eval.registry import MODELS_MAP
+from research_eval.registry import LANGUAGE_MODELS, MODELS_MAP, NEXT_TOKEN
 
 
 class _JsonSchema(GenerateJsonSchema):
@@ -29,25 +29,35 @@ class _JsonSchema(GenerateJsonSchema):
 
 def json_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of a config file with all registered models and datasets."""
-    models = {name: signature_model(cls, MODEL_PROVIDED) for name, cls in sorted(MODELS_MAP.items())}
+    models, language_models = (
+        {name: signature_model(cls, MODEL_PROVIDED) for name, cls in sorted(registry.items())}
+        for registry in (MODELS_MAP, LANGUAGE_MODELS)
+    )
     datasets = _dataset_models()
-    every: list[type[BaseModel]] = [ExperimentConfig, *models.values(), *datasets.values()]
+    every: list[type[BaseModel]] = [ExperimentConfig, *models.values(), *language_models.values(), *datasets.values()]
     every = list(dict.fromkeys(every))  # without repetitions: names may share a constructor
     references, document = models_json_schema([(model, "validation") for model in every], schema_generator=_JsonSchema)
     definitions = document["$defs"]
     root = definitions.pop(references[ExperimentConfig, "validation"]["$ref"].rpartition("/")[2])
 
-    def when(conditions: dict[str, str], section: str, model: type[BaseModel]) -> dict[str, Any]:
-        """The rule that a section follows this model if the keys have these values."""
+    def when(conditions: dict[str, Any], section: str, model: type[BaseModel]) -> dict[str, Any]:
+        """The rule that a section follows this model if the keys have these values, or fit these schemas."""
         then: dict[str, Any] = {"properties": {section: references[model, "validation"]}}
         if any(field.is_required() for field in model.model_fields.values()):
             then["required"] = [section]
-        chosen = {key: {"const": value} for key, value in conditions.items()}
+        chosen = {key: value if isinstance(value, dict) else {"const": value} for key, value in conditions.items()}
         return {"if": {"properties": chosen, "required": list(conditions)}, "then": then}
 
     root["properties"] |= {"$schema": {"type": "string"}}
-    root["properties"]["model_type"]["enum"] = list(models)
-    root["allOf"] = [when({"model_type": name}, "model_params", model) for name, model in models.items()]
+    root["properties"]["model_type"]["enum"] = list(dict.fromkeys([*models, *language_models]))
+    kinds = {dataset_type: cls() for dataset_type, cls in DATASET_KINDS.items()}
+    texts = [name for name, kind in kinds.items() if kind.task(next(iter(kind.names()), "")) == NEXT_TOKEN]
+    tasks = (({"not": {"enum": texts}}, models), ({"enum": texts}, language_models))
+    root["allOf"] = [
+        when({"model_type": name, "dataset_type": types}, "model_params", model)
+        for types, known in tasks
+        for name, model in known.items()
+    ]
     for dataset_type in DATASET_KINDS:
         names = [name for kind, name in datasets if kind == dataset_type and name is not None]
         if names:

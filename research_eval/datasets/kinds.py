@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from research_eval.annotations import build, options_of
 from research_eval.errors import ConfigError
-from research_eval.registry import SYNTHETIC_DATASETS, Registry
+from research_eval.registry import CLASSIFICATION, SYNTHETIC_DATASETS, Registry
 from research_eval.wording import did_you_mean, hint, largest_of
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class DatasetKind(ABC):
 
     def task(self, dataset_name: str) -> str:
         """The name of the task that models are trained for on this data, as in `DataSplits.task`."""
-        return "classification"
+        return CLASSIFICATION
 
     def automaton(self, dataset_name: str, dataset_params: Mapping[str, Any]) -> Automaton | None:
         """The finite automaton that gives every answer, if there is one: trained scan models are compared with it."""
@@ -111,6 +111,17 @@ def dataset_kind(dataset_type: str, field: str = "dataset_type") -> DatasetKind:
             f"{field}: expected {known}, got {dataset_type!r}.{did_you_mean(dataset_type, DATASET_KINDS)}"
         )
     return DATASET_KINDS[dataset_type]()
+
+
+def task_name(config: Mapping[str, Any]) -> str:
+    """The task of an unchecked config: its own, or that of its data; "classification" if neither is known."""
+    dataset_type, dataset_name, task = (config.get(key) for key in ("dataset_type", "dataset_name", "task"))
+    if isinstance(task, str):
+        return task
+    if not isinstance(dataset_type, str) or not isinstance(dataset_name, str) or dataset_type not in DATASET_KINDS:
+        return CLASSIFICATION
+    kind = DATASET_KINDS[dataset_type]()
+    return kind.task(dataset_name) if kind.any_name or dataset_name in kind.names() else CLASSIFICATION
 
 
 def dataset_type_of(dataset_name: str) -> str:

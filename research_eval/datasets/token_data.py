@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from research_eval.registry import CLASSIFICATION as CLASSIFICATION
 from research_eval.seeding import derive_seed
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-CLASSIFICATION = "classification"  # the task of most data: its labels are class numbers
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ class Attention(nn.Module):
         self.norm = StackedLayerNorm(num_experts, embed_dim)
         # One product over y computes Q, K, V and, if gated, also the half of the gate that reads y.
         self.input = StackedLinear(num_experts, embed_dim, (4 if gated else 3) * embed_dim)
+        self.input.joined_maps = 4 if gated else 3  # an optimiser that works on whole matrices takes them apart
         self.output = StackedLinear(num_experts, embed_dim, embed_dim)
         self.gate = StackedLinear(num_experts, embed_dim, embed_dim) if gated else None
 

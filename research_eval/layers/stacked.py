@@ -73,10 +73,12 @@ def by_rows(x: torch.Tensor, dispatch: Dispatch) -> bool:
 
 
 class StackedLinear(Stacked):
-    """Row r -> `weight[e_r] @ x_r + bias[e_r]`, with e_r the row's expert.
+    """Row r -> `weight[e_r] @ x_r + bias[e_r]`, with e_r the row's expert. It may join several maps of equal width.
 
     An idle expert costs nothing and receives zero gradient.
     """
+
+    joined_maps = 1
 
     def __init__(self, num_experts: int, in_features: int, out_features: int) -> None:
         super().__init__()

@@ -161,6 +161,10 @@ class EvaluationRecorder:
         _, sample_D, token_D, expert_D = self._tokens[step]
         return sample_D, token_D, expert_D
 
+    def decisions_per_step(self) -> NDArray[np.int64]:
+        """The number of token decisions at each step or layer, [T]; fewer at later steps if paths end early."""
+        return self._num_decisions_T
+
     def is_about_tokens(self) -> bool:
         """Whether the decisions are about tokens. A sample's path then holds its most used experts."""
         return bool(self._shares)

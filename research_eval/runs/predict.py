@@ -351,8 +351,11 @@ def load_model(config: ExperimentConfig, description: dict[str, Any], folder: Pa
     Raises ConfigError for a model that is larger than the memory, and for weights that do not fit it.
     """
     context = {name: description[name] for name in ("vocab_size", "num_classes", "padding_idx", "max_length")}
-    check_model_fits(config.model_type, config.model_params, context, copies=1)
-    model = adapt(create_model(config.model_type, config.model_params, context, runtime.device), config.model_type)
+    check_model_fits(config.model_type, config.model_params, context, copies=1, task=config.task_name)
+    model = adapt(
+        create_model(config.model_type, config.model_params, context, runtime.device, config.task_name),
+        config.model_type,
+    )
     weights, _ = load_tensors(in_folder(folder, MODEL_FILE))
     load_weights(model, weights, folder / MODEL_FILE)
     return model.eval()

@@ -18,7 +18,9 @@ from research_eval.errors import ConfigError
 from research_eval.layers.block import compile_blocks
 from research_eval.layers.dispatch import Execution, set_execution
 from research_eval.models.base_model import EvaluableModel, adapt
-from research_eval.registry import DISPATCHERS, MODELS_MAP
+from research_eval.models.language.base import LanguageModel
+from research_eval.registry import CLASSIFICATION, DISPATCHERS, models_for
+from research_eval.seeding import derive_seed
 from research_eval.system.environment import check_fits
 from research_eval.system.phases import phase
 from research_eval.tasks.base import task_of
@@ -52,11 +54,13 @@ def prepare(config: ExperimentConfig, data: DataSplits | None = None) -> Prepare
     _check_options(config, data)
     context = model_context(config, data)
     with phase("building the model"):
-        check_model_fits(
-            config.model_type, config.model_params, context, copies=4 if runtime.device.type == "cpu" else 1
-        )
+        copies = 4 if runtime.device.type == "cpu" else 1
+        check_model_fits(config.model_type, config.model_params, context, copies, config.task_name)
         runtime.seed(config.seed, "init")  # the initial weights depend on the seed, and not on what ran before
-        model = adapt(create_model(config.model_type, config.model_params, context, runtime.device), config.model_type)
+        made = create_model(config.model_type, config.model_params, context, runtime.device, config.task_name)
+        model = adapt(made, config.model_type)
+        if isinstance(model, LanguageModel):
+            model.learn_text(data.train.tokens, derive_seed(config.seed, "routes"))
         _check_weighted_loss(config, model)
         set_execution(model, Execution(options.kernels, DISPATCHERS.get_or_explain(options.dispatcher)()))
         if options.compile:
@@ -93,20 +97,24 @@ def model_context(config: ExperimentConfig, data: DataSplits) -> dict[str, Any]:
     }
 
 
-def create_model(model_type: str, params: dict[str, Any], context: dict[str, Any], device: torch.device) -> nn.Module:
-    """Build a model of `MODELS_MAP`. Its constructor receives `params` and those entries of `context` that it takes."""
-    cls = MODELS_MAP.get_or_explain(model_type)
+def create_model(
+    model_type: str, params: dict[str, Any], context: dict[str, Any], device: torch.device, task: str = CLASSIFICATION
+) -> nn.Module:
+    """Build a model for a task. Its constructor receives `params` and those entries of `context` that it takes."""
+    cls = models_for(task).get_or_explain(model_type)
     model: nn.Module = build(cls, context_arguments(cls, {**context, "device": device}) | params)
     return model.to(device)
 
 
-def check_model_fits(model_type: str, params: dict[str, Any], context: dict[str, Any], copies: int) -> None:
+def check_model_fits(
+    model_type: str, params: dict[str, Any], context: dict[str, Any], copies: int, task: str = CLASSIFICATION
+) -> None:
     """Raise ConfigError if `copies` of the weights need more than the machine's memory.
 
     Training on a CPU keeps four copies: weights, gradients and two moments. A class that does not inherit from
     `EvaluableModel` is not checked. The model is built on torch's "meta" device, which allocates nothing.
     """
-    cls = MODELS_MAP.get_or_explain(model_type)
+    cls = models_for(task).get_or_explain(model_type)
     if not issubclass(cls, EvaluableModel):
         return
     try:

@@ -90,8 +90,9 @@ def rehearse(config: ExperimentConfig) -> str | None:
     batches = data.train.batches(config.batch_size)
     try:
         with torch.random.fork_rng(devices=[]):
-            params = config.model_params
-            model = adapt(create_model(config.model_type, params, context, torch.device("cpu")), config.model_type)
+            params, cpu = config.model_params, torch.device("cpu")
+            made = create_model(config.model_type, params, context, cpu, config.task_name)
+            model = adapt(made, config.model_type)
             with torch.no_grad():  # more samples than one batch: some may have a path that the model cannot follow
                 model.run(batches.take(samples))
             batch = batches.take(samples[: config.batch_size])

@@ -16,8 +16,9 @@ from pydantic import BaseModel
 from research_eval.config.check import config_from_dict
 from research_eval.config.sections import OptimizerParams, SchedulerParams, TrainingParams
 from research_eval.config.signatures import MODEL_PROVIDED, dataset_model, signature_model, spellings_of
+from research_eval.datasets.kinds import task_name
 from research_eval.errors import ConfigError
-from research_eval.registry import MODELS_MAP
+from research_eval.registry import models_for
 from research_eval.store.records import RunFilter, RunRow
 from research_eval.store.store import Store
 from research_eval.store.values import canonical_json
@@ -127,7 +128,9 @@ def _spellings(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
         raise ConfigError("the row names no model or no dataset")
     models: dict[str, type[BaseModel]] = {
         "dataset_params": dataset_model(config["dataset_type"], config["dataset_name"]),
-        "model_params": signature_model(MODELS_MAP.get_or_explain(config["model_type"]), MODEL_PROVIDED),
+        "model_params": signature_model(
+            models_for(task_name(config)).get_or_explain(config["model_type"]), MODEL_PROVIDED
+        ),
         "optimizer_params": OptimizerParams,
         "scheduler_params": SchedulerParams,
         "training_params": TrainingParams,

@@ -20,7 +20,6 @@ from pydantic.fields import FieldInfo
 from research_eval.annotations import Choice, Range
 from research_eval.config.sections import ExperimentConfig
 from research_eval.config.signatures import MODEL_PROVIDED, fields_of, signature_model, spellings_of
-from research_eval.registry import MODELS_MAP
 from research_eval.studies.distributions import contains
 from research_eval.studies.space import SECTIONS, TOP_LEVEL, Parameter, SearchSpace, build_space
 
@@ -138,7 +137,7 @@ def _with_numbers(domain: Range, seen: Iterable[Any]) -> Range:
 
 def _models(config: ExperimentConfig) -> dict[str, type[BaseModel]]:
     """The pydantic models of the sections whose values may change. Section "" is the top level of the config."""
-    own = signature_model(MODELS_MAP.get_or_explain(config.model_type), MODEL_PROVIDED)
+    own = signature_model(config.model_class(), MODEL_PROVIDED)
     sections = {name: type(getattr(config, name)) for name in SECTIONS[2:]}
     return {"": ExperimentConfig, "model_params": own, **sections}
 

@@ -29,7 +29,7 @@ import research_eval
 from research_eval.config.sections import ExperimentConfig
 from research_eval.errors import ConfigError
 from research_eval.experiment import run
-from research_eval.registry import EXTENSION_PREFIX, MODELS_MAP, SYNTHETIC_DATASETS
+from research_eval.registry import EXTENSION_PREFIX, LANGUAGE_MODELS, MODELS_MAP, SYNTHETIC_DATASETS
 from research_eval.runs.continuation import check_continuations
 from research_eval.runs.journal import Result
 from research_eval.store.connection import database_url
@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.2  # between two looks at the signals that have arrived
 PRELOADED = [__name__, "torch._dynamo"]  # an optimiser imports torch's compiler, which takes seconds
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+REGISTRIES = {"models": MODELS_MAP, "language_models": LANGUAGE_MODELS, "datasets": SYNTHETIC_DATASETS}
 
 Ending = Result | Exception
 # The exceptions that commands treat in their own way, and what all others become on their way to the parent.
@@ -308,15 +310,15 @@ class _Shared:
     resume: bool
     to_csv: bool
     environment: Mapping[str, str]  # the server that starts them keeps the one of its own start
-    classes: list[tuple[str, str, type]]  # field of the registry, name, class
+    classes: list[tuple[str, str, type]]  # key in REGISTRIES, name, class
 
 
 def _foreign_classes(config: ExperimentConfig) -> list[tuple[str, str, type]]:
     """The classes that the caller has entered itself: neither from the package nor from GOE_EXTENSIONS."""
-    named = ((MODELS_MAP, config.model_type), (SYNTHETIC_DATASETS, config.dataset_name))
-    found = [(registry.field, name, registry.get(name)) for registry, name in named]
+    names = {"models": config.model_type, "language_models": config.model_type, "datasets": config.dataset_name}
+    found = [(key, name, REGISTRIES[key].get(name)) for key, name in names.items()]
     own = (f"{research_eval.__name__}.", EXTENSION_PREFIX)
-    return [(field, name, cls) for field, name, cls in found if cls is not None and not cls.__module__.startswith(own)]
+    return [(key, name, cls) for key, name, cls in found if cls is not None and not cls.__module__.startswith(own)]
 
 
 def _can_be_sent(entry: tuple[str, str, type]) -> bool:
@@ -383,10 +385,9 @@ def _end_with_parent() -> None:
 
 
 def _enter(classes: Sequence[tuple[str, str, type]]) -> None:
-    registries = {registry.field: registry for registry in (MODELS_MAP, SYNTHETIC_DATASETS)}
-    for field, name, cls in classes:
-        if registries[field].get(name) is not cls:
-            registries[field][name] = cls
+    for key, name, cls in classes:
+        if REGISTRIES[key].get(name) is not cls:
+            REGISTRIES[key][name] = cls
 
 
 def _packed(ending: Ending) -> tuple[str, Any]:

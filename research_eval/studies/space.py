@@ -29,8 +29,9 @@ from research_eval.annotations import Choice, Divides, Range, When
 from research_eval.config.jsonc import load_json
 from research_eval.config.sections import ExperimentConfig
 from research_eval.config.signatures import MODEL_PROVIDED, dataset_model, fields_of, signature_model, spellings_of
+from research_eval.datasets.kinds import task_name
 from research_eval.errors import ConfigError
-from research_eval.registry import MODEL_TYPE, MODELS_MAP
+from research_eval.registry import MODEL_TYPE, MODELS_MAP, models_for
 from research_eval.studies.distributions import Infeasible, Pick, contains, grid_values
 from research_eval.studies.names import narrowed_name, plain_name
 from research_eval.wording import hint
@@ -256,7 +257,7 @@ def build_space(model_types: Iterable[str], base: Mapping[str, Any], narrowing: 
     alone. Raises ConfigError.
     """
     types = list(dict.fromkeys(model_types))
-    classes = {model_type: MODELS_MAP.get_or_explain(model_type) for model_type in types}
+    classes = {model_type: models_for(task_name(base)).get_or_explain(model_type) for model_type in types}
     reader = _Narrowing(narrowing, types)
     config: dict[str, Any] = json.loads(json.dumps(dict(base)))
     shared: list[Parameter] = []

@@ -167,6 +167,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch
         if not 0 <= int(number) < len(parameters) or value.shape not in (torch.Size([]), parameters[int(number)].shape):
             raise ValueError(f"{key} does not fit a parameter")
         state.setdefault(int(number), {})[name] = value
-    if len({frozenset(entries) for entries in state.values()}) > 1:
+    kinds = {frozenset(entries) for entries in state.values()}  # muon has two: its matrices keep a momentum alone
+    if len(kinds - {frozenset({"momentum"})}) > 1:
         raise ValueError("moments are missing")
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

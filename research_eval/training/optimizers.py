@@ -10,10 +10,13 @@ import torch
 from torch import nn
 
 from research_eval.config.sections import ExperimentConfig, OptimizerParams, SchedulerParams
+from research_eval.training.muon import Muon
 
 # Weight decay shrinks weights towards zero, which has no meaning for scales, offsets and look-up tables.
 NORMS_AND_TABLES = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 EDGE_TABLES = ("edge_logits", "start_logits")
+ADAM_LR = 3e-3  # beside muon
+NOT_ORTHOGONAL = {"router", "head"}  # their updates stay with AdamW, as in the reference recipe of Muon
 UNDECAYED_NAMES = ("bias", "scale", "shift", "tag", *EDGE_TABLES)
 
 
@@ -23,10 +26,14 @@ def parameter_groups(model: nn.Module, params: OptimizerParams) -> list[dict[str
     Norms, biases, embeddings, expert tags and the edge tables of scan experts have no weight decay. Parameters inside a
     module named `router` or `experts` get the learning rate times `router_lr_mult` or `expert_lr_mult`. Edge tables get
     it times `edge_lr_mult`. The innermost of these names decides.
+
+    For muon, a group has the entry `factors`: how many matrices a parameter joins, or 0 for what AdamW updates. These
+    are routers, heads and everything without weight decay; their rate is `adam_lr`.
     """
+    is_muon = params.name == "muon"
     multipliers = {"router": params.router_lr_mult, "experts": params.expert_lr_mult}
     multipliers |= dict.fromkeys(EDGE_TABLES, params.edge_lr_mult)
-    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    groups: dict[tuple[float, float, int], list[nn.Parameter]] = defaultdict(list)
     seen: set[nn.Parameter] = set()
     for path, owner in model.named_modules():
         for leaf, parameter in owner.named_parameters(recurse=False):
@@ -41,16 +48,26 @@ def parameter_groups(model: nn.Module, params: OptimizerParams) -> list[dict[str
             multiplier = 1.0
             for name in (*path.split("."), leaf):
                 multiplier = multipliers.get(name, multiplier)
-            groups[0.0 if plain else params.weight_decay, params.lr * multiplier].append(parameter)
-    return [{"params": members, "weight_decay": decay, "lr": lr} for (decay, lr), members in groups.items()]
+            factors = 0
+            if is_muon and not plain and not {*path.split("."), leaf} & NOT_ORTHOGONAL:
+                factors = getattr(owner, "joined_maps", 1)
+            decay = 0.0 if plain or (is_muon and not factors) else params.weight_decay
+            rate = params.lr if factors or not is_muon else params.adam_lr or ADAM_LR
+            groups[decay, rate * multiplier, factors].append(parameter)
+    return [
+        {"params": members, "weight_decay": decay, "lr": lr} | ({"factors": factors} if is_muon else {})
+        for (decay, lr, factors), members in groups.items()
+    ]
 
 
 def build_optimizer(model: nn.Module, params: OptimizerParams) -> torch.optim.Optimizer:
-    """AdamW or SGD with momentum. The fused form is about four times faster on a CPU than the for-loop form."""
+    """AdamW, SGD with momentum, or Muon. On a CPU, fused is about four times faster than the for-loop form."""
     groups = parameter_groups(model, params)
+    if params.name == "muon":
+        return Muon(groups, betas=(0.9, params.adam_beta2 or 0.95))
     if params.name == "sgd":
         return torch.optim.SGD(groups, momentum=params.momentum, fused=True)
-    return torch.optim.AdamW(groups, fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, params.adam_beta2 or 0.999), fused=True)
 
 
 def steps_per_epoch(config: ExperimentConfig, num_samples: int) -> int:

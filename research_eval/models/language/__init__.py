@@ -1,0 +1,1 @@
+"""Language models: one file per architecture; each registers itself in `LANGUAGE_MODELS`."""

@@ -1,0 +1,32 @@
+"""The dense causal Transformer: every token passes every block. It is the baseline for the routed language models."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from research_eval.annotations import Count, Range
+from research_eval.layers.causal.settings import CausalSettings
+from research_eval.models.language.base import LanguageModel, Layer, own_layers, parts_of
+from research_eval.registry import LANGUAGE_MODELS
+
+
+@LANGUAGE_MODELS.register("dense")
+class DenseLanguageModel(LanguageModel):
+    """Embedding, `num_layers` causal blocks, head."""
+
+    model_type = "dense"
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        max_length: int,
+        num_layers: Annotated[Count, Range(2, 6)] = 4,
+        causal: CausalSettings,
+    ) -> None:
+        super().__init__(vocab_size, max_length, num_layers, settings=causal)
+        self.layers = own_layers(causal, num_layers)
+
+    def layer(self, step: int) -> Layer:
+        block = self.layers[step]
+        return Layer(parts_of(block["attention"]), block["feed_forward"])
