@@ -36,7 +36,7 @@ def halves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_our_own_kinds_come_first(halves: None) -> None:
-    assert list(DATASET_KINDS) == ["synthetic", "real_world", "halves"]
+    assert list(DATASET_KINDS) == ["synthetic", "real_world", "language_modeling", "halves"]
 
 
 @pytest.mark.parametrize("wrong", ["synthetik", "halfs", ""])
@@ -44,7 +44,8 @@ def test_an_unknown_type_is_explained(wrong: str, halves: None) -> None:
     near = {"synthetik": " Did you mean 'synthetic'?", "halfs": " Did you mean 'halves'?"}.get(wrong, "")
     with pytest.raises(ConfigError) as caught:
         load_splits(wrong, "parity", {}, seed=0)
-    assert str(caught.value) == f"dataset_type: expected 'synthetic' or 'real_world' or 'halves', got {wrong!r}.{near}"
+    known = "'synthetic' or 'real_world' or 'language_modeling' or 'halves'"
+    assert str(caught.value) == f"dataset_type: expected {known}, got {wrong!r}.{near}"
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from research_eval.seeding import derive_seed
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+IGNORED = -100  # label of a token that no loss and no score counts
+
 
 @dataclass(frozen=True)
 class TokenData:

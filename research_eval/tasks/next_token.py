@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from research_eval.datasets.language.stream import IGNORED
 from research_eval.datasets.language.vocabulary import piece_bytes, piece_characters
-from research_eval.datasets.token_data import DataSplits
+from research_eval.datasets.token_data import IGNORED, DataSplits
 from research_eval.registry import NEXT_TOKEN, TASKS
 from research_eval.tasks.base import Evaluation, Task
 

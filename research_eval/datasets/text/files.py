@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 SHOWN_ROWS = 5  # in a message
 JOINED_BY = "\n"  # between the texts of several columns
+UNREADABLE = (pa.ArrowException, OSError, KeyError, UnicodeError, plain_csv.Error)  # what reading a file raises
 VARIABLE_SIZES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
 # Ending of a file that is not read -> how to get one that is.
 OTHER_TYPES = {
@@ -56,11 +57,11 @@ def read_rows(path: Path, names: ColumnNames, settings: FileSettings) -> tuple[d
     """
     tables: dict[str, RawRows] = {}
     try:
-        files = _files(path)
+        files = split_files(path)
         if not files:
             tables = class_folders(path, settings.encoding)
             if not tables:
-                raise ConfigError(_without_train(path))
+                raise ConfigError(without_train(path))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error}. Make its folders readable.") from error
     _check_used(path, [file_type(file) for paths in files.values() for file in paths], settings)
@@ -89,32 +90,43 @@ def read_text_column(path: Path, names: ColumnNames, settings: FileSettings) -> 
             wanted, found = " or ".join(map(repr, names.text)), ", ".join(table.names)
             raise ConfigError(f"{path}: no column {wanted}; found {found}. Rename the column of the texts.")
         columns = find_columns(table, names, label_is_needed=False)
-        cells = table.read(columns.text)
-        parts = [_plain(cells[name], path) for name in columns.text]
-        parts = [part.cast(pa.string()) if pa.types.is_null(part.type) else part for part in parts]
-        for part in parts:
-            part.validate(full=True)  # Parquet does not promise UTF-8
-    except (pa.ArrowException, OSError, KeyError, UnicodeError, plain_csv.Error) as error:
+        return text_cells(table, columns.text)
+    except UNREADABLE as error:
         raise ConfigError(f"{path}: cannot be read: {error}. Write the file again.") from error
-    for name, part in zip(columns.text, parts, strict=True):
+
+
+def text_cells(table: TableFile, fields: Sequence[str]) -> list[str]:
+    """The texts of one column, or of several joined by line breaks; an empty cell is an empty text.
+
+    Raises ConfigError for a column that holds something else, and what Arrow raises (UNREADABLE).
+    """
+    cells = table.read(fields)
+    parts = [_plain(cells[name], table.path) for name in fields]
+    parts = [part.cast(pa.string()) if pa.types.is_null(part.type) else part for part in parts]
+    for part in parts:
+        part.validate(full=True)  # Parquet does not promise UTF-8
+    for name, part in zip(fields, parts, strict=True):
         if not pa.types.is_string(part.type):
-            raise ConfigError(f"{path}: column {name!r} holds {part.type}, not text. Write it as text.")
+            raise ConfigError(f"{table.path}: column {name!r} holds {part.type}, not text. Write it as text.")
     return [text or "" for text in parts[0].to_pylist()] if len(parts) == 1 else _joined(parts)
 
 
 # ------------------------------------------------------------------------------------------------------ which files
 
 
-def _files(path: Path) -> dict[str, list[Path]]:
-    """The files of each split, train first; none if there is no train. Raises ConfigError for two files or no shard."""
+def split_files(path: Path, in_folders: Sequence[str] = FILE_TYPES) -> dict[str, list[Path]]:
+    """The files of each split, train first; none if there is no train. Raises ConfigError for two files or no shard.
+
+    `in_folders` are the types of files that the folder of a split may hold.
+    """
     if path.is_file():
         if not file_type(path):
             raise ConfigError(f"{path}: {_how_to_read(path)}")
         return {"train": [path]}
     if not path.is_dir():
-        raise ConfigError(_not_there(path))
+        raise ConfigError(not_there(path))
     for place in (path, path / "data"):  # a folder as the hub gives it has the files in `data`
-        found = _kinds(place) if place.is_dir() else {}
+        found = _kinds(place, in_folders) if place.is_dir() else {}
         if "train" in found:
             break
     else:
@@ -129,7 +141,7 @@ def _files(path: Path) -> dict[str, list[Path]]:
     return files
 
 
-def _kinds(folder: Path) -> dict[str, dict[str, list[Path]]]:
+def _kinds(folder: Path, in_folders: Sequence[str]) -> dict[str, dict[str, list[Path]]]:
     """Split -> what its files are called together -> these files.
 
     A table counts first, then a folder for the split with tables of any names in it, and a .txt if there is neither.
@@ -143,7 +155,7 @@ def _kinds(folder: Path) -> dict[str, dict[str, list[Path]]]:
             kind = name if match[2] is None else f"{int(match[2])} shards of {name}"
             found[0 if file_type(file) in FILE_TYPES else 2][split].setdefault(kind, []).append(file)
         elif split and file.is_dir():
-            parts = [part for part in sorted(file.iterdir()) if file_type(part) in FILE_TYPES]
+            parts = [part for part in sorted(file.iterdir()) if file_type(part) in in_folders]
             if parts:
                 found[1][split][f"{file.name}/"] = parts
     return found[2] | found[1] | found[0]
@@ -168,20 +180,20 @@ def _how_to_read(path: Path) -> str:
     return f"{wanted}. {remedy}"
 
 
-def _not_there(path: Path) -> str:
-    """What to say about a path that leads nowhere."""
+def not_there(path: Path, field: str = "dataset_params.data_dir") -> str:
+    """What to say about a path that leads nowhere; `field` gave it."""
     if path.exists():
-        return f"dataset_params.data_dir: {str(path)!r} is neither a folder nor a regular file. Give one of them."
+        return f"{field}: {str(path)!r} is neither a folder nor a regular file. Give one of them."
     try:
         near = nearest(path.name, [other.name for other in path.parent.iterdir()])
     except OSError:
         near = None
     hint = f" Did you mean {str(path.with_name(near))!r}?" if near else ""
     relative = "" if path.is_absolute() else f" Paths begin in {str(Path.cwd())!r}."
-    return f"dataset_params.data_dir: there is no file or folder {str(path)!r}.{hint}{relative}"
+    return f"{field}: there is no file or folder {str(path)!r}.{hint}{relative}"
 
 
-def _without_train(path: Path) -> str:
+def without_train(path: Path) -> str:
     """What to say about a folder without a training split."""
     inside = sorted(path.iterdir())
     names = ", ".join(file.name for file in inside[:10]) or "nothing"
@@ -201,7 +213,7 @@ def _without_train(path: Path) -> str:
 
 def _has_train(folder: Path) -> bool:
     try:
-        return "train" in _files(folder)
+        return "train" in split_files(folder)
     except (ConfigError, OSError):
         return False
 
@@ -244,7 +256,7 @@ def _read_split(
         labels = _whole(_plain(table[columns.label], paths[0]))
         for array in (*parts, labels):
             array.validate(full=True)  # Parquet does not promise UTF-8
-    except (pa.ArrowException, OSError, KeyError, UnicodeError, plain_csv.Error) as error:
+    except UNREADABLE as error:
         raise ConfigError(f"{where}: cannot be read: {error}. Write the file again.") from error
     if len(labels) == 0:
         raise ConfigError(f"{where}: no rows. Fill the file or remove it.")
