@@ -186,14 +186,19 @@ def test_auxiliary_losses_reach_the_weights_with_their_coefficient(tmp_path: Pat
     assert moved[0] > 0.01 and moved[1] < 1e-6
 
 
+def batch_of(samples: int) -> Batch:
+    ids = torch.ones(samples, 3, dtype=torch.long)
+    return Batch(ids, ids.bool(), torch.zeros(samples, dtype=torch.long))
+
+
 def test_the_meter_gives_means_over_samples() -> None:
     meter = Meter()
     assert meter.read() == {}
-    meter.add({"loss": torch.tensor(1.0)}, 10)
-    meter.add({"loss": torch.tensor(4.0)}, 5)
+    meter.add({"loss": torch.tensor(1.0)}, batch_of(10))
+    meter.add({"loss": torch.tensor(4.0)}, batch_of(5))
     values = meter.read()
     assert values["loss"] == pytest.approx(2.0) and values["samples_per_second"] > 0
-    meter.add({"loss": torch.tensor(7.0)}, 1)
+    meter.add({"loss": torch.tensor(7.0)}, batch_of(1))
     assert meter.read()["loss"] == 7.0
 
 

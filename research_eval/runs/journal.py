@@ -134,7 +134,7 @@ class Journal:
         """Delete stored rows after the checkpoint, because the resumed training writes them again."""
         self._period = steps_per_evaluation
         self._writer.write(("truncate", state.step))
-        self._progress.start(state.step, total_steps)
+        self._progress.start(state.step, total_steps, math.ceil(total_steps / steps_per_evaluation))
 
     def train_values(self, step: int, values: dict[str, float]) -> None:
         """Store and show the means since the last report."""

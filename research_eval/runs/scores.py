@@ -25,6 +25,7 @@ from research_eval.training.checkpoint import load_tensors, load_weights
 from research_eval.training.checkpointer import MODEL_FILE
 from research_eval.training.evaluate import evaluate, measure_flops
 from research_eval.training.latency import measure_latency
+from research_eval.training.length import Length
 from research_eval.training.optimizers import steps_per_epoch
 from research_eval.training.routing_watch import alarm_metrics, regret_metrics, role_metrics, routing_metrics
 from research_eval.training.runtime import Runtime
@@ -54,7 +55,7 @@ def score(
     metrics |= model.get_model_specific_metrics()
     metrics |= routing_metrics(model, evaluation, data.validation, data.num_classes, task)
     metrics |= role_metrics(model, evaluation, data, task)
-    metrics |= alarm_metrics(state.reports, config)
+    metrics |= alarm_metrics(state.reports, config, Length.of(config, data.train).evaluations)
     validation = data.validation.batches(config.training_params.eval_batch_size or config.batch_size, runtime.device)
     metrics |= {
         "final_val_loss": evaluation.loss,
@@ -117,6 +118,7 @@ def _costs(
         "train_flops": training_flops * data.train.samples_per_epoch * state.step / per_epoch,
         **measure_latency(model, validation, runtime, meter=meter),
     }
+    costs |= task.costs(costs, data, state.step_tokens / max(state.step_seconds, 1e-9))
     if None not in analytic:  # the model knows its own FLOPs
         costs["active_flops_per_sample"] = float(np.average(np.array(analytic, float), weights=counts))
     return costs

@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 class Display(Protocol):
     """Shows a training while it runs. `Progress` and `RelayedProgress` implement it."""
 
-    def start(self, step: int, total: int) -> None:
-        """The training starts, or continues after `step` of `total` steps."""
+    def start(self, step: int, total: int, evaluations: int) -> None:
+        """The training starts, or continues after `step` of `total` steps. It has so many evaluations in all."""
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Show a logged step, with the means since the last one."""
@@ -39,22 +39,32 @@ class Display(Protocol):
 
 
 def step_text(values: Mapping[str, float]) -> str:
-    """Loss, accuracy (if the task has one) and speed in one line.
+    """Loss, accuracy (if the task has one) and speed in one line; the speed in tokens for running text.
 
     >>> step_text({"train_loss": 0.5, "train_acc": 0.75, "samples_per_second": 1200.0, "learning_rate": 0.1})
     'loss 0.5000  acc 0.750  1,200 samples/s'
     """
     accuracy = f"  acc {values['train_acc']:.3f}" if "train_acc" in values else ""
-    return f"loss {values['train_loss']:.4f}{accuracy}  {values['samples_per_second']:,.0f} samples/s"
+    unit = "tokens" if "tokens_per_second" in values else "samples"
+    return f"loss {values['train_loss']:.4f}{accuracy}  {values[f'{unit}_per_second']:,.0f} {unit}/s"
 
 
-def epoch_text(epoch: int, epochs: int, values: Mapping[str, float]) -> str:
+def counted_unit(epochs: int, evaluations: int) -> tuple[str, int]:
+    """What the evaluations of a training are called, and how many there are: epochs, unless they come at other times.
+
+    >>> counted_unit(3, 3), counted_unit(1, 8)
+    (('epoch', 3), ('evaluation', 8))
+    """
+    return ("epoch", epochs) if evaluations == epochs else ("evaluation", evaluations)
+
+
+def epoch_text(epoch: int, epochs: int, values: Mapping[str, float], unit: str = "epoch") -> str:
     """An evaluation in one line.
 
     >>> epoch_text(1, 3, {"val_loss": 0.5, "val_acc": 1.0})
     'epoch 1/3  val_loss 0.5000  val_acc 1.0000'
     """
-    return f"epoch {epoch}/{epochs}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+    return f"{unit} {epoch}/{epochs}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items())
 
 
 def _bar(console: Console, *columns: ProgressColumn) -> Bar:
@@ -119,15 +129,16 @@ class Progress(_Bars):
 
     def __init__(self, epochs: int, quiet: bool = False, warns: bool = True) -> None:
         super().__init__(quiet)
-        self._epochs = epochs
+        self._unit, self._epochs = "epoch", epochs
         self._warns = warns
         self._task = TaskID(0)
         self._total = 1
         self._first = (0, 0.0)  # step and time at the start of this process
         self._last_line = 0.0
 
-    def start(self, step: int, total: int) -> None:
+    def start(self, step: int, total: int, evaluations: int) -> None:
         self._total = total
+        self._unit, self._epochs = counted_unit(self._epochs, evaluations)
         self._first = (step, time.perf_counter())
         self._last_line = time.perf_counter()
         if self._bar is not None:
@@ -150,7 +161,7 @@ class Progress(_Bars):
     def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         if self._quiet:
             return
-        line = epoch_text(epoch, self._epochs, values)
+        line = epoch_text(epoch, self._epochs, values, self._unit)
         if self._bar is not None:
             self._bar.console.print(line, highlight=False)
         else:
@@ -172,8 +183,8 @@ class RelayedProgress:
     def __init__(self, send: Callable[[tuple[str, Any]], None]) -> None:
         self._send = send
 
-    def start(self, step: int, total: int) -> None:
-        self._send(("start", (step, total)))
+    def start(self, step: int, total: int, evaluations: int) -> None:
+        self._send(("start", (step, total, evaluations)))
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         self._send(("step", (step, dict(values))))
@@ -199,7 +210,7 @@ class PooledProgress(_Bars):
     def __init__(self, names: Sequence[str], epochs: int, quiet: bool = False) -> None:
         super().__init__(quiet)
         self._names = names
-        self._epochs = epochs
+        self._unit, self._epochs = "epoch", epochs
         self._tasks: dict[int, TaskID] = {}
         self._totals: dict[int, int] = {}
         self._last_lines: dict[int, float] = {}  # of steps, by training
@@ -214,7 +225,7 @@ class PooledProgress(_Bars):
         elif kind == "step":
             self._step(number, *content)
         elif kind == "epoch":
-            self._line(number, logging.INFO, epoch_text(content[0], self._epochs, content[1]))
+            self._line(number, logging.INFO, epoch_text(content[0], self._epochs, content[1], self._unit))
         elif kind == "warn":
             self._line(number, logging.WARNING, content[0])
         elif kind == "log":
@@ -235,7 +246,8 @@ class PooledProgress(_Bars):
         else:
             self._tasks[number] = self._bar.add_task(self._names[number], total=None, values=text)
 
-    def _start(self, number: int, step: int, total: int) -> None:
+    def _start(self, number: int, step: int, total: int, evaluations: int) -> None:
+        self._unit, self._epochs = counted_unit(self._epochs, evaluations)
         self._totals[number] = total
         self._last_lines[number] = time.perf_counter()
         if self._bar is not None:

@@ -92,6 +92,10 @@ class Task(ABC):
     ) -> Evaluation:
         """Score one split. All tensors are in the memory of the host."""
 
+    def costs(self, costs: Mapping[str, Any], data: DataSplits, tokens_per_second: float) -> dict[str, float]:
+        """Costs in the unit of the task, from those per sample and from the speed of the training steps."""
+        return {}
+
     def probabilities(self, outputs_BO: Tensor) -> Tensor | None:
         """Class probabilities [B, O]; None for a task whose outputs are numbers."""
         return None

@@ -6,6 +6,7 @@ B batch  L length  V vocabulary  N blocks of a split
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,11 @@ class NextToken(Task):
         if targets.ndim > 1:
             details["loss_by_position"] = _by_position(losses, is_scored)
         return Evaluation(loss, scores, details, rows_N, per_block_N.astype(np.float32))
+
+    def costs(self, costs: Mapping[str, Any], data: DataSplits, tokens_per_second: float) -> dict[str, float]:
+        """FLOPs of one token, forward, and the speed of the training without its evaluations."""
+        flops = costs["inference_flops_per_sample"] / data.max_length
+        return {"inference_flops_per_token": flops, "tokens_per_second": tokens_per_second}
 
 
 def _by_position(losses_NL: NDArray[np.float64], is_scored_NL: NDArray[np.bool_]) -> list[float]:

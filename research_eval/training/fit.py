@@ -80,7 +80,8 @@ def fit(
     state = checkpointer.restore(length.total)
     observer.start(state, length.period, length.total)
     # `seconds` sums all sessions of a run, so the clock starts earlier by the seconds of the others.
-    started, first_step, meter, evaluation = time.perf_counter() - state.seconds, state.step, Meter(), None
+    meter = Meter(state.step_seconds, state.step_tokens)
+    started, first_step, evaluation = time.perf_counter() - state.seconds, state.step, None
 
     with stop_requests() as request:
         while state.step < length.total and not state.stopped_early:
@@ -103,7 +104,7 @@ def fit(
                 due = epoch_ends if options.checkpoint_every is None else state.step % options.checkpoint_every == 0
                 # A report empties the meter, so every checkpoint follows one: it need not hold the meter.
                 if epoch_ends or state.step % options.log_every == 0 or due or request.signal:
-                    _report(observer, meter, state.step, float(schedule.get_last_lr()[0]))
+                    _report(observer, meter, state, float(schedule.get_last_lr()[0]))
                 if epoch_ends:
                     evaluation = _evaluated(scored, validation, data, task, runtime)
                     _check_finite("validation loss", evaluation.loss, state.step)
@@ -111,6 +112,7 @@ def fit(
                     observer.epoch_end(state.step, evaluation, metrics)
                     gains = _keep_best(state, evaluation, task, selection, scored, checkpointer)
                     _count_patience(state, gains, options.early_stopping_patience)
+                    meter.reset()  # the speed of the steps is that without evaluations
                 # All processes have to stop at the same step, also if only one received the signal.
                 stop = parallel.agree(request.signal)
                 if due or stop or state.step == length.total:
@@ -151,9 +153,10 @@ def _evaluated(
     return evaluate(scored, validation, task.num_outputs(data), runtime, task)
 
 
-def _report(observer: Observer, meter: Meter, step: int, rate: float) -> None:
+def _report(observer: Observer, meter: Meter, state: TrainingState, rate: float) -> None:
     """Send the means since the last report to the observer. Raises Diverged if the loss is not finite."""
-    values = meter.read()
+    values, step = meter.read(), state.step
+    state.step_seconds, state.step_tokens = meter.seconds, meter.tokens
     if values:
         _check_finite("loss", values["train_loss"], step)
         observer.train_values(step, {**values, "learning_rate": rate})

@@ -39,6 +39,7 @@ from research_eval.routing.trace_files import ROUTING_FOLDER, write_trace
 from research_eval.store.metrics import gain_sign
 from research_eval.tasks.base import Evaluation, Task
 from research_eval.training.evaluate import evaluate
+from research_eval.training.length import Length
 from research_eval.training.runtime import Runtime
 from research_eval.wording import printable
 
@@ -70,7 +71,8 @@ class RoutingWatch:
         self._num_classes = data.num_classes
         self._runtime = runtime
         self._folder = folder / ROUTING_FOLDER if config.training_params.trace_routing else None
-        self._circumstances = Circumstances.of(config.epochs, config.model_params)
+        evaluations = Length.of(config, data.train).evaluations
+        self._circumstances = Circumstances.of(evaluations, config.model_params)
         self._initial = [parameter.detach().clone() for parameter in routed_parameters(model, "router")]
 
     def epoch_end(
@@ -115,11 +117,11 @@ def _is_kept(name: str, value: Any) -> bool:
     return isinstance(value, list) if name in KEPT_LISTS else isinstance(value, int | float)
 
 
-def alarm_metrics(reports: Sequence[dict[str, Any]], config: ExperimentConfig) -> dict[str, Any]:
+def alarm_metrics(reports: Sequence[dict[str, Any]], config: ExperimentConfig, evaluations: int) -> dict[str, Any]:
     """All alarms of a run and their number; empty for a short run of a model without experts."""
     if not has_alarms(reports):
         return {}
-    alarms = find_alarms(reports, Circumstances.of(config.epochs, config.model_params))
+    alarms = find_alarms(reports, Circumstances.of(evaluations, config.model_params))
     return {"alarms": [asdict(alarm) for alarm in alarms], "num_alarms": len(alarms)}
 
 

@@ -20,31 +20,43 @@ Values = dict[str, Tensor]  # the report of a step, as scalars on the device
 class Meter:
     """Collects the reports of steps on the device. The host reads nothing before `read`, so no step waits."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float = 0.0, tokens: int = 0) -> None:
+        self.seconds, self.tokens = seconds, tokens  # of all steps that were read, those of earlier sessions included
         self.reset()
 
     def reset(self) -> None:
         """Discard the collected values and restart the clock."""
         self._values: dict[str, list[Tensor]] = defaultdict(list)
         self._samples: dict[str, list[int]] = defaultdict(list)
-        self._total = 0
+        self._total = self._tokens = 0
+        self._is_text = False
         self._started = time.perf_counter()
 
-    def add(self, values: Values, samples: int) -> None:
-        """Add means over `samples` samples."""
+    def add(self, values: Values, batch: Batch) -> None:
+        """Add means over the samples of a batch."""
+        samples = len(batch.labels)
         self._total += samples
+        self._tokens += batch.num_tokens or 0
+        self._is_text = batch.labels.ndim > 1
         for name, value in values.items():
             self._values[name].append(value.detach())
             self._samples[name].append(samples)
 
     def read(self) -> dict[str, float]:
-        """Means since the last read, weighted by samples, and samples per second. Resets the meter."""
+        """Means since the last read, weighted by samples, and samples per second. Resets the meter.
+
+        For running text also tokens per second.
+        """
         values = {}
         for name, means in self._values.items():
             known = torch.stack(means).cpu().double()
             values[name] = float(known @ torch.tensor(self._samples[name], dtype=torch.float64)) / self._total
         if self._total:
-            values["samples_per_second"] = self._total / (time.perf_counter() - self._started)
+            seconds = time.perf_counter() - self._started
+            values["samples_per_second"] = self._total / seconds
+            if self._is_text:
+                values["tokens_per_second"] = self._tokens / seconds
+            self.seconds, self.tokens = self.seconds + seconds, self.tokens + self._tokens
         self.reset()
         return values
 
@@ -96,7 +108,7 @@ def take_step(
     for batch in batches:
         with runtime.autocast():
             loss, values = loss_of(batch)
-            meter.add(values, len(batch.labels))
+            meter.add(values, batch)
             if len(batches) > 1:  # weight by size: the last micro-batch may be smaller
                 loss = loss * (len(batch.labels) / num_samples)
         loss.backward()
