@@ -21,7 +21,7 @@ from support import MODELS, generator_draws, small_config
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from research_eval.datasets.token_data import Batches, DataSplits
+from research_eval.datasets.token_data import Batch, Batches, DataSplits
 from research_eval.errors import ConfigError
 from research_eval.experiment import prepare
 from research_eval.models.base_model import EvaluableModel
