@@ -186,7 +186,7 @@ def test_a_run_prints_all_scores_of_its_task(at_place: Path) -> None:
     ended = command(cli, "run", "--json_config_path", write_config(at_place, **settings(seed=7)), "--db", "other.db")
     lines = [line.split()[0] for line in ended.out.splitlines()[1:6]]
     assert lines == ["final_val_mae", "final_val_rmse", "final_val_loss", "test_mae", "test_rmse"]
-    assert "f1" not in ended.out and "acc" not in ended.out
+    assert "_f1" not in ended.out and "_acc" not in ended.out
 
 
 def test_a_classification_prints_f1_accuracy_and_loss() -> None:

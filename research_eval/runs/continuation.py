@@ -69,7 +69,7 @@ class Continuation:
     def check(self, config: ExperimentConfig, prepared: Prepared) -> None:
         """Raise ConfigError, with all reasons and what to do, if more epochs would not continue the run exactly."""
         state, reasons = self.state(), list[str]()
-        per_epoch = steps_per_epoch(config, len(prepared.data.train))
+        per_epoch = steps_per_epoch(config, prepared.data.train.samples_per_epoch)
         if state.step > per_epoch * config.epochs:
             reasons.append(f"it has trained {state.step:,} steps, which are more")
         # The newest checkpoint may be older than the end of a run that stopped early.

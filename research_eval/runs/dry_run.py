@@ -10,10 +10,12 @@ import torch
 from research_eval.config.sections import ExperimentConfig
 from research_eval.datasets.token_data import DataSplits
 from research_eval.models.base_model import EvaluableModel
+from research_eval.registry import NEXT_TOKEN
 from research_eval.runs.data_block import data_block
 from research_eval.runs.prepare import prepare
 from research_eval.tasks.base import task_of
 from research_eval.training.evaluate import measure_flops
+from research_eval.training.length import Length
 from research_eval.training.runtime import Runtime
 
 MIB = 2**20  # bytes
@@ -29,7 +31,7 @@ def describe(config: ExperimentConfig) -> str:
     task = task_of(config.task, data)
     forward, training = measure_flops(model, validation, runtime, task=task)
     weights, activations = memory_estimate(model, config, data, runtime)
-    lengths = data.train.lengths
+    lengths, length = data.train.lengths, Length.of(config, data.train)
     rows = [
         ("device, precision", f"{runtime.device}, {runtime.precision}"),
         ("samples", f"train {len(data.train):,}, validation {len(data.validation):,}, test {_size(data)}"),
@@ -37,7 +39,7 @@ def describe(config: ExperimentConfig) -> str:
         *_outputs(config, data, task.num_outputs(data)),
         ("parameters", f"{model.get_parameter_count():,} in all, {model.get_active_parameter_count():,} active"),
         ("FLOPs per sample", f"forward {forward:,.0f}, training {training:,.0f}"),
-        ("FLOPs of the training", f"{training * len(data.train) * config.epochs:.3g}"),
+        ("FLOPs of the training", f"{training * data.train.samples_per_epoch * length.passes:.3g}"),
         (
             "memory of training",
             f"{weights:.1f} MiB for weights, gradients and optimiser, {activations:.1f} MiB for the largest batch",
@@ -56,6 +58,7 @@ def _outputs(config: ExperimentConfig, data: DataSplits, num_outputs: int) -> li
     They speak of classes if the data have a name for each output, otherwise of the task and its outputs.
     """
     has_classes = len(data.label_names) == num_outputs
+    positions = f"{data.max_length}, " if config.task_name == NEXT_TOKEN else ""
     names = f"{num_outputs} ({', '.join(data.label_names[:8])})" if has_classes else str(num_outputs)
     return [
         (
@@ -65,7 +68,7 @@ def _outputs(config: ExperimentConfig, data: DataSplits, num_outputs: int) -> li
         *([] if has_classes else [("task", config.task or data.task)]),
         (
             "input, output",
-            f"[{config.batch_size}, {data.max_length}] ids -> [{config.batch_size}, {num_outputs}] "
+            f"[{config.batch_size}, {data.max_length}] ids -> [{config.batch_size}, {positions}{num_outputs}] "
             + ("logits" if has_classes else "outputs"),
         ),
     ]
@@ -85,8 +88,8 @@ def memory_estimate(
     pass are added up. Weights do not count again.
     """
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    # AdamW: weights, gradients and two moments; SGD: weights, gradients and momentum. A weight average is one more.
-    copies = {"adamw": 4, "sgd": 3}[config.optimizer_params.name] + (config.training_params.ema_decay > 0)
+    # AdamW: weights, gradients and two moments; SGD and Muon: one moment. A weight average is one more.
+    copies = {"adamw": 4, "sgd": 3, "muon": 3}[config.optimizer_params.name] + (config.training_params.ema_decay > 0)
     longest = np.argsort(-data.train.lengths, kind="stable")[: config.batch_size]
     batch = data.train.batches(config.batch_size, runtime.device).take(longest)
     # Linear layers save their weights too; these are already in the first figure.

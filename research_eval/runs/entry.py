@@ -226,7 +226,7 @@ class RunEntry:
         earlier = self._earlier
         if earlier is not None:
             log.info("continuing run %s of %d epochs as run %s", earlier.run_id, earlier.epochs, name)
-            per_epoch = steps_per_epoch(self._config, len(data.train))
+            per_epoch = steps_per_epoch(self._config, data.train.samples_per_epoch)
             earlier.copy_files(folder, per_epoch * self._config.epochs)
             environment[CONTINUES] = {"run": earlier.run_id, "epochs": earlier.epochs}
             with_retries(lambda: start_row(store, name, self._config, environment, "json", earlier.run_id))

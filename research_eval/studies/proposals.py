@@ -27,8 +27,10 @@ from research_eval.store.values import canonical_json
 from research_eval.studies.adapter import StoredTrial, experimental, given_values
 from research_eval.studies.distributions import Infeasible, contains
 from research_eval.studies.options import StudyOptions
+from research_eval.tasks.base import task_of
 from research_eval.training.evaluate import measure_flops
 from research_eval.training.latency import measure_latency
+from research_eval.training.length import Length
 from research_eval.training.state import Pruned
 
 MAX_PROPOSALS = 300  # for one trial; the last third of them is random, without the sampler
@@ -135,9 +137,9 @@ def costs(config: ExperimentConfig, names: Sequence[str]) -> dict[str, float]:
     validation = data.validation.batches(config.training_params.eval_batch_size or config.batch_size, runtime.device)
     found: dict[str, float] = {"param_count": model.get_parameter_count()}
     if set(names) & {"inference_flops_per_sample", "train_flops"}:
-        forward, training = measure_flops(model, validation, runtime)
+        forward, training = measure_flops(model, validation, runtime, task=task_of(config.task, data))
         found["inference_flops_per_sample"] = forward
-        found["train_flops"] = training * len(data.train) * config.epochs
+        found["train_flops"] = training * data.train.samples_per_epoch * Length.of(config, data.train).passes
     if "inference_latency_ms_batch" in names:
         found |= measure_latency(model, validation, runtime)
     found["active_param_count"] = model.get_active_parameter_count()

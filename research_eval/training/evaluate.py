@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ def evaluate(
     answers_N, targets_N, losses_N = (torch.cat(parts).cpu() for parts in (answers, targets, losses))
     rows_N = np.concatenate(rows)
     evaluation = task.evaluation(answers_N, targets_N, losses_N, rows_N, num_outputs)
-    found = {"rows_N": rows_N, "losses_N": losses_N.numpy(), "targets_N": targets_N.numpy()}
+    found: dict[str, Any] = {"rows_N": rows_N, "losses_N": losses_N.numpy(), "targets_N": targets_N.numpy()}
     found["answers_N"] = answers_N.numpy()
     known = {name: getattr(evaluation, name) for name in found}
     missing = {name: found[name] for name, value in known.items() if value is None or not len(value)}

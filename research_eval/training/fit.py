@@ -61,10 +61,7 @@ def fit(
     parallel = parallel or OneProcess()
     options, task = config.training_params, task_of(config.task, data)
     selection = Selection.of(task, options.select_by, options.early_stopping_metric)
-    train = data.train.batches(
-        config.batch_size, runtime.device, config.seed, curriculum_epochs=options.curriculum * config.epochs
-    )
-    validation = data.validation.batches(options.eval_batch_size or config.batch_size, runtime.device)
+    train, validation = _batches(config, data, runtime)
     every = options.gradient_accumulation_steps
     length = Length.of(config, data.train)
 
@@ -125,6 +122,15 @@ def fit(
     if evaluation is None:  # the checkpoint was already at the last step
         evaluation = _evaluated(scored, validation, data, task, runtime)
     return state, scored, evaluation
+
+
+def _batches(config: ExperimentConfig, data: DataSplits, runtime: Runtime) -> tuple[Batches, Batches]:
+    """The batches of the training, in a new order in every epoch, and those of the validation split."""
+    options, device = config.training_params, runtime.device
+    train = data.train.batches(
+        config.batch_size, device, config.seed, curriculum_epochs=options.curriculum * config.epochs
+    )
+    return train, data.validation.batches(options.eval_batch_size or config.batch_size, device)
 
 
 def _scored_model(model: EvaluableModel, average: AveragedModel | None) -> EvaluableModel:

@@ -32,6 +32,11 @@ class Length:
         return cls(per_epoch, total, options.eval_every or per_epoch)
 
     @property
+    def passes(self) -> float:
+        """Passes over the training split: the epochs, unless steps or tokens give the length."""
+        return self.total / self.per_epoch
+
+    @property
     def evaluations(self) -> int:
         """The number of evaluations: one after each period, and one at the last step."""
         return math.ceil(self.total / self.period)

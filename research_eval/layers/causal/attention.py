@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from research_eval.layers.causal.context import Context
 from research_eval.layers.causal.products import ExpertMatrix
 from research_eval.layers.causal.settings import CausalNorm, CausalSettings
+from research_eval.layers.dispatch import Dispatch
 
 
 def normed(x: Tensor, kind: CausalNorm = "layer") -> Tensor:
@@ -113,6 +114,10 @@ class Projections(nn.Module):
             zero = name == "o" and settings.zero_init
             self.add_module(name, ExpertMatrix(num_experts, width, width, zero))
 
+    def maps(self) -> dict[str, ExpertMatrix]:
+        """The maps by name."""
+        return {name: child for name, child in self.named_children() if isinstance(child, ExpertMatrix)}
+
 
 class CausalFeedForward(nn.Module):
     """W_2 act(W_1 x), or with "swiglu" W_2 (silu(W_g x) * W_1 x), for one or many experts."""
@@ -125,7 +130,7 @@ class CausalFeedForward(nn.Module):
         self.gate = ExpertMatrix(num_experts, settings.embed_dim, inner) if self.activation == "swiglu" else None
         self.contract = ExpertMatrix(num_experts, inner, settings.embed_dim, settings.zero_init)
 
-    def forward(self, x_RD: Tensor, dispatch: object) -> Tensor:
+    def forward(self, x_RD: Tensor, dispatch: Dispatch) -> Tensor:
         """Rows [R, D] sorted by expert -> the same shape."""
         inner = self.expand(x_RD, dispatch)
         if self.gate is not None:
@@ -136,3 +141,16 @@ class CausalFeedForward(nn.Module):
             inner = F.gelu(inner)
         out: Tensor = self.contract(inner, dispatch)
         return out
+
+    def matrices(self) -> list[ExpertMatrix]:
+        """The maps of the part."""
+        return [part for part in (self.expand, self.gate, self.contract) if part is not None]
+
+
+class CausalBlock(nn.Module):
+    """The maps of one step that no router chooses: around the attention, and a feed-forward part."""
+
+    def __init__(self, settings: CausalSettings) -> None:
+        super().__init__()
+        self.attention = Projections(settings, "qkvo")
+        self.feed_forward = CausalFeedForward(settings)

@@ -31,7 +31,7 @@ class ExpertMatrix(nn.Module):
 
     def forward(self, x_RI: Tensor, dispatch: Dispatch) -> Tensor:
         """x [R, I] sorted by expert -> [R, O]."""
-        weight_NOI = self.weight
+        weight_NOI: Tensor = self.weight
         if len(weight_NOI) == 1:
             return F.linear(x_RI, weight_NOI.squeeze(0))
         kernels, is_cast = dispatch.kernels_for(x_RI), torch.is_autocast_enabled(x_RI.device.type)

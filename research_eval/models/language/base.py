@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from research_eval.datasets.token_data import Batch
 from research_eval.layers.assignments import Assignments
-from research_eval.layers.causal.attention import Attention, CausalFeedForward, Projections, full_precision, normed
+from research_eval.layers.causal.attention import Attention, CausalBlock, CausalFeedForward, full_precision, normed
 from research_eval.layers.causal.context import Cache, Context
+from research_eval.layers.causal.products import ExpertMatrix
 from research_eval.layers.causal.routes import Choice, Routes, hashed
 from research_eval.layers.causal.settings import CausalSettings
 from research_eval.layers.dispatch import Dispatch
@@ -88,7 +89,7 @@ class LanguageHead(nn.Module):
 class Layer(NamedTuple):
     """The modules of one step. An entry of `pooled` names a part whose weights belong to the row's expert."""
 
-    projections: dict[str, nn.Module]  # "q", "k", "v", "o"
+    projections: dict[str, ExpertMatrix]  # "q", "k", "v", "o"
     feed_forward: CausalFeedForward
     pooled: frozenset[str] = frozenset()  # of "q", "k", "v", "o", "f"; empty without a router
 
@@ -316,8 +317,7 @@ class LanguageModel(RoutedModel):
         for step in range(self.num_steps):
             layer = self.layer(step)
             weights += sum(one.weight[0].numel() for one in layer.projections.values())
-            parts = [layer.feed_forward.expand, layer.feed_forward.gate, layer.feed_forward.contract]
-            weights += top_k * sum(part.weight[0].numel() for part in parts if part is not None)
+            weights += top_k * sum(part.weight[0].numel() for part in layer.feed_forward.matrices())
         weights += self.vocab_size * width + (0 if self.routes is None else self.routes.num_weights())
         return 2.0 * length * weights + 4.0 * length**2 * width * self.num_steps
 
@@ -348,14 +348,8 @@ def _applied(module: nn.Module, x_SD: Tensor, sort: Sorted | None) -> Tensor:
     return out
 
 
-def own_layers(settings: CausalSettings, count: int) -> nn.ModuleList:
-    """Blocks without experts: projections and a feed-forward part each."""
-    return nn.ModuleList(
-        nn.ModuleDict({"attention": Projections(settings, "qkvo"), "feed_forward": CausalFeedForward(settings)})
-        for _ in range(count)
-    )
-
-
-def parts_of(projections: nn.Module) -> dict[str, nn.Module]:
-    """The maps of `Projections` by name."""
-    return dict(projections.named_children())
+def layer_of(blocks: nn.ModuleList, number: int) -> Layer:
+    """The modules of a block without experts."""
+    block = blocks[number]
+    assert isinstance(block, CausalBlock)
+    return Layer(block.attention.maps(), block.feed_forward)

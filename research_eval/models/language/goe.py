@@ -16,10 +16,19 @@ from research_eval.layers.causal.attention import CausalFeedForward, Projections
 from research_eval.layers.causal.context import Context
 from research_eval.layers.causal.routes import Routes
 from research_eval.layers.causal.settings import CausalSettings, RoutedParts, RouteSettings
-from research_eval.models.language.base import LanguageModel, Layer, Sorted, parts_of
+from research_eval.models.language.base import LanguageModel, Layer, Sorted
 from research_eval.registry import LANGUAGE_MODELS
 
 OWNED = {"ffn": "", "qo_ffn": "qo", "block": "qkvo", "block_query_kv": "qkvo"}  # projections that belong to an expert
+
+
+class Pool(nn.Module):
+    """The experts that all steps share: feed-forward parts, and the maps around the attention that belong to them."""
+
+    def __init__(self, settings: CausalSettings, owned: str, num_experts: int) -> None:
+        super().__init__()
+        self.projections = Projections(settings, owned, num_experts)
+        self.feed_forward = CausalFeedForward(settings, num_experts)
 
 
 @LANGUAGE_MODELS.register("goe")
@@ -55,18 +64,14 @@ class GoELanguageModel(LanguageModel):
         owned = OWNED[routed_parts]
         shared = "".join(name for name in "qkvo" if name not in owned)
         self.layers = nn.ModuleList(Projections(causal, shared) for _ in range(max_path_len))
-        self.experts = nn.ModuleDict(
-            {
-                "projections": Projections(causal, owned, num_total_experts),
-                "feed_forward": CausalFeedForward(causal, num_total_experts),
-            }
-        )
+        self.experts = Pool(causal, owned, num_total_experts)
         self.route_with(Routes(routing, causal.embed_dim, vocab_size, num_total_experts, max_path_len, top_k_experts))
 
     def layer(self, step: int) -> Layer:
-        maps = parts_of(self.layers[step]) | parts_of(self.experts["projections"])
+        own = self.layers[step]
+        assert isinstance(own, Projections)
         pooled = frozenset(OWNED[self.routed_parts]) | {"f"}
-        return Layer(maps, self.experts["feed_forward"], pooled)
+        return Layer(own.maps() | self.experts.projections.maps(), self.experts.feed_forward, pooled)
 
     def _attended(self, layer: Layer, step: int, y_SD: Tensor, context: Context, sort: Sorted | None) -> Tensor:
         if self.routed_parts != "block_query_kv":

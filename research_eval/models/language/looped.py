@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from torch import nn
+
 from research_eval.annotations import Count, Range
+from research_eval.layers.causal.attention import CausalBlock
 from research_eval.layers.causal.settings import CausalSettings
-from research_eval.models.language.base import LanguageModel, Layer, own_layers, parts_of
+from research_eval.models.language.base import LanguageModel, Layer, layer_of
 from research_eval.registry import LANGUAGE_MODELS
 
 
@@ -26,8 +29,7 @@ class LoopedLanguageModel(LanguageModel):
         causal: CausalSettings,
     ) -> None:
         super().__init__(vocab_size, max_length, num_layers * num_loops, settings=causal)
-        self.layers = own_layers(causal, num_layers)
+        self.layers = nn.ModuleList(CausalBlock(causal) for _ in range(num_layers))
 
     def layer(self, step: int) -> Layer:
-        block = self.layers[step % len(self.layers)]
-        return Layer(parts_of(block["attention"]), block["feed_forward"])
+        return layer_of(self.layers, step % len(self.layers))

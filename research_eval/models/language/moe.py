@@ -11,8 +11,17 @@ from research_eval.errors import ConfigError
 from research_eval.layers.causal.attention import CausalFeedForward, Projections
 from research_eval.layers.causal.routes import Routes
 from research_eval.layers.causal.settings import CausalSettings, RouteSettings
-from research_eval.models.language.base import LanguageModel, Layer, parts_of
+from research_eval.models.language.base import LanguageModel, Layer
 from research_eval.registry import LANGUAGE_MODELS
+
+
+class MoEBlock(nn.Module):
+    """The maps around the attention, and the feed-forward experts of one layer."""
+
+    def __init__(self, settings: CausalSettings, num_experts: int) -> None:
+        super().__init__()
+        self.attention = Projections(settings, "qkvo")
+        self.experts = CausalFeedForward(settings, num_experts)
 
 
 @LANGUAGE_MODELS.register("moe")
@@ -38,15 +47,13 @@ class MoELanguageModel(LanguageModel):
         super().__init__(vocab_size, max_length, num_layers, settings=causal)
         if top_k_experts > num_experts:
             raise ConfigError(f"top_k_experts={top_k_experts} is more than num_experts={num_experts}")
-        self.layers = nn.ModuleList(
-            nn.ModuleDict({"attention": Projections(causal, "qkvo"), "experts": CausalFeedForward(causal, num_experts)})
-            for _ in range(num_layers)
-        )
+        self.layers = nn.ModuleList(MoEBlock(causal, num_experts) for _ in range(num_layers))
         self.route_with(Routes(routing, causal.embed_dim, vocab_size, num_experts, num_layers, top_k_experts))
 
     def layer(self, step: int) -> Layer:
         block = self.layers[step]
-        return Layer(parts_of(block["attention"]), block["experts"], frozenset("f"))
+        assert isinstance(block, MoEBlock)
+        return Layer(block.attention.maps(), block.experts, frozenset("f"))
 
     def experts_per_token(self) -> int:
         return 1 if self.routes is None else self.routes.top_k  # of the pool of one layer
