@@ -441,10 +441,9 @@ def test_a_kind_of_data_is_one_new_file(tmp_path: Path) -> None:
         changes = {"dataset_type": "drawn", "dataset_name": "halves", "dataset_params": {"size": 40}} | changes
         return write_config(tmp_path, **changes, epochs=1)
 
+    kinds = "'synthetic', 'real_world', 'drawn', 'language_modeling'"
     complaints = {
-        "dataset_type: expected one of 'synthetic', 'real_world', 'drawn', got \"drawm\". Did you mean 'drawn'?": {
-            "dataset_type": "drawm"
-        },
+        f"dataset_type: expected one of {kinds}, got \"drawm\". Did you mean 'drawn'?": {"dataset_type": "drawm"},
         "dataset_name: unknown 'halfes'. Did you mean 'halves'?": {"dataset_name": "halfes"},
         "dataset_params: unknown key 'lenght'. Did you mean 'length'?": {"dataset_params": {"size": 4, "lenght": 3}},
         "dataset_params: missing key 'size'": {"dataset_params": {}},
@@ -455,7 +454,7 @@ def test_a_kind_of_data_is_one_new_file(tmp_path: Path) -> None:
         assert ended.code == 2 and re.fullmatch(rf"\S+: {re.escape(complaint)}", ended.err.strip()), ended.err
 
     schema = json.loads(call("-m", "research_eval.schema").out)
-    assert schema["properties"]["dataset_type"]["enum"] == ["synthetic", "real_world", "drawn"]
+    assert schema["properties"]["dataset_type"]["enum"] == ["synthetic", "real_world", "drawn", "language_modeling"]
     names = {"then": {"properties": {"dataset_name": {"enum": ["halves", "thirds"]}}}}
     (rule,) = [rule for rule in schema["allOf"] if names.items() <= rule.items()]
     assert rule["if"]["properties"] == {"dataset_type": {"const": "drawn"}}
@@ -481,7 +480,7 @@ def test_a_kind_of_data_is_one_new_file(tmp_path: Path) -> None:
     unknown = call(main_script, "--dataset_type", "drawm", *study[2:])
     assert (unknown.code, unknown.err.strip()) == (
         2,
-        "--dataset_type: expected 'synthetic' or 'real_world' or 'drawn', got 'drawm'. Did you mean 'drawn'?",
+        f"--dataset_type: expected {kinds.replace(',', ' or')}, got 'drawm'. Did you mean 'drawn'?",
     )
 
 

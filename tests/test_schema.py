@@ -256,7 +256,8 @@ def test_comments_trailing_commas_and_the_schema_key_are_accepted() -> None:
         (
             "dataset_type",
             "synthetik",
-            "dataset_type: expected one of 'synthetic', 'real_world', 'language_modeling', got \"synthetik\". Did you mean 'synthetic'?",
+            "dataset_type: expected one of 'synthetic', 'real_world', 'language_modeling', got \"synthetik\". "
+            "Did you mean 'synthetic'?",
         ),
         ("model_type", "tinny", "model_type: unknown 'tinny'. Did you mean 'tiny'?"),
         ("dataset_name", "taskk", "dataset_name: unknown 'taskk'. Did you mean 'task'?"),

@@ -759,7 +759,7 @@ def test_what_the_hub_refuses_is_explained(hub_set, cache):
 def test_unknown_names_are_explained_and_a_data_dir_makes_any_name_known(folder):
     with pytest.raises(ConfigError, match=r"unknown 'agnews'\. Did you mean 'ag_news'\?"):
         load_splits("real_world", "agnews", {}, seed=0)
-    with pytest.raises(ConfigError, match="expected 'synthetic' or 'real_world', got 'other'"):
+    with pytest.raises(ConfigError, match="expected 'synthetic' or 'real_world' or 'language_modeling', got 'other'"):
         load_splits("other", "agnews", {}, seed=0)
     write(folder / "train.csv", GOOD)
     assert len(load_splits("real_world", "agnews", {"data_dir": str(folder)}, seed=0).train) == 18
