@@ -26,6 +26,7 @@ from research_eval.annotations import Count, Natural
 from research_eval.config.check import config_from_dict
 from research_eval.config.sections import ExperimentConfig
 from research_eval.datasets.kinds import dataset_kind
+from research_eval.datasets.language import vocabulary
 from research_eval.datasets.text import UNK, UNK_ID, TextDataset, encode_texts
 from research_eval.datasets.text.normalizing import has_our_steps
 from research_eval.datasets.text.source import FILE_TYPES, file_type
@@ -332,14 +333,16 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
     text = read_limited(path, MAX_FILE_BYTES, "a tokenizer")
     content = parse_json(text, str(path))
     try:
-        if not isinstance(content, dict) or not has_our_steps(content):
+        is_language = vocabulary.kind_in_json(content) is not None
+        if not is_language and not (isinstance(content, dict) and has_our_steps(content)):
             raise ValueError("holds steps that no run of ours has")
         tokenizer = Tokenizer.from_str(text.decode())
         largest = max(tokenizer.get_vocab().values(), default=-1)
     except Exception as error:  # the library raises plain Exception
         raise ConfigError(f"{path}: not a tokenizer of ours: {error}. Run the experiment again.") from error
-    if tokenizer.token_to_id(UNK) != UNK_ID:
-        raise ConfigError(f"{path}: {UNK} is not {UNK_ID}: not a tokenizer of ours. Run the experiment again.")
+    unknown = vocabulary.UNK if is_language else UNK
+    if tokenizer.token_to_id(unknown) != UNK_ID:
+        raise ConfigError(f"{path}: {unknown} is not {UNK_ID}: not a tokenizer of ours. Run the experiment again.")
     if largest >= vocab_size:
         raise ConfigError(f"{path}: id {largest} is beyond the vocabulary of {vocab_size}. Run the experiment again.")
     return tokenizer

@@ -150,23 +150,24 @@ def _chunks_of(texts: Iterable[str]) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------- reading a tokenizer
 
 
+def _steps(content: dict[str, Any]) -> str:
+    """What a tokenizer does besides looking pieces up, as text. A newer library may write further keys of the model."""
+    model = content["model"]
+    others = [content.get(key) or None for key in ("normalizer", "post_processor", "added_tokens")]
+    others += [content.get(key) or None for key in ("truncation", "padding")] + [model.get("dropout") or None]
+    return json.dumps([model.get("type"), content.get("pre_tokenizer"), content.get("decoder"), others], sort_keys=True)
+
+
 @cache
-def _skeletons() -> dict[str, TokenizerKind]:
-    """JSON without the vocabulary -> the kind of the tokenizer."""
-    return {_skeleton(json.loads(_assembled(kind, [PAD, UNK]).to_str())): kind for kind in get_args(TokenizerKind)}
-
-
-def _skeleton(content: dict[str, Any]) -> str:
-    model = content.get("model")
-    bare = {key: value for key, value in model.items() if key not in ("vocab", "merges")} if model else None
-    return json.dumps({**content, "model": bare}, sort_keys=True)
+def _kind_of_steps() -> dict[str, TokenizerKind]:
+    return {_steps(json.loads(_assembled(kind, [PAD, UNK]).to_str())): kind for kind in get_args(TokenizerKind)}
 
 
 def kind_in_json(content: Any) -> TokenizerKind | None:
     """The kind of the tokenizer whose parsed JSON this is; None for one that this module does not write."""
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         return None
-    return _skeletons().get(_skeleton(content))
+    return _kind_of_steps().get(_steps(content))
 
 
 @dataclass(frozen=True)
