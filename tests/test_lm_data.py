@@ -6,6 +6,7 @@ S tokens  L block  B batch
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import unicodedata
@@ -492,6 +493,55 @@ def test_the_tokenizer_of_an_earlier_run_is_used(kind: vocabulary.TokenizerKind)
         assert data.fingerprint["tokenizer_sha256"] != own.fingerprint["tokenizer_sha256"]
     with pytest.raises(ConfigError, match=f"the earlier run, which is '{kind}' without <eos>"):
         load("all.txt", earlier, tokenizer="char" if kind != "char" else "byte")
+
+
+@pytest.mark.parametrize("document", ["none", "row"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_from_the_cache_equals_a_fresh_one(kind: str, document: str) -> None:
+    write("all.jsonl", [f"document {number} of words\n" for number in range(30)])
+    params = {"tokenizer": kind, "vocab_size": 300, "document": document}
+    fresh, again = load("all.jsonl", **params), load("all.jsonl", **params)
+    assert fresh.tokenizer is not None
+    texts = read_corpus(Path("all.jsonl"), document, None, 0.1)  # type: ignore[arg-type]
+    for name, one, other in (("train", fresh.train, again.train), ("validation", fresh.validation, again.validation)):
+        assert isinstance(one, TokenStream) and isinstance(other, TokenStream) and isinstance(other.tokens, np.memmap)
+        tokens, starts = encoded(fresh.tokenizer, texts[name].texts)
+        for part in (one, other):
+            assert part.tokens.tolist() == tokens.tolist() and part.document_starts.tolist() == starts.tolist()
+            assert part.tokens.dtype == np.int32 and not part.tokens.flags.writeable
+        assert [batch.labels.tolist() for batch in one.batches(3, seed=1)] == [
+            batch.labels.tolist() for batch in other.batches(3, seed=1)
+        ]
+    files = [path.name for path in Path("cache").glob("stream-*.npy")]
+    assert len(files) == 2
+    load("all.jsonl", **params, block_size=5)
+    assert len(list(Path("cache").glob("stream-*.npy"))) == 2  # the ids do not depend on the blocks
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "empty", "text", "pickle", "float", "vocabulary"])
+def test_a_damaged_cache_file_is_encoded_again(damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    write("all.txt", POEM)
+    tokens = load("all.txt").train.tokens.tolist()
+    for path in Path("cache").glob("stream-*.npy"):
+        content = path.read_bytes()
+        if damage in ("pickle", "float", "vocabulary"):
+            wrong = {"pickle": np.array([{}]), "float": np.ones(99), "vocabulary": np.full(99, 77, np.int32)}[damage]
+            if damage == "vocabulary":
+                wrong = np.append(wrong, np.frombuffer(hashlib.sha256(wrong).digest(), np.int32))
+            path.unlink()
+            np.save(path, wrong)
+        else:
+            path.write_bytes(
+                {
+                    "cut": content[:-5],
+                    "bit": content[:300] + bytes([content[300] ^ 1]) + content[301:],
+                    "empty": b"",
+                    "text": b"abc",
+                }[damage]
+            )
+    assert load("all.txt").train.tokens.tolist() == tokens
+    assert caplog.text.count("is encoded again") == 2
+    assert not list(Path("cache").glob(".*"))
 
 
 def test_names_that_are_accepted() -> None:

@@ -17,6 +17,7 @@ from pydantic import Field
 from tokenizers import Tokenizer
 
 from research_eval.annotations import Choice
+from research_eval.datasets.language.cache import cached_stream
 from research_eval.datasets.language.stream import Document, TokenStream, encoded
 from research_eval.datasets.language.vocabulary import TokenizerKind, build_tokenizer, eos_id, kind_of
 from research_eval.datasets.text.cache import Arrays, cached_arrays, check_tokenizer, digest, digest_texts
@@ -112,7 +113,8 @@ class LanguageModelingDataset:
         with phase("reading the text"):
             texts = self.texts()
         tokenizer = self._tokenizer(texts["train"].texts) if tokenizer is None else self._fitting(tokenizer)
-        streams = {name: self._stream(tokenizer, part, name) for name, part in texts.items()}
+        hashes = {name: digest_texts(part.texts) for name, part in texts.items()}
+        streams = {name: self._stream(tokenizer, part, name, hashes[name]) for name, part in texts.items()}
         size = tokenizer.get_vocab_size()
         return DataSplits(
             train=streams["train"],
@@ -127,7 +129,7 @@ class LanguageModelingDataset:
                 "version": self.VERSION,
                 "source": self._origin(),
                 "read_from": {name: part.origin for name, part in texts.items()},
-                "sha256": {name: digest(digest_texts(part.texts)) for name, part in texts.items()},
+                "sha256": hashes,
                 "tokenizer": self.kind,
                 "tokenizer_sha256": digest(tokenizer.to_str()),
                 "vocab_size": size,
@@ -201,10 +203,16 @@ class LanguageModelingDataset:
             )
         return tokenizer
 
-    def _stream(self, tokenizer: Tokenizer, part: SplitText, name: str) -> TokenStream:
-        """The split as a stream. Raises ConfigError for one that is shorter than a block."""
+    def _stream(self, tokenizer: Tokenizer, part: SplitText, name: str, text_hash: str) -> TokenStream:
+        """The split as a stream, from the cache if it is there. Raises ConfigError for one that is shorter than a block."""
+        key = digest(text_hash, tokenizer.to_str(), str(self.VERSION))
         with phase(f"encoding {name}"):
-            tokens, starts = encoded(tokenizer, part.texts)
+            tokens, starts = cached_stream(
+                self.cache / f"stream-{key}.npy",
+                lambda: encoded(tokenizer, part.texts),
+                len(part.texts) if self.separated else 0,
+                tokenizer.get_vocab_size(),
+            )
         if len(tokens) <= self.block_size:
             raise ConfigError(
                 f"{part.origin}: the {name} split has {len(tokens)} tokens; block_size={self.block_size} needs "

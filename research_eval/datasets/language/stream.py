@@ -75,7 +75,7 @@ class TokenStream(TokenData):
         return cls(
             tokens,
             offsets,
-            np.asarray(tokens[offsets[:-1] + 1]).astype(np.int64),
+            tokens[offsets[:-1] + 1].astype(np.int64),
             block_size=block_size,
             document_starts=np.zeros(0, np.int64) if document_starts is None else document_starts,
             respect_documents=respect_documents,
@@ -109,7 +109,7 @@ class TokenStream(TokenData):
         """Hash of the tokens and of the starts of documents, the same on machines of either byte order."""
         digest = hashlib.sha256()
         for array in (self.tokens, self.document_starts):
-            digest.update(np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+            digest.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).data)
         return digest.hexdigest()
 
 
