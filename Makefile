@@ -4,10 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= examples/configs/quickstart.json
 
-.PHONY: demo run test check lint bench fuzz schema
+.PHONY: demo demo-lm run test check lint bench fuzz schema
 
 demo: $(VENV)/.runtime
 	$(BIN)/python research_eval/main.py --json_config_path examples/configs/quickstart.json
+
+# A language model of the documentation: two minutes of training, then a page that it makes up.
+demo-lm: $(VENV)/.runtime
+	cat README.md docs/*.md > lm_demo.txt
+	$(BIN)/goe run --json_config_path examples/configs/lm_demo.json
+	$(BIN)/goe generate --run latest --prompt "The model " --max_new_tokens 400
 
 run: $(VENV)/.runtime
 	$(BIN)/python research_eval/main.py --json_config_path $(CONFIG)

@@ -38,7 +38,7 @@ from research_eval import experiment, main
 from research_eval.cli import analyze, measure, run, suggest, tune
 from research_eval.datasets.text import TextDataset
 from research_eval.db_utils import DB_FILE, STATUSES, Store
-from research_eval.registry import MODELS_MAP, SYNTHETIC_DATASETS
+from research_eval.registry import LANGUAGE_MODELS, MODELS_MAP, SYNTHETIC_DATASETS
 from research_eval.schema import (
     INT_MAX,
     MODEL_PROVIDED,
@@ -67,7 +67,7 @@ REWRITES = [
     (r"python\S* -m venv .*|source \S*activate", ":", "the environment is there"),
     (r"(?:\S*python -m )?pip install .*-r (\S+)", r"test -s \1", "the environment stays as it is"),
     (r"pip install scikit-learn", "python -c 'import sklearn'", "the environment stays as it is"),
-    (r"make (test|check|lint|bench|fuzz)", r"make -n \1", "would run these tests, or for minutes"),
+    (r"make (test|check|lint|bench|fuzz|demo-lm)", r"make -n \1", "would run these tests, or for minutes"),
     (r"pip-audit .*", ":", "needs the network"),
     (r"(?:\./)?\.ci/run", "bash -n .ci/run", "would run these tests"),
     (r"(?:python -m )?pytest.*", "test -d tests", "would run these tests"),
@@ -78,7 +78,11 @@ REWRITES = [
     (r"(.*--device) cuda\S*(.*)", r"\1 cpu\2", "not every machine has a GPU"),
 ]
 # Smaller numbers in the sandbox's copies of the example configs, so that the commands run as they are written.
-SMALLER = {r'"epochs": \d+': '"epochs": 1', r'"num_samples": \d+': '"num_samples": 400'}
+SMALLER = {
+    r'"epochs": \d+': '"epochs": 1',
+    r'"max_steps": \d+': '"max_steps": 10',
+    r'"num_samples": \d+': '"num_samples": 400',
+}
 TEXT_SETS = {"ag_news": (4, "test"), "imdb": (2, "test"), "sst2": (2, "validation"), "trec": (6, "validation")}
 
 
@@ -384,6 +388,10 @@ def sections() -> Iterator[tuple[list[str], type[BaseModel]]]:
         if cls.__module__.startswith("research_eval."):
             complete = name in ("goe_scan", "lstm")  # no Transformers: their tables have all their keys
             yield [name] if complete else ["all models", name], signature_model(cls, MODEL_PROVIDED)
+    for name, cls in LANGUAGE_MODELS.items():
+        common = [] if name == "lstm" else ["all language models"]
+        routes = ["routes"] if name in ("moe", "goe", "goe_original") else []
+        yield [*common, *routes, f"language model: {name}"], signature_model(cls, MODEL_PROVIDED)
     for name, cls in SYNTHETIC_DATASETS.items():
         if cls.__module__.startswith("research_eval."):
             yield [name], signature_model(cls, SYNTHETIC_PROVIDED)
@@ -391,7 +399,8 @@ def sections() -> Iterator[tuple[list[str], type[BaseModel]]]:
 
 @pytest.mark.parametrize(("headings", "model"), [pytest.param(*section, id=section[0][-1]) for section in sections()])
 def test_every_key_stands_on_the_page_with_its_values_and_default(headings: list[str], model: type[BaseModel]) -> None:
-    rows = [row for heading in headings for row in one_table(DOCS / "configuration.md", heading, "key").rows]
+    page = DOCS / ("language_model.md" if "language" in headings[-1] else "configuration.md")
+    rows = [row for heading in headings for row in one_table(page, heading, "key").rows]
     assert sorted((row[0], row[1], row[2]) for row in rows) == sorted(documented_keys(model))
     assert all(row[3] for row in rows)
 

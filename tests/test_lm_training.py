@@ -268,3 +268,19 @@ def test_a_classifier_trains_with_muon(tmp_path: Path) -> None:
     given |= {"dataset_params": {"num_samples": 60}, "model_params": {"embed_dim": 16}}
     given |= {"optimizer_params": {"name": "muon", "lr": 0.02}, "training_params": {"device": "cpu"}}
     assert run_in(tmp_path, config_from_dict(given)).status == "finished"
+
+
+def test_the_sliding_loss_is_that_of_windows_with_more_context(corpus: Path, tmp_path: Path) -> None:
+    data = {"eval_stride": 4}
+    config = config_from_dict(settings(corpus, training_params={"max_steps": 30}, dataset_params=data))
+    metrics = run_in(tmp_path, config).metrics
+    assert metrics["final_val_loss_sliding"] != metrics["final_val_loss"]
+    assert metrics["final_val_loss_sliding"] == pytest.approx(metrics["final_val_loss"], abs=0.3)
+    assert metrics["generalisation_gap"] < metrics["final_val_loss"]
+
+
+def test_the_loss_by_position_averages_to_the_loss(corpus: Path, tmp_path: Path) -> None:
+    metrics = run_in(tmp_path, config_from_dict(settings(corpus))).metrics
+    bands = metrics["val_loss_by_position"]
+    assert len(bands) == 8
+    assert np.mean(bands) == pytest.approx(metrics["final_val_loss"], abs=0.02)  # the last block may be shorter

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from research_eval.config.sections import ExperimentConfig
 from research_eval.datasets.kinds import dataset_kind
+from research_eval.datasets.language.stream import StreamBatches
 from research_eval.datasets.token_data import Batches, DataSplits, TokenData
 from research_eval.files import file_stem
 from research_eval.models.base_model import EvaluableModel
@@ -63,6 +64,7 @@ def score(
         **{f"best_val_{name}_across_epochs": value for name, value in _best(state, task, config).items()},
         **_details("val", evaluation, data.validation),
         **_costs(state, model, data, config, runtime, validation, task),
+        **_text_metrics(state, model, evaluation, validation, task.num_outputs(data), runtime, task),
     }
     scored = {"": validation}  # prefix of a split's metrics -> its batches
     if config.training_params.test and data.test is not None:
@@ -81,6 +83,25 @@ def score(
     if data.validation.paths is not None:
         metrics |= regret_metrics(model, scored, task.num_outputs(data), runtime, task)
     return metrics | {"peak_memory_mb": runtime.peak_memory_mb()}
+
+
+def _text_metrics(
+    state: TrainingState,
+    model: EvaluableModel,
+    evaluation: Evaluation,
+    validation: Batches,
+    num_outputs: int,
+    runtime: Runtime,
+    task: Task,
+) -> dict[str, float]:
+    """The gap to the training loss, and the loss with overlapping windows if the data ask for it; for running text."""
+    if not isinstance(validation, StreamBatches):
+        return {}
+    metrics = {} if state.train_loss is None else {"generalisation_gap": evaluation.loss - state.train_loss}
+    if validation.data.eval_stride is not None:
+        found = evaluate(model, validation.sliding(), num_outputs, runtime, task)
+        metrics["final_val_loss_sliding"] = found.loss
+    return metrics
 
 
 def _best(state: TrainingState, task: Task, config: ExperimentConfig) -> dict[str, float | None]:

@@ -165,6 +165,7 @@ def _report(observer: Observer, meter: Meter, state: TrainingState, rate: float)
     state.step_seconds, state.step_tokens = meter.seconds, meter.tokens
     if values:
         _check_finite("loss", values["train_loss"], step)
+        state.train_loss = values["train_task_loss"]
         observer.train_values(step, {**values, "learning_rate": rate})
 
 

@@ -42,6 +42,7 @@ class TrainingState:
     epochs_without_gain: Natural = 0
     stopped_early: bool = False
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    train_loss: float | None = None  # mean task loss of the steps of the last report
     step_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # without evaluations
     step_tokens: Natural = 0  # real tokens of the inputs, in these seconds
     reports: list[dict[str, Any]] = field(default_factory=list)  # short routing report of every epoch
