@@ -16,6 +16,7 @@ from research_eval.datasets.token_data import Batch
 from research_eval.errors import ConfigError
 from research_eval.layers.causal.context import Context
 from research_eval.layers.causal.routes import Features, NgramTable, Pools, balanced_table
+from research_eval.layers.dispatch import Execution, set_execution
 from research_eval.models.language.base import LanguageModel
 from research_eval.registry import LANGUAGE_MODELS
 
@@ -428,3 +429,20 @@ def test_active_parameters_leave_out_idle_experts() -> None:
     model = made("goe, bigram")
     experts = sum(parameter.numel() for parameter in model.experts.parameters())
     assert model.get_parameter_count() - model.get_active_parameter_count() == experts * 2 // 5  # 3 steps of 5 experts
+
+
+@pytest.mark.parametrize("name", ["goe, features", "goe, block", "goe, two", "moe, bigram"])
+def test_the_kernels_agree_in_values_and_gradients(name: str) -> None:
+    found = []
+    for kernels in ("plain", "slices"):
+        model = made(name).double().train()
+        set_execution(model, Execution(kernels))
+        outputs = model.pass_over(ids(LENGTH, 3)).outputs
+        outputs.square().mean().backward()
+        gradients = {part: parameter.grad for part, parameter in model.named_parameters() if parameter.grad is not None}
+        found.append((outputs, gradients))
+    (plain, plain_gradients), (slices, gradients) = found
+    assert (plain - slices).abs().max() < 1e-12
+    assert plain_gradients.keys() == gradients.keys()
+    for part, gradient in gradients.items():
+        assert torch.allclose(gradient, plain_gradients[part], rtol=1e-9, atol=1e-12), part
