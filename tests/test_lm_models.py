@@ -31,6 +31,7 @@ ROUTES: dict[str, dict[str, Any]] = {
     "token": {"route": "token_id"},
     "bigram": {"router_input": "bigram"},
     "trigram": {"route": "trigram"},
+    "learned table": {"route": "bigram", "learned_table": True, "straight_through": True},
     "random": {"route": "random"},
     "layered": {"route": "layered"},
     "segment": {"lm_routing": "segment", "segment_length": 4},
@@ -366,6 +367,16 @@ def test_a_bigram_table_reads_the_last_two_tokens_in_their_order() -> None:
     ]
 
 
+def test_a_learned_table_starts_as_the_table() -> None:
+    """With a straight-through gate the values are those of the fixed table; the task moves the logits."""
+    fixed, learned = made("goe, bigram").eval(), made("goe, learned table").eval()
+    weights = {name: value for name, value in fixed.state_dict().items()}
+    learned.load_state_dict(weights, strict=False)
+    assert learned.routes is not None
+    learned.routes.router.start_from(learned.routes.table)  # type: ignore[union-attr, arg-type]
+    assert torch.allclose(logits(fixed, ids(LENGTH)), logits(learned, ids(LENGTH)), atol=1e-6)
+
+
 def test_long_ngrams_are_hashed_and_stay_causal() -> None:
     table = NgramTable(1000, 3, 4, 1)
     table.learn(np.arange(1, 999, dtype=np.int32), np.random.default_rng(0))
@@ -394,6 +405,7 @@ def test_a_segment_reads_the_segment_before_it() -> None:
         ({"router_input": "bigram", "route": "trigram"}, "give one of them"),
         ({"lm_routing": "segment", "route": "bigram"}, "needs a learned route"),
         ({"top_k_experts": 2, "routed_parts": "block"}, "needs routed_parts='ffn'"),
+        ({"learned_table": True}, "needs a route by a table"),
         ({"top_k_experts": 9}, "is more than num_total_experts"),
         ({"num_heads": 3}, "does not divide"),
         ({"embed_dim": 6, "num_heads": 2}, "has to be even"),

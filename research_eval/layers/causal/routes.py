@@ -150,10 +150,34 @@ class NgramTable(nn.Module):
             return entry
         return hashed(entry, self.num_entries)
 
+    def entries(self, context: Context) -> Tensor:
+        """The number of the n-gram that ends at each new token, [S]."""
+        return self._entries([context.earlier_ids(distance) for distance in range(self.order)]).flatten()
+
     def forward(self, context: Context, step: int) -> Tensor:
         """The expert of each new token, [S]."""
-        ids = [context.earlier_ids(distance) for distance in range(self.order)]
-        return self.table_TE[step].index_select(0, self._entries(ids).flatten()).long()
+        return self.table_TE[step].index_select(0, self.entries(context)).long()
+
+
+class TableRouter(nn.Module):
+    """Logits of each n-gram as parameters, [T, E, N]: at the start `spread` for the expert of a table, 0 for others.
+
+    So it starts as the table does, and learns to leave it. A look-up costs no FLOPs.
+    """
+
+    def __init__(self, table: NgramTable, spread: float) -> None:
+        super().__init__()
+        self.spread = spread
+        self.logits = nn.Parameter(torch.zeros(*table.table_TE.shape, table.num_experts))
+
+    @torch.no_grad()
+    def start_from(self, table: NgramTable) -> None:
+        """Prefer the expert of the table."""
+        self.logits.copy_(self.spread * F.one_hot(table.table_TE.long(), table.num_experts))
+
+    def forward(self, entries_S: Tensor, step: int) -> Tensor:
+        """The logits of n-grams, [S, N]."""
+        return F.embedding(entries_S, self.logits[step])
 
 
 def _joined(ids: Sequence[Tensor], vocab_size: int) -> Tensor:
@@ -203,10 +227,12 @@ class Routes(nn.Module):
         self.settings, self.top_k = settings, top_k
         self.num_experts, self.num_steps, self.vocab_size = num_experts, num_steps, vocab_size
         self.features: Features | Pools | None = None
-        self.router: CausalRouter | None = None
+        self.router: CausalRouter | TableRouter | None = None
         self.table: NgramTable | None = None
         if settings.route in NGRAM_ORDER:
             self.table = NgramTable(vocab_size, NGRAM_ORDER[settings.route], num_experts, num_steps)
+            if settings.learned_table:
+                self.router = TableRouter(self.table, settings.initial_spread)
         elif settings.route == "learned":
             width = embed_dim
             if settings.lm_routing != "token":
@@ -225,10 +251,12 @@ class Routes(nn.Module):
         """Balance the tables of a fixed route by the training text."""
         if self.table is not None:
             self.table.learn(tokens_S, rng)
+            if isinstance(self.router, TableRouter):
+                self.router.start_from(self.table)
 
     def begin(self, context: Context) -> list[Tensor] | None:
         """The logits of all steps [T, S, N], if they do not depend on the states."""
-        if self.features is None or self.router is None:
+        if self.features is None or not isinstance(self.router, CausalRouter):
             return None
         logits = self.router(self.features(context))
         return list(logits if len(logits) == self.num_steps else logits.expand(self.num_steps, -1, -1))
@@ -239,6 +267,9 @@ class Routes(nn.Module):
             return self._fixed(step, context)
         if begun is not None:
             logits_SN = begun[step]
+        elif isinstance(self.router, TableRouter):
+            assert self.table is not None
+            logits_SN = self.router(self.table.entries(context), step)
         else:
             logits_SN = self.router(normed(h_SD), step if self.settings.router_per_step else 0)
         scores_SN = logits_SN.softmax(-1)
@@ -300,7 +331,7 @@ class Routes(nn.Module):
 
     def num_weights(self) -> int:
         """Weights that all decisions about one token multiply."""
-        if self.router is None:
+        if not isinstance(self.router, CausalRouter):
             return 0
         one = self.router.summary[0].numel() + self.router.policy[0].numel()
         return one * (self.num_steps if self.features is None else len(self.router.summary))

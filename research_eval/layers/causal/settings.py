@@ -78,6 +78,7 @@ class RouteSettings:
     route: CausalRoute = "learned"
     router_input: RouterInput = "features"
     lm_routing: Granularity = "token"
+    learned_table: bool = False
     router_window: Annotated[Count, Range(1, 8)] = 4
     segment_length: Count = 16
     router_hidden_dim: Count | None = None
@@ -99,6 +100,8 @@ class RouteSettings:
                 )
             object.__setattr__(self, option, value)
             object.__setattr__(self, "router_input", "features")
+        if self.learned_table and self.route not in NGRAM_ORDER:
+            raise ConfigError(f"learned_table needs a route by a table ({', '.join(NGRAM_ORDER)}), not {self.route!r}")
         if self.lm_routing == "sample":
             raise ConfigError(
                 "lm_routing='sample' routes by a mean over the whole block, so a token would see the tokens after it, "
@@ -116,5 +119,5 @@ class RouteSettings:
 
     @property
     def initial_spread(self) -> float:
-        """Standard deviation of the first logits: large for features, whose routes stay the same from step to step."""
+        """Spread of the first logits: large for fixed inputs, whose routes stay the same from step to step."""
         return self.router_init or (1.0 if self.router_input == "state" and self.lm_routing == "token" else 4.0)
