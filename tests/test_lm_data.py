@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from pyarrow import parquet
 from tokenizers import Tokenizer, pre_tokenizers
 
 from research_eval.datasets.kinds import dataset_kind, dataset_type_of
-from research_eval.datasets.language import vocabulary
+from research_eval.datasets.language import facts, vocabulary
 from research_eval.datasets.language.corpus import read_corpus
 from research_eval.datasets.language.stream import StreamBatches, TokenStream, encoded
 from research_eval.datasets.language.vocabulary import (
@@ -40,8 +41,10 @@ from research_eval.datasets.language.vocabulary import (
 from research_eval.datasets.providers import load_splits
 from research_eval.datasets.token_data import IGNORED, Batch, DataSplits
 from research_eval.errors import ConfigError
+from research_eval.runs.data_block import data_block
 from research_eval.runs.predict import read_tokenizer
 from research_eval.schema import config_from_dict, json_schema
+from research_eval.store.data_facts import facts_lines
 from tests.support import small_settings
 
 KINDS: list[vocabulary.TokenizerKind] = ["char", "byte", "word", "bpe"]
@@ -542,6 +545,94 @@ def test_a_damaged_cache_file_is_encoded_again(damage: str, caplog: pytest.LogCa
     assert load("all.txt").train.tokens.tolist() == tokens
     assert caplog.text.count("is encoded again") == 2
     assert not list(Path("cache").glob(".*"))
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"facts": {}, "sha256": "x"}', "[" * 500])
+def test_damaged_facts_are_made_again(content: str, caplog: pytest.LogCaptureFixture) -> None:
+    write("all.txt", POEM)
+    fingerprint = load("all.txt", ngram_baseline=True).fingerprint
+    files = [*Path("cache").glob("*.json")]
+    for path in files:
+        path.write_text(content)
+    assert load("all.txt", ngram_baseline=True).fingerprint == fingerprint
+    assert len(files) == 2 and caplog.text.count("is made again") == 2
+
+
+# --------------------------------------------------------------------------------------------------------------- facts
+
+
+def test_what_the_fingerprint_says_of_a_text() -> None:
+    write("all/train.jsonl", ["aé b\n", "bcd"])
+    write("all/validation.jsonl", ["axx", "ab"])
+    fingerprint = load("all", data_dir="all", document="row", block_size=4).fingerprint
+    assert fingerprint["tokens"] == {"train": 11, "validation": 8}  # with <eos> before each document and at the end
+    assert fingerprint["characters"] == {"train": 8, "validation": 5} and fingerprint["bytes"]["train"] == 9
+    assert fingerprint["documents"] == {"train": 2, "validation": 2}
+    assert fingerprint["distinct_ids"] == {"train": 8, "validation": 4}
+    assert fingerprint["unknown_share"] == {"train": 0.0, "validation": 0.25}
+    assert "documents" not in load("all", data_dir="all", block_size=4).fingerprint
+
+
+@pytest.mark.parametrize("kind", ["char", "word"])
+def test_many_unknown_tokens_are_a_warning_with_a_better_tokenizer(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    write("all/train.txt", "abc def\n" * 50)
+    write("all/validation.txt", "abc xyz\n" * 10)
+    load("all", data_dir="all", tokenizer=kind, vocab_size=50)
+    better = {"char": "byte", "word": "bpe"}[kind]
+    assert f'of validation (share of the tokens). "tokenizer": "{better}" knows every text' in caplog.text
+    caplog.clear()
+    load("all", data_dir="all", tokenizer=better, vocab_size=300)
+    assert "does not know" not in caplog.text
+
+
+@SIZES
+@given(st.text("ab", max_size=60), st.text("ab", max_size=60), st.integers(1, 6), st.integers(1, 20))
+def test_shared_windows_are_those_that_a_search_finds(train: str, other: str, window: int, part: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(facts, "PART", part)
+        found = facts.shared_windows(train, other, window)
+    windows = [other[start : start + window] for start in range(0, len(other) - window + 1, window)]
+    assert found == (sum(one in train for one in windows) / len(windows) if windows else 0)
+
+
+def test_hashes_tell_apart_windows_that_differ_in_one_character() -> None:
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 0x10FFFF, size=20_000).astype(np.uint32)
+    hashes = facts.window_hashes(codes, 50)
+    assert len(np.unique(hashes)) == len(codes) - 49
+    changed = np.concatenate([codes[:50]] * 50).reshape(50, 50)
+    changed[np.arange(50), np.arange(50)] ^= 1
+    assert len({int(facts.window_hashes(row, 50)[0]) for row in [codes[:50], *changed]}) == 51
+
+
+def test_validation_text_that_training_has_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    rng = np.random.default_rng(0)
+    letters = np.array(list("abcdefgh \n"))
+    train, other = ("".join(rng.choice(letters, 3000)) for _ in range(2))
+    write("all/train.txt", train)
+    write("all/validation.txt", train[777:1277] + other[:500])
+    write("all/test.txt", other)
+    assert load("all", data_dir="all").fingerprint["shared_windows"] == {"validation": 0.5, "test": 0.0}
+    assert "50.0% of validation occur in the training text too" in caplog.text
+
+
+def test_the_data_block_shows_sizes_and_the_counted_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    write("all/train.txt", POEM)
+    write("all/validation.txt", POEM[:60])
+    write("all/test.txt", POEM[:90])
+    monkeypatch.setenv("COLUMNS", "200")
+    lines = data_block("mine", load("mine", data_dir="all", ngram_baseline=True))
+    cells = {line[:20].strip(): line[20:].split() for line in lines}
+    assert lines[0] == "data: mine (data_dir all)" and cells[""] == ["train", "validation", "test"]
+    assert cells["tokens"] == cells["characters"] == [str(len(POEM)), "60", "90"]
+    assert cells["different tokens"][0] == str(len(set(POEM)))
+    assert cells["text in train too"] == ["-", "100.0", "%", "100.0", "%"]
+    (note,) = [line for line in lines if "Kneser-Ney" in line]
+    assert re.search(r"n-grams of order \d: validation loss \d\.\d{4}, bits per byte \d\.\d{4}; test loss", note)
+    assert not any("rows" in line for line in lines)
+    assert "first 10 training tokens" in "".join(
+        facts_lines({"tokens": {"train": 99}, "baselines": {"ngram": {"order": 2, "train_tokens": 10}}}, 200)
+    )
 
 
 def test_names_that_are_accepted() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from research_eval.annotations import build
 from research_eval.datasets.kinds import DATASET_KINDS, DatasetKind
+from research_eval.errors import ConfigError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -43,6 +44,9 @@ class LanguageModeling(DatasetKind):
         self, dataset_name: str, dataset_params: dict[str, Any], seed: int, tokenizer: Tokenizer
     ) -> DataSplits:
         return self._files(dataset_name, dataset_params).splits(tokenizer)
+
+    def fit_baselines(self, dataset_name: str, dataset_params: dict[str, Any]) -> None:
+        raise ConfigError("--baselines: TF-IDF is for classes. n-grams are counted without it. Leave the flag out.")
 
     def _files(self, dataset_name: str, dataset_params: Mapping[str, Any]) -> Any:
         from research_eval.datasets.language.dataset import LanguageModelingDataset

@@ -19,13 +19,26 @@ SPLITS = ("train", "validation", "test")
 MANY_CLASSES = 12  # in a table; of more, the largest and the smallest are shown
 LARGEST, SMALLEST = 5, 3
 NAME_LENGTH = 40  # characters of a class name
-BASELINES = {"majority": "majority class", "tfidf_logreg": "TF-IDF + logistic regression"}
+BASELINES = {
+    "majority": "majority class",
+    "tfidf_logreg": "TF-IDF + logistic regression",
+    "ngram": "Kneser-Ney n-grams",
+}
 
-SHORT_NAMES = {"majority": "majority class", "tfidf_logreg": "TF-IDF"}
+SHORT_NAMES = {"majority": "majority class", "tfidf_logreg": "TF-IDF", "ngram": "n-grams"}
 FACTS = (  # keys that the table and the notes show
     *("rows", "class_rows", "num_classes", "classes_without_training_row", "read_from", "baselines", "blank_texts"),
     *("repeated_texts", "shared_texts", "texts_with_two_labels", "token_lengths", "truncated_share", "unknown_share"),
+    *("tokens", "characters", "bytes", "documents", "distinct_ids", "shared_windows"),
 )
+# Running text has these facts in place of rows and classes.
+TEXT_SIZES = {
+    "tokens": "tokens",
+    "characters": "characters",
+    "bytes": "bytes",
+    "documents": "documents",
+    "distinct_ids": "different tokens",
+}
 
 Baselines = dict[str, dict[str, float]]  # baseline -> score ("val_f1", "test_acc", ...) -> value
 
@@ -36,7 +49,7 @@ def facts_of(env_details_json: str | None) -> dict[str, Any]:
 
 
 def baselines_of(facts: Mapping[str, Any]) -> Baselines:
-    """The scores of the constant answer and, if it was fitted, of the linear model."""
+    """The scores of the constant answer, of n-grams and, if it was fitted, of the linear model."""
     found = _object(facts.get("baselines"))
     return {name: scores for name in BASELINES if (scores := _numbers(found.get(name)))}
 
@@ -48,13 +61,18 @@ def baseline_score(scores: Mapping[str, float], metric: str) -> float | None:
 
 def facts_table(facts: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The facts that each split has: header and rows. The first column has the names, the others numbers as text."""
-    sizes = _numbers(facts.get("rows"))
-    splits = [name for name in SPLITS if name in sizes]
+    sizes, tokens = _numbers(facts.get("rows")), _numbers(facts.get("tokens"))
+    splits = [name for name in SPLITS if name in (tokens or sizes)]
 
     def row(name: str, values: Mapping[str, float], form: Callable[[float], str] = _count) -> list[list[str]]:
         cells = [form(values[split]) if math.isfinite(values.get(split, math.nan)) else "-" for split in splits]
         return [[name, *cells]] if values else []
 
+    if tokens:
+        rows = [line for key, name in TEXT_SIZES.items() for line in row(name, _numbers(facts.get(key)))]
+        rows += row("unknown tokens", _numbers(facts.get("unknown_share")), _percent)
+        rows += row("text in train too", _numbers(facts.get("shared_windows")), _percent)
+        return ["", *splits], rows
     rows = row("rows", sizes)
     rows += [line for name, values in _shown_classes(facts, splits) for line in row(f"  {name}", values)]
     rows += row("majority class", _majority_shares(facts, sizes), _percent)
@@ -90,8 +108,20 @@ def facts_notes(facts: Mapping[str, Any]) -> list[str]:
             for split, prefix in (("validation", "val"), ("test", "test"))
             if {f"{prefix}_f1", f"{prefix}_acc"} <= set(scores)
         ]
-        notes.append(f"{BASELINES[name]}: {'; '.join(on)}")
+        on += [
+            f"{split} loss {scores[f'{prefix}_loss']:.4f}, bits per byte {scores[f'{prefix}_bits_per_byte']:.4f}"
+            for split, prefix in (("validation", "val"), ("test", "test"))
+            if {f"{prefix}_loss", f"{prefix}_bits_per_byte"} <= set(scores)
+        ]
+        notes.append(f"{BASELINES[name]}{_counted(scores, facts)}: {'; '.join(on)}")
     return notes
+
+
+def _counted(scores: Mapping[str, float], facts: Mapping[str, Any]) -> str:
+    """The order of n-grams, and of how many training tokens they are if not of all."""
+    text = f" of order {scores['order']:.0f}" if "order" in scores else ""
+    counted, tokens = scores.get("train_tokens"), _numbers(facts.get("tokens")).get("train")
+    return text if counted is None or counted == tokens else f"{text} (first {_count(counted)} training tokens)"
 
 
 def facts_lines(facts: Mapping[str, Any], width: int) -> list[str]:

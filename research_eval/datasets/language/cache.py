@@ -65,21 +65,25 @@ def _mapped(path: Path, num_documents: int, vocab_size: int) -> Stream:
 
 
 def cached_facts(path: Path, build: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The JSON object stored at `path`; if there is none, build and store it. The name is the key.
+    """The JSON object stored at `path` beside its hash; if there is none, build and store it. The name is the key.
 
     Raises ConfigError if the folder cannot be written.
     """
     if path.is_file():
         try:
             found = parse_json(read_limited(path, MAX_FACTS_BYTES, "a file of facts"), str(path))
-            if isinstance(found, dict):
-                return found
-            log.warning("%s is damaged (no object) and is made again", path)
+            if isinstance(found, dict) and found.get("sha256") == _sha256(found.get("facts")):
+                return dict(found["facts"])
+            log.warning("%s is damaged (its content has changed) and is made again", path)
         except ConfigError as problem:
             log.warning("%s is damaged (%s) and is made again", path, problem)
     facts = build()
-    _write(path, lambda file: file.write(json.dumps(facts).encode()))
+    _write(path, lambda file: file.write(json.dumps({"sha256": _sha256(facts), "facts": facts}).encode()))
     return facts
+
+
+def _sha256(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _write(path: Path, write: Callable[[IO[bytes]], object]) -> None:

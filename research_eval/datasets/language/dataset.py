@@ -5,11 +5,12 @@ The splits do not depend on the run's seed. The tokenizer knows the training spl
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import tokenizers
@@ -17,9 +18,11 @@ from pydantic import Field
 from tokenizers import Tokenizer
 
 from research_eval.annotations import Choice
-from research_eval.datasets.language.cache import cached_stream
+from research_eval.datasets.language.cache import cached_facts, cached_stream
+from research_eval.datasets.language.facts import stream_facts, warn_of
+from research_eval.datasets.language.ngrams import ngram_scores
 from research_eval.datasets.language.stream import Document, TokenStream, encoded
-from research_eval.datasets.language.vocabulary import TokenizerKind, build_tokenizer, eos_id, kind_of
+from research_eval.datasets.language.vocabulary import TokenizerKind, build_tokenizer, eos_id, kind_of, piece_bytes
 from research_eval.datasets.text.cache import Arrays, cached_arrays, check_tokenizer, digest, digest_texts
 from research_eval.datasets.text.hub import hub_copy
 from research_eval.datasets.text.source import TextSource, file_type
@@ -116,6 +119,9 @@ class LanguageModelingDataset:
         hashes = {name: digest_texts(part.texts) for name, part in texts.items()}
         streams = {name: self._stream(tokenizer, part, name, hashes[name]) for name, part in texts.items()}
         size = tokenizer.get_vocab_size()
+        key = digest(json.dumps(hashes), digest(tokenizer.to_str()), f"{self.VERSION} {self.separated}")
+        facts = self._facts(texts, streams, key)
+        ngrams = self._ngrams(tokenizer, streams, key) if self.ngram_baseline else {}
         return DataSplits(
             train=streams["train"],
             validation=streams["validation"],
@@ -133,6 +139,8 @@ class LanguageModelingDataset:
                 "tokenizer": self.kind,
                 "tokenizer_sha256": digest(tokenizer.to_str()),
                 "vocab_size": size,
+                **facts,
+                **({"baselines": {"ngram": ngrams}} if ngrams else {}),
             },
             task=TASK,
         )
@@ -204,7 +212,7 @@ class LanguageModelingDataset:
         return tokenizer
 
     def _stream(self, tokenizer: Tokenizer, part: SplitText, name: str, text_hash: str) -> TokenStream:
-        """The split as a stream, from the cache if it is there. Raises ConfigError for one that is shorter than a block."""
+        """The split as a stream, from the cache if it is there. Raises ConfigError for less than a block."""
         key = digest(text_hash, tokenizer.to_str(), str(self.VERSION))
         with phase(f"encoding {name}"):
             tokens, starts = cached_stream(
@@ -219,3 +227,24 @@ class LanguageModelingDataset:
                 f"{self.block_size + 1}. Lower dataset_params.block_size or give more text."
             )
         return TokenStream.of(tokens, self.block_size, starts, self.respect_documents, self.eval_stride)
+
+    def _facts(self, texts: Mapping[str, SplitText], streams: Mapping[str, TokenStream], key: str) -> dict[str, Any]:
+        """What `stream_facts` says, from the cache if it is there, with its warnings."""
+
+        def build() -> dict[str, Any]:
+            with phase("looking for text that two splits have"):
+                return stream_facts({name: part.texts for name, part in texts.items()}, streams, self.separated)
+
+        facts = cached_facts(self.cache / f"facts-{key}.json", build)
+        warn_of(facts, self.kind, self.dataset_name)
+        return facts
+
+    def _ngrams(self, tokenizer: Tokenizer, streams: Mapping[str, TokenStream], key: str) -> dict[str, Any]:
+        """The scores of the n-grams, from the cache if they are there."""
+
+        def build() -> dict[str, Any]:
+            tokens = {name: stream.tokens for name, stream in streams.items()}
+            with phase("counting n-grams"):
+                return ngram_scores(tokens, self.kind, piece_bytes(tokenizer))
+
+        return cached_facts(self.cache / f"ngrams-{key}.json", build)
