@@ -370,7 +370,7 @@ def test_a_bigram_table_reads_the_last_two_tokens_in_their_order() -> None:
 def test_a_learned_table_starts_as_the_table() -> None:
     """With a straight-through gate the values are those of the fixed table; the task moves the logits."""
     fixed, learned = made("goe, bigram").eval(), made("goe, learned table").eval()
-    weights = {name: value for name, value in fixed.state_dict().items()}
+    weights = dict(fixed.state_dict())
     learned.load_state_dict(weights, strict=False)
     assert learned.routes is not None
     learned.routes.router.start_from(learned.routes.table)  # type: ignore[union-attr, arg-type]

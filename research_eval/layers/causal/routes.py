@@ -137,7 +137,7 @@ class NgramTable(nn.Module):
 
         `tokens_S` is the training text. Equal loads and n-grams that do not occur are decided by chance.
         """
-        ids = torch.from_numpy(np.ascontiguousarray(tokens_S)).long()
+        ids = torch.from_numpy(tokens_S.astype(np.int64))
         earlier = [F.pad(ids, (distance, 0))[: len(ids)] for distance in range(self.order)]
         counts_E = np.bincount(self._entries(earlier).numpy(), minlength=self.num_entries)
         tables = [balanced_table(counts_E, self.num_experts, rng) for _ in self.table_TE]
