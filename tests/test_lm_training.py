@@ -13,6 +13,7 @@ import torch
 from support import history, repeatable, run_in, stop_at
 from torch import nn
 
+from research_eval.annotations import Range
 from research_eval.config.sections import OptimizerParams
 from research_eval.errors import ConfigError
 from research_eval.layers.block import Attention
@@ -20,6 +21,7 @@ from research_eval.layers.causal.products import ExpertMatrix
 from research_eval.registry import LANGUAGE_MODELS
 from research_eval.runs.prepare import prepare
 from research_eval.schema import config_from_dict
+from research_eval.studies.space import build_space
 from research_eval.tasks.base import task_of
 from research_eval.training.evaluate import evaluate
 from research_eval.training.length import Length
@@ -284,3 +286,14 @@ def test_the_loss_by_position_averages_to_the_loss(corpus: Path, tmp_path: Path)
     bands = metrics["val_loss_by_position"]
     assert len(bands) == 8
     assert np.mean(bands) == pytest.approx(metrics["final_val_loss"], abs=0.02)  # the last block may be shorter
+
+
+def test_a_study_searches_the_rates_of_muon(corpus: Path) -> None:
+    base = {"dataset_type": "language_modeling", "dataset_name": "verses", "dataset_params": {"data_dir": str(corpus)}}
+    space = build_space(["goe"], base, {})
+    domains = {parameter.name: parameter.domain for parameter in space.parameters["goe"]}
+    assert domains["optimizer_params.lr"] == Range(5e-3, 0.1, log=True)
+    assert "optimizer_params.weight_decay" in domains
+    assert space.base["optimizer_params"]["name"] == "muon"
+    other = build_space(["goe"], base, {"optimizer_params": {"name": "adamw", "lr": {"low": 1e-3, "high": 1e-2}}})
+    assert other.base["optimizer_params"]["name"] == "adamw"

@@ -42,6 +42,8 @@ class DatasetKind(ABC):
     config_defaults: Mapping[str, Mapping[str, Any]] = {}
     """Section of a config -> the values that it has for this kind where a config does not give them. If a section has a
     `name`, its values count only for the name that they hold."""
+    search_space: Mapping[str, Mapping[str, Any]] = {}
+    """Section of a config -> what studies search for this kind, unless the user says otherwise: domains or values."""
     own_data: str = ""
     """A sentence for the message about an unknown name: how a user brings data of another name."""
 

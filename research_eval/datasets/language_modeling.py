@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from research_eval.annotations import build
+from research_eval.annotations import Range, build
 from research_eval.datasets.kinds import DATASET_KINDS, DatasetKind
 from research_eval.errors import ConfigError
 
@@ -25,6 +25,11 @@ class LanguageModeling(DatasetKind):
     config_defaults: Mapping[str, Mapping[str, Any]] = {
         "optimizer_params": {"name": "muon", "lr": 0.02, "adam_lr": 3e-3},
         "scheduler_params": {"name": "wsd", "warmup_factor": 0.05, "decay_factor": 1.0, "min_lr_factor": 0.05},
+    }
+
+    search_space: Mapping[str, Mapping[str, Any]] = {
+        "optimizer_params": {"name": "muon", "lr": Range(5e-3, 0.1, log=True), "adam_lr": Range(5e-4, 1e-2, log=True)},
+        "scheduler_params": {"name": "wsd"},
     }
 
     def names(self) -> Iterable[str]:

@@ -29,7 +29,7 @@ from research_eval.annotations import Choice, Divides, Range, When
 from research_eval.config.jsonc import load_json
 from research_eval.config.sections import ExperimentConfig
 from research_eval.config.signatures import MODEL_PROVIDED, dataset_model, fields_of, signature_model, spellings_of
-from research_eval.datasets.kinds import task_name
+from research_eval.datasets.kinds import dataset_kind, task_name
 from research_eval.errors import ConfigError
 from research_eval.registry import MODEL_TYPE, MODELS_MAP, models_for
 from research_eval.studies.distributions import Infeasible, Pick, contains, grid_values
@@ -268,7 +268,8 @@ def build_space(model_types: Iterable[str], base: Mapping[str, Any], narrowing: 
     sections |= {name: _section_model(name) for name in SECTIONS[2:]}
     for section, model in sections.items():
         fixed = config if not section else config.setdefault(section, {})
-        shared += _parameters(section, section, model, reader.section(section, model), fixed)
+        usual = dataset_kind(base["dataset_type"]).search_space.get(section, {})
+        shared += _parameters(section, section, model, {**usual, **reader.section(section, model)}, fixed)
     fixed_params: dict[str, dict[str, Any]] = {}
     parameters: dict[str, tuple[Parameter, ...]] = {}
     for model_type, cls in classes.items():
