@@ -38,7 +38,19 @@ def commands() -> tuple[Command, ...]:
 
     They are imported here, because the script `main.py` needs only two of them and answers sooner without the others.
     """
-    from research_eval.cli import analyze, doctor, export, init_db, measure, merge, predict, replay, runs, suggest
+    from research_eval.cli import (
+        analyze,
+        doctor,
+        export,
+        generate,
+        init_db,
+        measure,
+        merge,
+        predict,
+        replay,
+        runs,
+        suggest,
+    )
 
     return (
         Command("run", run.add_arguments, run.run_command, run.DESCRIPTION),
@@ -53,6 +65,8 @@ def commands() -> tuple[Command, ...]:
         Command("init-db", init_db.add_arguments, init_db.init_db_command, init_db.DESCRIPTION),
         Command("measure", measure.add_arguments, measure.measure_command, measure.DESCRIPTION),
         Command("predict", predict.add_arguments, predict.predict_command, predict.DESCRIPTION),
+        Command("generate", generate.add_arguments, generate.generate_command, generate.DESCRIPTION),
+        Command("export-model", generate.add_export_arguments, generate.export_command, generate.EXPORT_DESCRIPTION),
     )
 
 

@@ -34,7 +34,7 @@ from research_eval.datasets.token_data import CLASSIFICATION, Batches, TokenData
 from research_eval.errors import ConfigError
 from research_eval.files import CONFIG_FILE, MODEL_FILE
 from research_eval.models.base_model import EvaluableModel, adapt, logits_of
-from research_eval.registry import TASKS
+from research_eval.registry import NEXT_TOKEN, TASKS
 from research_eval.runs.inputs import MAX_FILE_BYTES, STDIN, Input
 from research_eval.runs.inputs import read_texts as read_texts
 from research_eval.runs.locate import find_folder
@@ -47,6 +47,8 @@ from research_eval.training.runtime import Runtime
 from research_eval.wording import hint, printable
 
 log = logging.getLogger(__name__)
+
+EXPERIMENT = "experiment"  # key of an exported config.json that holds the config of the run
 
 BATCH_SIZE = 64
 BATCHES_AT_ONCE = 64  # whose inputs are sorted by length together; their answers come together
@@ -106,6 +108,8 @@ class TrainedModel:
         self.folder = folder
         self.config = read_config(folder)
         self._description = read_description(folder)
+        if self._description["task"] == NEXT_TOKEN:
+            raise ConfigError(f"run {folder.name} is a language model: use `goe generate --run {folder.name}`")
         self.tokenizer = read_tokenizer(folder, self._description["vocab_size"])
         self._runtime = Runtime(device, self.config.training_params.precision)
         self.task: Task = TASKS[self._description["task"]]()
@@ -274,12 +278,21 @@ def predict(run_id: str, texts: list[str], *, db: str | None = None, device: str
 
 
 def read_config(folder: Path) -> ExperimentConfig:
-    """Read and check `config.json` of a run's folder. Raises ConfigError."""
+    """Read and check `config.json` of a run's folder, or of an exported model. Raises ConfigError."""
+    path, content = _config_file(folder)
+    experiment = content.get(EXPERIMENT, content)
+    if not isinstance(experiment, dict):
+        raise ConfigError(f"{path}: {EXPERIMENT}: no JSON object. Export the model again.")
+    return config_from_dict(experiment, source=str(path))
+
+
+def _config_file(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """`config.json` and its content. In an exported model it holds the config of the run and the sizes of its data."""
     path = in_folder(folder, CONFIG_FILE)
     content = parse_json(read_limited(path, MAX_CONFIG_BYTES, "a config"), str(path))
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: no JSON object, but {printable(str(content)[:80])}")
-    return config_from_dict(content, source=str(path))
+    return path, content
 
 
 class Description(BaseModel):
@@ -301,7 +314,11 @@ class Description(BaseModel):
 def read_description(folder: Path) -> dict[str, Any]:
     """Read and check `data.json` of a run's folder. Raises ConfigError."""
     path = in_folder(folder, "data.json")
-    content = parse_json(read_limited(path, MAX_DESCRIPTION_BYTES, "what a run writes"), str(path))
+    config_path, config = _config_file(folder)
+    if EXPERIMENT in config:
+        path, content = config_path, config.get("data")
+    else:
+        content = parse_json(read_limited(path, MAX_DESCRIPTION_BYTES, "what a run writes"), str(path))
     try:
         found = Description.model_validate(content)
     except ValidationError as error:
