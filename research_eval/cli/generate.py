@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="experiment id, the beginning of one, latest, a run's folder, or an exported model",
     )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", default="", help="text to continue (default: the beginning of a text)")
+    source.add_argument(
+        "--prompt", default="", help="text to continue, in which \\n is a line break (default: the beginning of a text)"
+    )
     source.add_argument(
         "--prompt_file", "--prompt-file", metavar="FILE", help='a prompt per line, or .jsonl with the field "prompt"'
     )
@@ -47,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts")
     parser.add_argument("--num_samples", "--num-samples", type=int, default=1, help="texts for each prompt")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text (\\n: line break); repeatable"
+    )
     parser.add_argument("--no_stream", "--no-stream", action="store_true", help="print a text when it is complete")
     parser.add_argument("--no_cache", "--no-cache", action="store_true", help="compute all tokens again at each step")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each sample")
@@ -60,7 +64,7 @@ def generate_command(arguments: argparse.Namespace) -> int:
     """Print the samples for each prompt. The speed goes to standard error."""
     from research_eval.runs.locate import find_folder
 
-    prompts = [arguments.prompt] if arguments.prompt_file is None else read_prompts(arguments.prompt_file)
+    prompts = [_unescaped(arguments.prompt)] if arguments.prompt_file is None else read_prompts(arguments.prompt_file)
     folder = find_folder(arguments.run, arguments.db)
     import_torch()
     with phase("importing the program"):
@@ -76,10 +80,12 @@ def generate_command(arguments: argparse.Namespace) -> int:
         repetition_penalty=arguments.repetition_penalty,
         seed=arguments.seed,
         num_samples=arguments.num_samples,
-        stop=tuple(arguments.stop),
+        stop=tuple(map(_unescaped, arguments.stop)),
     )
     model = TrainedLanguageModel(folder, arguments.device)
     streams = not (arguments.no_stream or arguments.json or arguments.num_samples > 1)
+    for prompt in prompts:
+        model.check_prompt(prompt)  # before anything is printed
     speeds = []
     for number, prompt in enumerate(prompts):
         if number and not arguments.json:
@@ -97,6 +103,11 @@ def generate_command(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         print(f"{sum(speeds) / len(speeds):,.0f} tokens/s", file=sys.stderr)
     return 0
+
+
+def _unescaped(text: str) -> str:
+    """The text with line breaks and tabs for the two characters that stand for them on the command line."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def _stream(_: int, text: str) -> None:

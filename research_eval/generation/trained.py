@@ -19,7 +19,7 @@ from research_eval.datasets.language.stream import TokenStream, encoded
 from research_eval.datasets.language.vocabulary import encode, piece_bytes, piece_characters
 from research_eval.errors import ConfigError
 from research_eval.files import CONFIG_FILE, MODEL_FILE, write_atomically
-from research_eval.generation.decoding import Generated, generate
+from research_eval.generation.decoding import Generated, generate, prompt_ids
 from research_eval.generation.sampling import SamplingSettings
 from research_eval.models.language.base import LanguageModel
 from research_eval.registry import NEXT_TOKEN
@@ -79,6 +79,10 @@ class TrainedLanguageModel:
         found = self.samples(prompt, SamplingSettings(**settings))
         texts = [one.text for one in found]
         return texts if len(texts) > 1 else texts[0]
+
+    def check_prompt(self, prompt: str) -> None:
+        """Raise ConfigError for a prompt that the vocabulary cannot write."""
+        prompt_ids(self.tokenizer, prompt)
 
     def samples(
         self,
