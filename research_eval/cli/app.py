@@ -48,6 +48,7 @@ def commands() -> tuple[Command, ...]:
         merge,
         predict,
         replay,
+        routes,
         runs,
         suggest,
     )
@@ -66,6 +67,7 @@ def commands() -> tuple[Command, ...]:
         Command("measure", measure.add_arguments, measure.measure_command, measure.DESCRIPTION),
         Command("predict", predict.add_arguments, predict.predict_command, predict.DESCRIPTION),
         Command("generate", generate.add_arguments, generate.generate_command, generate.DESCRIPTION),
+        Command("routes", routes.add_arguments, routes.routes_command, routes.DESCRIPTION),
         Command("export-model", generate.add_export_arguments, generate.export_command, generate.EXPORT_DESCRIPTION),
     )
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from research_eval.cli.common import DB_HELP, add_flag
 from research_eval.errors import ConfigError
+from research_eval.registry import NEXT_TOKEN
 from research_eval.store.data_facts import SHORT_NAMES, baseline_score
 from research_eval.store.metrics import DEFAULT_METRIC, with_remark
 from research_eval.system.best_effort import attempted, print_product
@@ -272,7 +273,8 @@ def summary(config: ExperimentConfig, result: Result) -> str:
         if name in result.metrics:
             text = with_remark(form.format(result.metrics[name]), name, result.metrics)
             lines.append(f"  {name:<28} {text}{_beside(result, name, form, len(text))}")
-    for path, count in result.metrics.get("common_paths", [])[:SHOWN_PATHS]:
+    paths = [] if config.task_name == NEXT_TOKEN else result.metrics.get("common_paths", [])  # of blocks: no news
+    for path, count in paths[:SHOWN_PATHS]:
         lines.append(f"  {count:6d} samples took {' -> '.join(['start', *map(str, path), 'stop'])}")
     lines.append(f"  run {result.experiment_id} in {result.folder}")
     return "\n".join(lines)

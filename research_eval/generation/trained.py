@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from research_eval.datasets.language.stream import TokenStream, encoded
-from research_eval.datasets.language.vocabulary import encode, piece_bytes, piece_characters
+from research_eval.datasets.language.vocabulary import decode, encode, piece_bytes, piece_characters
+from research_eval.datasets.providers import load_splits
 from research_eval.errors import ConfigError
 from research_eval.files import CONFIG_FILE, MODEL_FILE, write_atomically
 from research_eval.generation.decoding import Generated, generate, prompt_ids
@@ -32,6 +33,7 @@ from research_eval.runs.predict import (
     read_description,
     read_tokenizer,
 )
+from research_eval.runs.token_report import TokenReport, token_report
 from research_eval.system.phases import phase
 from research_eval.system.untrusted import in_folder
 from research_eval.tasks.next_token import NextToken
@@ -117,6 +119,22 @@ class TrainedLanguageModel:
         with torch.inference_mode(), self._runtime.autocast():
             found: NDArray[np.float32] = self.model.pass_over(ids_1L).outputs[0].float().cpu().numpy()
         return found
+
+    def validation_text(self) -> str:
+        """The validation text of the run, from its data. Raises ConfigError if the data cannot be read."""
+        config = self.config
+        data = load_splits(
+            config.dataset_type, config.dataset_name, config.dataset_params, config.seed, tokenizer=self.tokenizer
+        )
+        return decode(self.tokenizer, data.validation.tokens.tolist())
+
+    def tokens_of(self, text: str, max_tokens: int) -> TokenReport:
+        """What the model does with each token of a text. Raises ConfigError for less than two tokens."""
+        tokens, _ = encoded(self.tokenizer, [text])
+        if len(tokens) < 2:
+            raise ConfigError("text: expected at least two tokens, because the first one has nothing before it")
+        batches = TokenStream.of(tokens[:max_tokens], self.max_length).batches(BATCH_SIZE, self._runtime.device)
+        return token_report(self.model, batches, self.tokenizer, self._runtime, max_tokens)
 
     def export(self, out: Path) -> None:
         """Write weights, config and tokenizer into a new folder, which `load` and transformers open without the run.

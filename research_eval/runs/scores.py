@@ -15,8 +15,10 @@ from research_eval.datasets.language.stream import StreamBatches
 from research_eval.datasets.token_data import Batches, DataSplits, TokenData
 from research_eval.files import file_stem
 from research_eval.models.base_model import EvaluableModel
+from research_eval.models.language.base import LanguageModel
 from research_eval.routing.alarms import SCORE
 from research_eval.routing.automaton import certification_metrics
+from research_eval.runs.token_report import token_report
 from research_eval.store.predictions import Predictions, one_per_sample, write_predictions
 from research_eval.system.best_effort import attempted
 from research_eval.system.load import LoadMeter
@@ -64,7 +66,7 @@ def score(
         **{f"best_val_{name}_across_epochs": value for name, value in _best(state, task, config).items()},
         **_details("val", evaluation, data.validation),
         **_costs(state, model, data, config, runtime, validation, task),
-        **_text_metrics(state, model, evaluation, validation, task.num_outputs(data), runtime, task),
+        **_text_metrics(state, model, evaluation, validation, data, runtime, task),
     }
     scored = {"": validation}  # prefix of a split's metrics -> its batches
     if config.training_params.test and data.test is not None:
@@ -90,17 +92,21 @@ def _text_metrics(
     model: EvaluableModel,
     evaluation: Evaluation,
     validation: Batches,
-    num_outputs: int,
+    data: DataSplits,
     runtime: Runtime,
     task: Task,
-) -> dict[str, float]:
-    """The gap to the training loss, and the loss with overlapping windows if the data ask for it; for running text."""
+) -> dict[str, Any]:
+    """For running text: the gap to the training loss, losses by class and with overlapping windows, and routes."""
     if not isinstance(validation, StreamBatches):
         return {}
-    metrics = {} if state.train_loss is None else {"generalisation_gap": evaluation.loss - state.train_loss}
+    metrics: dict[str, Any] = (
+        {} if state.train_loss is None else {"generalisation_gap": evaluation.loss - state.train_loss}
+    )
     if validation.data.eval_stride is not None:
-        found = evaluate(model, validation.sliding(), num_outputs, runtime, task)
+        found = evaluate(model, validation.sliding(), task.num_outputs(data), runtime, task)
         metrics["final_val_loss_sliding"] = found.loss
+    if isinstance(model, LanguageModel) and data.tokenizer is not None:
+        metrics |= token_report(model, validation, data.tokenizer, runtime).metrics()
     return metrics
 
 
