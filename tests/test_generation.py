@@ -310,3 +310,23 @@ def test_an_exported_model_is_the_same_model(trained: Path, tmp_path: Path, monk
     again = in_folder(trained, monkeypatch, "export-model", "--run", "latest", "--out", str(out))
     assert again.code == 2
     assert "not an empty folder" in again.err
+
+
+def test_transformers_opens_an_exported_model(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the extra `trace`")
+    from research_eval.generation.hf import register
+
+    out = tmp_path / "exported"
+    assert in_folder(trained, monkeypatch, "export-model", "--run", "latest", "--out", str(out)).code == 0
+    register()
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    ours = research_eval.load(out, device="cpu")
+    assert isinstance(ours, TrainedLanguageModel)
+    text = "the king and a rose"
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    found = model(**ids, labels=ids["input_ids"])
+    assert (found.logits[0].detach().numpy() == ours.logits(text)).all()
+    assert float(found.loss) == pytest.approx(ours.loss(text)["loss"], abs=1e-5)
+    longer = model.generate(**ids, max_new_tokens=5, do_sample=False)
+    assert tokenizer.decode(longer[0]) == text + str(ours.generate(text, temperature=0, max_new_tokens=5))

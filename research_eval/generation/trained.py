@@ -157,7 +157,7 @@ class TrainedLanguageModel:
         shutil.copyfile(in_folder(self.folder, MODEL_FILE), unfinished / MODEL_FILE)
         shutil.copyfile(in_folder(self.folder, "tokenizer.json"), unfinished / "tokenizer.json")
         write_atomically(unfinished / CONFIG_FILE, json.dumps(config, indent=2).encode())
-        defaults = {"do_sample": True, "temperature": 1.0, "pad_token_id": 0}
+        defaults = {"do_sample": True, "temperature": 1.0, "pad_token_id": 0, "use_cache": False}
         write_atomically(unfinished / "generation_config.json", json.dumps(defaults, indent=2).encode())
         if out.exists():
             out.rmdir()
