@@ -16,6 +16,7 @@ from research_eval.analysis.token_page import PageRun, write_token_page
 from research_eval.main import cli
 from research_eval.routing.token_classes import (
     CLASSES,
+    TokenReport,
     class_information,
     class_numbers,
     class_of,
@@ -23,7 +24,6 @@ from research_eval.routing.token_classes import (
     means_by_class,
     route_agreement,
 )
-from research_eval.runs.token_report import TokenReport
 from research_eval.schema import config_from_dict
 
 
@@ -137,7 +137,7 @@ def test_a_finished_run_has_the_metrics_of_its_tokens(trained: Path, tmp_path: P
         "batch_size": 8,
         "dataset_params": {"data_dir": str(trained), "block_size": 32, "ngram_baseline": False},
         "model_params": {"embed_dim": 16, "num_heads": 2, "num_total_experts": 4, "max_path_len": 3}
-        | {"route": "token_id", "halt": "confidence", "exit_threshold": 0.3},
+        | {"route": "token_id", "halt": "confidence", "exit_threshold": 0.6},
         "training_params": {"max_steps": 40, "eval_every": 40, "device": "cpu", "num_threads": 1},
     }
     found = run_in(tmp_path, config_from_dict(config))

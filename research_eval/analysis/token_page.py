@@ -14,8 +14,7 @@ import numpy as np
 
 from research_eval.files import write_atomically
 from research_eval.routing.roles import role_table
-from research_eval.routing.token_classes import CLASSES, route_agreement
-from research_eval.runs.token_report import TokenReport
+from research_eval.routing.token_classes import CLASSES, TokenReport, route_agreement
 
 TOP_TOKENS = 12
 MAX_UNITS = 20_000  # tokens in the permutation test

@@ -24,6 +24,7 @@ from research_eval.generation.decoding import Generated, generate, prompt_ids
 from research_eval.generation.sampling import SamplingSettings
 from research_eval.models.language.base import LanguageModel
 from research_eval.registry import NEXT_TOKEN
+from research_eval.routing.token_classes import TokenReport
 from research_eval.runs.locate import find_folder
 from research_eval.runs.predict import (
     EXPERIMENT,
@@ -33,7 +34,7 @@ from research_eval.runs.predict import (
     read_description,
     read_tokenizer,
 )
-from research_eval.runs.token_report import TokenReport, token_report
+from research_eval.runs.token_report import token_report
 from research_eval.system.phases import phase
 from research_eval.system.untrusted import in_folder
 from research_eval.tasks.next_token import NextToken
