@@ -38,6 +38,12 @@ ARMS: dict[str, tuple[str, dict[str, Any], dict[str, Any], float]] = {
     "goe, router that never learns": ("goe", {}, {"router_lr_mult": 0.0}, 1.0),
     "goe, hash of four tokens": ("goe", {"route": "random"}, {}, 1.0),
     "goe, learned from states": ("goe", {"router_input": "state"}, {}, 1.0),
+    "goe, learned bigram table": (
+        "goe",
+        {"route": "bigram", "learned_table": True, "straight_through": True},
+        {},
+        1.0,
+    ),
     "goe, trigram table": ("goe", {"route": "trigram"}, {}, 1.0),
     "goe, bigram table, hashed bigrams": ("goe", {"route": "bigram", "bigram_buckets": 2048}, {}, 1.0),
     "looped": ("looped", {}, {}, 1.0),

@@ -75,6 +75,14 @@ def test_means_by_class() -> None:
     assert means_by_class(np.array([1.0, 3.0, 5.0]), np.array([0, 0, 4])) == [["letter", 2.0], ["space", 5.0]]
 
 
+def test_path_lengths_by_class() -> None:
+    found = report(["", "a", " "], [1, 1, 2, 2, 1], num_experts=2)
+    found.paths_UT[:] = [[0, -1], [0, 1], [1, 0], [1, -1]]  # type: ignore[index]
+    assert found.metrics()["length_by_class"] == [["letter", 1.0], ["space", 2.0]]
+    found.paths_UT[:] = 1  # type: ignore[index]
+    assert "length_by_class" not in found.metrics()
+
+
 HOSTILE = "</script><script>alert(1)</script>"
 
 
@@ -147,7 +155,6 @@ def test_a_finished_run_has_the_metrics_of_its_tokens(trained: Path, tmp_path: P
     assert len(metrics["expert_class_information"]) == 3
     # A table of the present token tells much about the next one in a text of one line.
     assert metrics["expert_class_information"][0] > 3 * metrics["expert_class_information_by_chance"][0]
-    assert dict(metrics["length_by_class"]).keys() == dict(metrics["loss_by_class"]).keys()
     assert history(tmp_path, found.experiment_id)
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -141,7 +142,7 @@ def generate(
     writers = [_Writer(tokenizer, settings, number, eos, on_text) for number in range(count)]
     draws, seen = generators(settings), [list(start) for _ in range(count)]
     begun, steps = time.perf_counter(), 0
-    with torch.inference_mode():
+    with torch.inference_mode(), one_thread(device):
         for _ in range(settings.max_new_tokens):
             tokens = next_tokens(window.logits(), seen, settings, draws, never)
             steps += 1
@@ -156,6 +157,18 @@ def generate(
         Generated(prompt, writer.end(), writer.tokens, writer.reason or "length", number, settings.seed, speed)
         for number, writer in enumerate(writers)
     ]
+
+
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """Within the block a CPU computes with one thread: for a single token, threads wait longer than they work."""
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Writer:

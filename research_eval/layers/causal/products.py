@@ -34,6 +34,8 @@ class ExpertMatrix(nn.Module):
         weight_NOI: Tensor = self.weight
         if len(weight_NOI) == 1:
             return F.linear(x_RI, weight_NOI.squeeze(0))
+        if len(x_RI) == 1 and dispatch.sizes is not None:  # one token is decoded: no loop over idle experts
+            return F.linear(x_RI, weight_NOI[dispatch.sizes.index(1)])
         kernels, is_cast = dispatch.kernels_for(x_RI), torch.is_autocast_enabled(x_RI.device.type)
         if kernels == "grouped" and weight_NOI.shape[1] % 8 == 0 == weight_NOI.shape[2] % 8:
             if is_cast:
