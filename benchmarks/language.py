@@ -130,7 +130,8 @@ def table(cells: list[dict[str, Any]]) -> str:
         gap = "" if entry is base else f"{statistics.mean(gaps):+.3f} ± {interval(gaps):.3f}"
         edge = " (edge)" if entry["at_the_edge"] else ""
         lines.append(
-            f"| {entry['arm']} | {statistics.mean(losses):.3f} ± {interval(losses):.3f} | {gap} | {entry['rate']:g}{edge} "
+            f"| {entry['arm']} | {statistics.mean(losses):.3f} ± {interval(losses):.3f} | {gap} "
+            f"| {entry['rate']:g}{edge} "
             f"| {entry['flops_per_token'] / 1e6:.3f} | {entry['parameters'] / 1e3:,.0f} k "
             f"| {entry['tokens_per_second']:,.0f} |"
         )
