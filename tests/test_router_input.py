@@ -166,6 +166,23 @@ def test_experts_of_two_kinds_cannot_be_tied(build_model: Build) -> None:
         model_with(build_model, tie_experts=True, num_scan_experts=1)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_experts_share_a_part_of_their_gradients(share: float, build_model: Build, ids_BL: torch.Tensor) -> None:
+    found = {}
+    for given in (0.0, share):
+        torch.manual_seed(0)
+        model = model_with(build_model, expert_sharing=given, num_scan_experts=1).eval()
+        model(ids_BL).square().sum().backward()
+        found[given] = {name: parameter.grad for name, parameter in model.named_parameters()}
+    stacks = [name for name in found[0.0] if name.startswith(("experts.blocks.", "experts.gate."))]
+    assert stacks
+    for name, own in found[0.0].items():
+        if own is None:
+            continue
+        expected = (1 - share) * own + share * own.mean(0, keepdim=True) if name in stacks else own
+        assert_close(found[share][name], expected)
+
+
 def test_tied_experts_stay_equal(build_model: Build, ids_BL: torch.Tensor) -> None:
     model = model_with(build_model, tie_experts=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)

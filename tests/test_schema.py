@@ -629,7 +629,8 @@ def test_the_json_schema_follows_the_constructors() -> None:
     document = schema.json_schema()
     parts = {json.dumps(rule["if"]["properties"]): rule["then"] for rule in document["allOf"]}
     tiny = document["$defs"]["Tiny"]
-    assert parts['{"model_type": {"const": "tiny"}}'] == {"properties": {"model_params": {"$ref": "#/$defs/Tiny"}}}
+    model = '{"model_type": {"const": "tiny"}, "dataset_type": {"not": {"enum": ["language_modeling"]}}}'
+    assert parts[model] == {"properties": {"model_params": {"$ref": "#/$defs/Tiny"}}}
     assert tiny["properties"]["num_experts"] == {"type": "integer", "minimum": 1, "maximum": 2**31 - 1, "default": 8}
     assert tiny["properties"]["experts"]["maximum"] == 2**31 - 1
     assert tiny["additionalProperties"] is False

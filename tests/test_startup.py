@@ -38,7 +38,7 @@ def test_the_package_alone_imports_nothing_heavy(tmp_path: Path) -> None:
 def test_load_is_at_hand_without_torch(tmp_path: Path) -> None:
     modules = imported_by("import research_eval\nassert 'load' not in vars(research_eval)", tmp_path)
     assert not modules & NUMBERS
-    assert research_eval.load.__module__ == "research_eval.runs.predict"
+    assert research_eval.load.__module__ == "research_eval.generation.trained"
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = research_eval.lode
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Annotated, NamedTuple, cast
 
 import torch
+from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
-from research_eval.annotations import Choice, Count, Natural, Range
+from research_eval.annotations import Choice, Count, Natural, Range, Younger
 from research_eval.errors import ConfigError
 from research_eval.layers.block import Block
 from research_eval.layers.dispatch import Dispatch, Executing
@@ -37,6 +38,7 @@ class PoolSettings:
     num_total_experts: Annotated[Count, Choice(2, 4, 8)] = 4
     expert_layers: Annotated[Count, Range(1, 2)] = 1
     tie_experts: bool = False
+    expert_sharing: Annotated[float, Field(ge=0, le=1), Younger()] = 0.0
     num_scan_experts: Natural = 0
     scan_nodes: Count = 16
     scan_walkers: Count = 4
@@ -108,7 +110,8 @@ class ExpertPool(Executing):
             scan=ScanSettings(settings.scan_nodes, settings.scan_walkers, settings.scan_edge_sets),
         )
         if settings.tie_experts:
-            _tie(pool)
+            _start_alike(pool)
+        _share_gradients(pool, 1.0 if settings.tie_experts else settings.expert_sharing)
         return pool
 
     def forward(self, h_RLD: torch.Tensor, keep_RL: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
@@ -231,9 +234,24 @@ class AdaptiveGate(Stacked):
         return torch.addcmul(for_rows(self.tag, gap, dispatch), gate, gap)
 
 
-def _tie(pool: ExpertPool) -> None:
-    """Make all experts of a pool one expert: equal at the start, and each gradient is the mean over all copies."""
+def _start_alike(pool: ExpertPool) -> None:
+    """Give all experts of a pool the weights of the first one."""
     for parameter in pool.parameters():
         with torch.no_grad():
             parameter.copy_(parameter[:1].expand_as(parameter))
-        parameter.register_hook(lambda gradient: gradient.mean(0, keepdim=True).expand_as(gradient))
+
+
+def _share_gradients(pool: ExpertPool, share: float) -> None:
+    """Let each expert's gradient be (1 - share) of its own and `share` of the mean over all experts.
+
+    Each expert then learns from the samples of the others too, which helps where samples are few. With a share of 1,
+    experts that start alike stay alike. Scan experts have no stack, and keep their own gradients.
+    """
+    if not share:
+        return
+    for parameter in (*pool.blocks.parameters(), *(pool.gate.parameters() if pool.gate is not None else ())):
+        parameter.register_hook(lambda gradient: torch.lerp(gradient, _mean_of_experts(gradient), share))
+
+
+def _mean_of_experts(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.mean(0, keepdim=True).expand_as(gradient)
