@@ -72,7 +72,8 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 def weights(folder: Path, result: Result, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and values of a file of a run, without the seconds."""
     tensors, values = load_tensors(folder / result.folder / name)
-    values.get("state", {}).pop("seconds", None)
+    for name in ("seconds", "step_seconds"):
+        values.get("state", {}).pop(name, None)
     return tensors, values
 
 

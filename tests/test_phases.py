@@ -224,7 +224,7 @@ def test_a_run_of_a_pool_shows_its_phases_beside_its_name(
     with PooledProgress(["seed 3"], epochs=1) as progress:
         for text in sent:
             progress.show(0, "phase", (text,))
-        progress.show(0, "start", (0, 9))
+        progress.show(0, "start", (0, 9, 1))
     assert slow.messages == ["seed 3: reading the data ..."]
     screen = io.StringIO()
     monkeypatch.setattr(
@@ -234,7 +234,7 @@ def test_a_run_of_a_pool_shows_its_phases_beside_its_name(
         progress.show(0, "phase", (sent[0],))
         assert progress._bar is not None
         progress._bar.refresh()
-        progress.show(0, "start", (2, 9))
+        progress.show(0, "start", (2, 9, 1))
     assert "reading the data" in screen.getvalue() and "None" not in screen.getvalue()
     last = screen.getvalue().rpartition("seed 3")[2]
     assert "2/9" in last and "reading" not in last

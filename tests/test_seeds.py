@@ -378,7 +378,7 @@ def test_nothing_in_a_line_steers_the_terminal(monkeypatch: pytest.MonkeyPatch) 
     console = Console(file=screen, force_terminal=True, width=200)
     monkeypatch.setattr("research_eval.system.progress.Console", lambda **_: console)
     with PooledProgress(["seed 8"], epochs=1) as progress:
-        progress.show(0, "start", (0, 9))
+        progress.show(0, "start", (0, 9, 1))
         progress.show(0, "log", (logging.WARNING, "a \x1b[31m\n[red]b[/red] :smile:"))
     assert "seed 8: a \\x1b[31m\n" in screen.getvalue() and "[red]b[/red] :smile:\n" in screen.getvalue()
 

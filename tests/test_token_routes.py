@@ -120,7 +120,7 @@ def test_the_command_writes_a_page_of_one_or_two_runs(trained: Path, monkeypatch
     ended = in_folder(trained, monkeypatch, "routes", "--run", "latest", "--out", "one.html")
     assert (ended.code, ended.out) == (0, "one.html\n")
     (trained / "text.txt").write_text("the king and a rose")
-    words = ("routes", "--run", "latest", "latest", "--text", "text.txt", "--out", "two.html")
+    words = ("routes", "--run", "latest", "latest", "--text_file", "text.txt", "--out", "two.html")
     assert in_folder(trained, monkeypatch, *words).code == 0
     assert '"agreement": {' in (trained / "two.html").read_text()
 
@@ -128,7 +128,7 @@ def test_the_command_writes_a_page_of_one_or_two_runs(trained: Path, monkeypatch
 def test_mistakes_of_the_command(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for words, part in (
         (("latest", "--out", "no/such/x.html"), "is not a file in an existing folder"),
-        (("latest", "--text", "none.txt"), "there is no file"),
+        (("latest", "--text_file", "none.txt"), "there is no file"),
         (("a", "b", "c"), "expected one or two runs"),
         (("latest", "--max_tokens", "1"), "expected at least 2"),
     ):

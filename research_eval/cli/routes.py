@@ -1,7 +1,7 @@
 """`goe routes`: a page that shows which expert reads which token of a text.
 
 goe routes --run latest --out routes.html
-goe routes --run ID ID2 --text chapter.txt --out routes.html
+goe routes --run ID ID2 --text_file chapter.txt --out routes.html
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--run", required=True, nargs="+", metavar="RUN", help="one or two runs: ids, latest, folders, exported models"
     )
-    parser.add_argument("--text", metavar="FILE", help="UTF-8 text to show (default: the run's validation text)")
+    parser.add_argument(
+        "--text_file", "--text-file", metavar="FILE", help="UTF-8 text to show (default: the run's validation text)"
+    )
     parser.add_argument("--out", default="routes.html", metavar="FILE", help="the page (default: routes.html)")
     parser.add_argument("--max_tokens", "--max-tokens", type=int, default=20_000, help="tokens that are read")
     parser.add_argument("--db", metavar="URL_OR_PATH", help=DB_HELP)
@@ -45,7 +47,7 @@ def routes_command(arguments: argparse.Namespace) -> int:
     out = user_path(arguments.out, "--out")
     if out.is_dir() or not out.parent.is_dir():
         raise ConfigError(f"--out: {arguments.out!r} is not a file in an existing folder")
-    given = None if arguments.text is None else _read(arguments.text)
+    given = None if arguments.text_file is None else _read(arguments.text_file)
     folders = [find_folder(run, arguments.db) for run in arguments.run]
     import_torch()
     with phase("importing the program"):
@@ -75,11 +77,11 @@ def _title(model: TrainedLanguageModel) -> str:
 
 def _read(path_text: str) -> str:
     """The text of a file. Raises ConfigError."""
-    path = user_path(path_text, "--text")
+    path = user_path(path_text, "--text_file")
     if not path.exists():
-        raise ConfigError(f"--text: there is no file {path_text!r}")
+        raise ConfigError(f"--text_file: there is no file {path_text!r}")
     check_regular_file(path)
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--text: {path_text} is not UTF-8 text ({error.reason})") from error
+        raise ConfigError(f"--text_file: {path_text} is not UTF-8 text ({error.reason})") from error

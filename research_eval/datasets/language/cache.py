@@ -51,7 +51,7 @@ def cached_stream(path: Path, build: Callable[[], Stream], num_documents: int, v
 
 def _mapped(path: Path, num_documents: int, vocab_size: int) -> Stream:
     """The stream in a file. Raises Damaged for any other content, and what reading raises."""
-    content = np.load(path, mmap_mode="r", allow_pickle=False)
+    content = np.lib.format.open_memmap(path, mode="r")  # refuses objects, which would be pickled
     num_tokens = content.size - HASH_INTS - 2 * num_documents
     if content.dtype != np.dtype("<i4") or content.ndim != 1 or num_tokens < 0:
         raise Damaged("this is no stream")
