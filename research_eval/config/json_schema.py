@@ -60,12 +60,17 @@ def json_schema() -> dict[str, Any]:
     ]
     for dataset_type in DATASET_KINDS:
         names = [name for kind, name in datasets if kind == dataset_type and name is not None]
-        if names:
+        if names and (dataset_type, None) not in datasets:
             chosen = {"properties": {"dataset_type": {"const": dataset_type}}, "required": ["dataset_type"]}
             root["allOf"].append({"if": chosen, "then": {"properties": {"dataset_name": {"enum": names}}}})
         for (kind, name), model in datasets.items():
             if kind == dataset_type:
-                conditions = {"dataset_type": kind} if name is None else {"dataset_type": kind, "dataset_name": name}
+                others = [other for same, other in datasets if same == kind and other is not None]
+                conditions: dict[str, Any] = {"dataset_type": kind}
+                if name is not None:
+                    conditions["dataset_name"] = name
+                elif others:
+                    conditions["dataset_name"] = {"not": {"enum": others}}
                 root["allOf"].append(when(conditions, "dataset_params", model))
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **root, "$defs": definitions}
 
@@ -76,7 +81,9 @@ def _dataset_models() -> dict[tuple[str, str | None], type[BaseModel]]:
     for dataset_type, cls in DATASET_KINDS.items():
         kind = cls()
         if kind.any_name:
-            found[dataset_type, None] = dataset_model(dataset_type, "")
+            usual = found[dataset_type, None] = dataset_model(dataset_type, "")
+            own = {name: dataset_model(dataset_type, name) for name in kind.names()}
+            found |= {(dataset_type, name): model for name, model in own.items() if model is not usual}
         else:
             found |= {(dataset_type, name): dataset_model(dataset_type, name) for name in sorted(kind.names())}
     return found

@@ -34,13 +34,15 @@ class LanguageModeling(DatasetKind):
 
     def names(self) -> Iterable[str]:
         from research_eval.datasets.language.dataset import SOURCES
+        from research_eval.datasets.language.lines import LINES
 
-        return list(SOURCES)
+        return [*SOURCES, *LINES]
 
     def constructor(self, dataset_name: str) -> type:
         from research_eval.datasets.language.dataset import LanguageModelingDataset
+        from research_eval.datasets.language.lines import LINES, GeneratedLines
 
-        return LanguageModelingDataset
+        return GeneratedLines if dataset_name in LINES else LanguageModelingDataset
 
     def splits(self, dataset_name: str, dataset_params: dict[str, Any], seed: int) -> DataSplits:
         return self._files(dataset_name, dataset_params).splits()
@@ -48,15 +50,16 @@ class LanguageModeling(DatasetKind):
     def splits_with(
         self, dataset_name: str, dataset_params: dict[str, Any], seed: int, tokenizer: Tokenizer
     ) -> DataSplits:
-        return self._files(dataset_name, dataset_params).splits(tokenizer)
+        from research_eval.datasets.language.lines import LINES
+
+        made = self._files(dataset_name, dataset_params)
+        return made.splits() if dataset_name in LINES else made.splits(tokenizer)
 
     def fit_baselines(self, dataset_name: str, dataset_params: dict[str, Any]) -> None:
         raise ConfigError("--baselines: TF-IDF is for classes. n-grams are counted without it. Leave the flag out.")
 
     def _files(self, dataset_name: str, dataset_params: Mapping[str, Any]) -> Any:
-        from research_eval.datasets.language.dataset import LanguageModelingDataset
-
-        return build(LanguageModelingDataset, {"dataset_name": dataset_name, **dataset_params})
+        return build(self.constructor(dataset_name), {"dataset_name": dataset_name, **dataset_params})
 
     def accepts(self, dataset_name: str, dataset_params: Mapping[str, Any]) -> bool:
         from research_eval.datasets.language.dataset import is_file_name, is_hub_name

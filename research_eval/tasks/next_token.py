@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from research_eval.datasets.language.lines import LineData
 from research_eval.datasets.language.vocabulary import piece_bytes, piece_characters
 from research_eval.datasets.token_data import IGNORED, DataSplits
 from research_eval.registry import NEXT_TOKEN, TASKS
@@ -26,20 +27,28 @@ BANDS = 8  # of the positions in a block, for the loss by position
 class NextToken(Task):
     """Cross-entropy in nats per token, over all targets but the special ones. The lowest loss selects the weights.
 
-    `bytes_V` and `characters_V` are the UTF-8 bytes and the characters of each token, 0 for special tokens.
+    `bytes_V` and `characters_V` are the UTF-8 bytes and the characters of each token, 0 for special tokens. With
+    `has_answers` a row is a line with a question: `exact_match` is the share of lines whose answer is right as a whole.
+    It is the same for answers that the model writes greedily: up to the first mistake, both see the same tokens.
     """
 
     name = NEXT_TOKEN
     selected_by = "loss"
 
-    def __init__(self, bytes_V: NDArray[np.int64] | None = None, characters_V: NDArray[np.int64] | None = None) -> None:
-        self._bytes_V, self._characters_V = bytes_V, characters_V
+    def __init__(
+        self,
+        bytes_V: NDArray[np.int64] | None = None,
+        characters_V: NDArray[np.int64] | None = None,
+        has_answers: bool = False,
+    ) -> None:
+        self._bytes_V, self._characters_V, self._has_answers = bytes_V, characters_V, has_answers
 
     @classmethod
     def of(cls, data: DataSplits) -> NextToken:
         if data.tokenizer is None:
             return cls()
-        return cls(piece_bytes(data.tokenizer), piece_characters(data.tokenizer))
+        has_answers = isinstance(data.validation, LineData)
+        return cls(piece_bytes(data.tokenizer), piece_characters(data.tokenizer), has_answers)
 
     def num_outputs(self, data: DataSplits) -> int:
         return data.vocab_size
@@ -88,6 +97,9 @@ class NextToken(Task):
             if numbers_V is not None:
                 pieces = int(numbers_V[targets[is_scored]].sum())
                 scores[name] = total / math.log(2) / max(pieces, 1)
+        if self._has_answers:
+            wrong_N = ((answers_N.numpy() != targets) & is_scored).any(-1)
+            scores["exact_match"] = float(1 - wrong_N.mean())
         per_block_N = losses.sum(-1) / np.maximum(is_scored.sum(-1), 1) if targets.ndim > 1 else losses
         details: dict[str, list[Any]] = {"scored_targets": [count]}
         if targets.ndim > 1:
