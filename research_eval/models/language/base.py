@@ -32,11 +32,10 @@ from research_eval.models.base_model import (
     joined_on_host,
     routed_parameters,
 )
-from research_eval.routing.record import EvaluationRecorder, RoutingRecord
+from research_eval.routing.record import STOPPED, EvaluationRecorder, RoutingRecord
 from research_eval.tasks.base import Task
 
 ALL_IN_ONE = Dispatch.single(0)  # for parts that no router chooses
-STOPPED = -1
 
 
 class LanguageEmbedding(nn.Module):
@@ -100,7 +99,7 @@ class LanguageWalk:
 
     choices: list[Choice] = field(default_factory=list)
     experts: list[Tensor] = field(default_factory=list)  # per step, each row's expert [S]; -1: it stopped
-    exits: list[Tensor] = field(default_factory=list)  # logits [B, n, V] of the steps before the last
+    exits: list[Tensor] = field(default_factory=list)  # logits [S, V] of the steps before the last
 
     def paths(self) -> NDArray[np.int64]:
         """The experts of each row, [S, T]; -1 after the end of its path."""
