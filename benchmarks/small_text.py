@@ -32,7 +32,7 @@ LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)  # within the range of a study
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {"num_layers": 3, "dim_feedforward_factor": 3},
     "goe_original": {},
-    "goe_original, sharing": {"expert_sharing": 0.5},  # the model type stands before the comma
+    "goe_original, own gradients": {"expert_sharing": 0.0},  # the model type stands before the comma
     "moe": {"num_layers": 3, "dim_feedforward_factor": 3},
 }
 
@@ -158,8 +158,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--sets", nargs="+", default=SETS, choices=SETS)
-    parser.add_argument("--models", nargs="+", default=("dense", "goe_original"), choices=MODELS)
-    parser.add_argument("--seeds", type=int, default=3, help="number of reported seeds")
+    parser.add_argument("--models", nargs="+", default=("dense", "goe_original", "goe_original, own gradients"), choices=MODELS)
+    parser.add_argument("--seeds", type=int, default=10, help="number of reported seeds")
     parser.add_argument("--work", type=Path, default=Path("small_text"), help="folder for the sets and the runs")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/small_text.json"))
     arguments = parser.parse_args()

@@ -129,7 +129,8 @@ def key_for(flag: str, flags: Sequence[str] = ()) -> str | None:
     found = name if name in keys else nearest(name, [*keys, *flags], NEAR_KEY)
     if found not in keys or (found != name and found in flags):
         return None
-    return f" It is a key of the config: write it into the file, or give --set {keys[found]}=VALUE."
+    what = "It is a key of the config" if found == name else f"The config has a key {found!r}"
+    return f" {what}: write it into the file, or give --set {keys[found]}=VALUE."
 
 
 def _keys_of_configs() -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 from research_eval.annotations import INT_MAX
 from research_eval.config.complaints import Location, Report
 from research_eval.config.construction import dataset_params, model_params
-from research_eval.config.defaults import add_defaults
+from research_eval.config.defaults import add_defaults, add_former_defaults
 from research_eval.config.jsonc import MAX_DEPTH, read_object, read_text
 from research_eval.config.sections import ExperimentConfig
 from research_eval.errors import ConfigError
@@ -69,8 +69,18 @@ def parse_config(
 
 
 def config_from_dict(config: Mapping[str, Any], source: str = "config") -> ExperimentConfig:
-    """Check a config that is no text, such as one from the results. Raises ConfigError with all mistakes."""
+    """Check a config that is no text. Raises ConfigError with all mistakes."""
     return _check(dict(config), Report(source, {}))
+
+
+def stored_config(config: Mapping[str, Any], source: str) -> ExperimentConfig:
+    """Check the config of a run, from the results or from the run's folder. Raises ConfigError with all mistakes.
+
+    An option that is younger than the run has the value that stands for the program without the option.
+    """
+    data = dict(config)
+    add_former_defaults(data)
+    return _check(data, Report(source, {}))
 
 
 def _override(data: dict[str, Any], overrides: Mapping[str, Any], origins: Mapping[str, str]) -> dict[Location, str]:

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from research_eval.annotations import build, grouped_arguments
 from research_eval.config.complaints import Report
+from research_eval.config.defaults import defaults_of_kind
 from research_eval.config.signatures import (
     MODEL_PROVIDED,
     context_arguments,
@@ -102,6 +103,7 @@ def _arguments(
     if not isinstance(given, dict):
         return None  # reported with the sections
     model = signature_model(cls, provided)
+    kept = defaults_of_kind(data, section)  # no config leaves them out: their absence says the age of a stored one
     given = _without_replaced(section, given, model, report)
     spelled = _spelled(section, given, provided, model, report)
     values = _without_defaults({name: given[key] for name, key in spelled.items()}, model)
@@ -113,7 +115,7 @@ def _arguments(
     }
     arguments |= checked.model_extra or {}
     # What JSON cannot hold stays with the constructor, and so does the default of a younger option.
-    left_out = younger_fields(model)
+    left_out = younger_fields(model) - set(kept)
     arguments = {
         name: value
         for name, value in arguments.items()

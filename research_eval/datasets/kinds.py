@@ -41,7 +41,7 @@ class DatasetKind(ABC):
     tried out before a run."""
     config_defaults: Mapping[str, Mapping[str, Any]] = {}
     """Section of a config -> the values that it has for this kind where a config does not give them. If a section has a
-    `name`, its values count only for the name that they hold."""
+    `name`, its values count only for the name that they hold. Of the options of models each model takes its own."""
     search_space: Mapping[str, Mapping[str, Any]] = {}
     """Section of a config -> what studies search for this kind, unless the user says otherwise: domains or values."""
     own_data: str = ""
@@ -193,6 +193,7 @@ class RealWorld(DatasetKind):
 
     provided = frozenset({"dataset_name"})
     any_name = True
+    config_defaults: Mapping[str, Mapping[str, Any]] = {"model_params": {"expert_sharing": 0.5}}
     own_data = " A set of your own needs dataset_params.data_dir or sources."
 
     def names(self) -> Iterable[str]:

@@ -27,11 +27,11 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutput
 
 from research_eval.annotations import build
+from research_eval.config.check import stored_config
 from research_eval.generation.trained import EXPORTED_TYPE
 from research_eval.models.language.base import LanguageModel
 from research_eval.registry import LANGUAGE_MODELS
 from research_eval.runs.predict import EXPERIMENT
-from research_eval.schema import config_from_dict
 
 
 class GraphOfExpertsConfig(PretrainedConfig):  # type: ignore[misc]
@@ -56,7 +56,7 @@ class GraphOfExpertsForCausalLM(PreTrainedModel, GenerationMixin):  # type: igno
 
     def __init__(self, config: GraphOfExpertsConfig) -> None:
         super().__init__(config)
-        experiment = config_from_dict(config.experiment, source=EXPERIMENT)
+        experiment = stored_config(config.experiment, source=EXPERIMENT)
         sizes = {name: config.data[name] for name in ("vocab_size", "max_length")}
         cls = LANGUAGE_MODELS.get_or_explain(experiment.model_type)
         model = build(cls, {**sizes, **experiment.model_params})

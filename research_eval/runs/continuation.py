@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from research_eval.config.defaults import stored_forms
 from research_eval.config.sections import ExperimentConfig
 from research_eval.errors import ConfigError
 from research_eval.files import run_folder, write_atomically
@@ -134,7 +135,7 @@ def check_continuations(configs: Sequence[ExperimentConfig], db: str | None) -> 
     """Raise ConfigError if one of the runs that would be continued cannot be, before any of them is trained."""
     with Store(db) as store:
         for config in configs:
-            earlier = None if store.find_experiments(config.to_dict()) else earlier_run(store, config)
+            earlier = None if store.find_experiments(*stored_forms(config.to_dict())) else earlier_run(store, config)
             if earlier is not None:
                 earlier.check(config, prepare(config))
 
@@ -145,7 +146,11 @@ def earlier_run(store: Store, config: ExperimentConfig) -> Continuation | None:
     Finished runs of fewer epochs come first, the longest of them before others, then runs that were interrupted or
     have failed. Raises ConfigError if there are runs of more epochs only, and for a run whose checkpoint is gone.
     """
-    rows = [row for row in store.find_other_epochs(config.to_dict()) if row["status"] not in ("running", "diverged")]
+    rows = [
+        row
+        for row in store.find_other_epochs(*stored_forms(config.to_dict()))
+        if row["status"] not in ("running", "diverged")
+    ]
     shorter = [row for row in rows if row["status"] == "finished" and row["epochs"] < config.epochs]
     shorter.sort(key=lambda row: row["epochs"], reverse=True)  # of equally long ones the newest stays first
     unfinished = [row for row in rows if row["status"] != "finished"]

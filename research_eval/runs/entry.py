@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from research_eval.config.defaults import stored_forms
 from research_eval.config.sections import ExperimentConfig
 from research_eval.datasets.providers import load_splits
 from research_eval.datasets.token_data import DataSplits
@@ -87,7 +88,7 @@ class RunEntry:
         An unfinished run on other data is returned all the same: `begin` refuses to continue its training.
         """
         config = self._config
-        rows = self._store.find_experiments(config.to_dict())
+        rows = self._store.find_experiments(*stored_forms(config.to_dict()))
         if not rows:
             self._earlier = earlier_run(self._store, config)
             if self._earlier is None:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from research_eval.analysis.statistics import Interval, median_interval
-from research_eval.config.check import config_from_dict
+from research_eval.config.check import stored_config
 from research_eval.config.sections import ExperimentConfig
 from research_eval.datasets.providers import load_splits
 from research_eval.datasets.token_data import Batch, DataSplits
@@ -171,7 +171,7 @@ def _config(row: dict[str, Any]) -> ExperimentConfig:
     stored = parse_json(str(row["full_config_json"]), f"{source}: its config")
     if not isinstance(stored, dict):
         raise ConfigError(f"{source}: its config is no JSON object")
-    return config_from_dict(stored, source=source)
+    return stored_config(stored, source=source)
 
 
 def measure(found: Sequence[Subject], repetitions: int = REPETITIONS) -> list[Measured]:

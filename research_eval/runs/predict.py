@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tokenizers import Tokenizer
 
 from research_eval.annotations import Count, Natural
-from research_eval.config.check import config_from_dict
+from research_eval.config.check import stored_config
 from research_eval.config.sections import ExperimentConfig
 from research_eval.datasets.kinds import dataset_kind
 from research_eval.datasets.language import vocabulary
@@ -283,7 +283,7 @@ def read_config(folder: Path) -> ExperimentConfig:
     experiment = content.get(EXPERIMENT, content)
     if not isinstance(experiment, dict):
         raise ConfigError(f"{path}: {EXPERIMENT}: no JSON object. Export the model again.")
-    return config_from_dict(experiment, source=str(path))
+    return stored_config(experiment, source=str(path))
 
 
 def _config_file(folder: Path) -> tuple[Path, dict[str, Any]]:

@@ -141,16 +141,19 @@ class Queries(Database):
         """The newest run of exactly this config, on any data; see `find_experiments`."""
         return next(iter(self.find_experiments(config)), None)
 
-    def find_experiments(self, config: dict[str, Any]) -> list[dict[str, Any]]:
-        """The runs of exactly this config, newest first; trials, replays of other runs and deleted runs do not count.
+    def find_experiments(self, *configs: dict[str, Any]) -> list[dict[str, Any]]:
+        """The runs of exactly one of these configs, newest first. Trials, replays and deleted runs do not count.
 
         The canonical texts of the complete configs are compared, so a key more or less makes another config. A key that
         is added later must therefore be absent from a config that has its default, or older runs are not found.
         """
-        return self._runs_of([config])
+        return self._runs_of(configs)
 
-    def find_other_epochs(self, config: dict[str, Any]) -> list[dict[str, Any]]:
-        """The runs of this config with other numbers of epochs, newest first; as in `find_experiments`."""
+    def find_other_epochs(self, config: dict[str, Any], *forms: dict[str, Any]) -> list[dict[str, Any]]:
+        """The runs of this config with other numbers of epochs, newest first; as in `find_experiments`.
+
+        `forms` are other ways in which the config may be stored.
+        """
         columns = experiments_table.c
         query = sa.select(columns.epochs).where(
             columns.run_type == "json",
@@ -160,7 +163,7 @@ class Queries(Database):
         )
         with self._engine.connect() as connection:
             numbers = list(connection.scalars(query.distinct()))
-        return self._runs_of([{**config, "epochs": epochs} for epochs in numbers])
+        return self._runs_of([{**form, "epochs": epochs} for epochs in numbers for form in (config, *forms)])
 
     def _runs_of(self, configs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The runs of one of these configs, newest first. Replays have a parent too, but do not continue it."""

@@ -14,7 +14,7 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial
 
-from research_eval.config.check import config_from_dict
+from research_eval.config.check import config_from_dict, stored_config
 from research_eval.errors import ConfigError
 from research_eval.seeding import derive_seed
 from research_eval.store.records import RunFilter
@@ -130,7 +130,7 @@ def _relocated(row: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
 
 def _has_other_data(row: dict[str, Any], stored: dict[str, Any], present: dict[str, str | None]) -> bool:
     """Whether the data of a run are known not to be the present ones; `present` remembers their hashes."""
-    config = config_from_dict(stored, source=f"run {row['experiment_id']}")
+    config = stored_config(stored, source=f"run {row['experiment_id']}")
     params = canonical_json(config.dataset_params)
     if params not in present:
         try:

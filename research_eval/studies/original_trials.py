@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from research_eval.config.check import config_from_dict
+from research_eval.config.check import stored_config
 from research_eval.config.sections import OptimizerParams, SchedulerParams, TrainingParams
 from research_eval.config.signatures import MODEL_PROVIDED, dataset_model, signature_model, spellings_of
 from research_eval.datasets.kinds import task_name
@@ -59,7 +59,7 @@ def config_of(row: Mapping[str, Any]) -> dict[str, Any]:
         return stored
     try:
         config, left_out = translated(row)
-        complete = config_from_dict(config, source=f"run {row['experiment_id']}").to_dict()
+        complete = stored_config(config, source=f"run {row['experiment_id']}").to_dict()
     except ConfigError:
         return stored
     say_what_is_left_out({row["experiment_id"]: left_out})

@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from research_eval.analysis.runs import OPERATIONAL, enough_seeds, names_of_sources
-from research_eval.config.check import config_from_dict
+from research_eval.config.check import stored_config
 from research_eval.config.sections import ExperimentConfig
 from research_eval.errors import ConfigError
 from research_eval.store.metrics import gain_sign
@@ -83,7 +83,7 @@ def past_runs(rows: Iterable[RunRow], metric: str) -> list[PastRun]:
         config = stored_object(row.config_json)
         if _keys(config) not in complete:
             try:
-                checked = config_from_dict(config, source=f"run {row.experiment_id}").to_dict()
+                checked = stored_config(config, source=f"run {row.experiment_id}").to_dict()
             except ConfigError as error:
                 refused.append(str(error))
                 continue
@@ -153,7 +153,9 @@ def find_templates(past: Sequence[PastRun], metric: str, top_n: int) -> list[Tem
     if better is not None and better[0] != ranked[0][0]:
         run_id, count = better[1][0].run_id, len(better[1])
         log.info("run %s has the best %s, but %d seed(s) only: configs with more come first", run_id, metric, count)
-    templates = [Template(config_from_dict(runs[0].config), runs, mean) for mean, runs in ranked[:top_n]]
+    templates = [
+        Template(stored_config(runs[0].config, f"run {runs[0].run_id}"), runs, mean) for mean, runs in ranked[:top_n]
+    ]
     tasks = {template.runs[0].task for template in templates}
     if len(tasks) > 1:
         log.warning("the best configs have %d different dataset_params: their scores do not compare", len(tasks))

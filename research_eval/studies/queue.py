@@ -15,11 +15,14 @@ The life of a trial:
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from research_eval.config.defaults import add_former_defaults
 from research_eval.errors import ConfigError
 from research_eval.studies.adapter import StoredStudy, StoredTrial, study_lock
 from research_eval.studies.options import StudyOptions
@@ -67,6 +70,7 @@ class TrialQueue:
         if known is None:
             self.study.set_user_attr("settings", wanted)
             return
+        known = {**known, "fixed": _with_former_defaults(known)}
         changed = [name for name in wanted if wanted[name] != known.get(name)]
         if changed:
             text = functools.partial(shown, length=SHOWN_SETTING)
@@ -155,3 +159,13 @@ class TrialQueue:
     def heartbeat(self, trial: StoredTrial) -> AbstractContextManager[None]:
         """Show to the others that this worker trains the trial, as long as the block runs."""
         return self.stored.heartbeat(trial)
+
+
+def _with_former_defaults(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The fixed model parameters of a study by model type, with the options that are younger than the study."""
+    fixed = {}
+    for model_type, params in settings.get("fixed", {}).items():
+        config = {**settings, "model_type": model_type, "model_params": params}
+        add_former_defaults(config)
+        fixed[model_type] = config["model_params"]
+    return fixed

@@ -75,17 +75,17 @@ def replay(run_id: str, *, db: str | None = None, device: str | None = None, qui
 
 def _run_again(row: dict[str, Any], db: str | None, device: str | None, quiet: bool) -> Result:
     """Run the stored config, on another device if one is given."""
-    from research_eval.config.check import config_from_dict
+    from research_eval.config.check import stored_config
     from research_eval.experiment import run  # here, because it imports torch, and a refusal must not wait for that
     from research_eval.studies.original_trials import config_of, is_adopted
 
     original = row["experiment_id"]
     stored = config_of(row) if is_adopted(row) else json_object(row["full_config_json"])
-    config = config_from_dict(stored, source=f"run {original}")
+    config = stored_config(stored, source=f"run {original}")
     if device is not None:
         settings = config.to_dict()
         settings["training_params"]["device"] = device
-        config = config_from_dict(settings, source=f"run {original} with --device {device}")
+        config = stored_config(settings, source=f"run {original} with --device {device}")
     return run(config, db=db, quiet=quiet, parent_id=original)
 
 

@@ -26,6 +26,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from research_eval.annotations import Choice, Divides, Range, When
+from research_eval.config.defaults import defaults_of_kind
 from research_eval.config.jsonc import load_json
 from research_eval.config.sections import ExperimentConfig
 from research_eval.config.signatures import MODEL_PROVIDED, dataset_model, fields_of, signature_model, spellings_of
@@ -276,6 +277,9 @@ def build_space(model_types: Iterable[str], base: Mapping[str, Any], narrowing: 
         model = signature_model(cls, MODEL_PROVIDED)
         fixed_params[model_type] = dict(config.get("model_params", {}))
         own = _parameters("model_params", model_type, model, reader.model(model_type, model), fixed_params[model_type])
+        usual = defaults_of_kind({**config, MODEL_TYPE: model_type}, "model_params")
+        not_searched = usual.keys() - {parameter.key for parameter in own}
+        fixed_params[model_type] = {name: usual[name] for name in not_searched} | fixed_params[model_type]
         parameters[model_type] = (*own, *shared)
     reader.check_used()
     return SearchSpace(config, fixed_params, parameters)

@@ -14,7 +14,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from research_eval.config.check import config_from_dict
+from research_eval.config.check import stored_config
 from research_eval.config.sections import ExperimentConfig
 from research_eval.experiment import TrialRun, run
 from research_eval.runs.folder import new_id
@@ -92,7 +92,7 @@ def _train_seed(
     with Store(options.db) as store:
         known = store.find_id(ids[index])
     if known is not None:  # a run that was begun continues with its own settings of threads and device
-        seeded = config_from_dict(stored_object(known["full_config_json"]), source=f"run {ids[index]}")
+        seeded = stored_config(stored_object(known["full_config_json"]), source=f"run {ids[index]}")
     callback = PruningCallback(trial, options, seeded, judges=index == 0)
     result = run(
         seeded,
