@@ -158,7 +158,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--sets", nargs="+", default=SETS, choices=SETS)
-    parser.add_argument("--models", nargs="+", default=("dense", "goe_original", "goe_original, own gradients"), choices=MODELS)
+    parser.add_argument(
+        "--models", nargs="+", default=("dense", "goe_original", "goe_original, own gradients"), choices=MODELS
+    )
     parser.add_argument("--seeds", type=int, default=10, help="number of reported seeds")
     parser.add_argument("--work", type=Path, default=Path("small_text"), help="folder for the sets and the runs")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/small_text.json"))

@@ -251,7 +251,7 @@ def test_json_lines_and_a_file_of_prompts(trained: Path, monkeypatch: pytest.Mon
     ("words", "part"),
     [
         (["--prompt", "THE"], 'the vocabulary of the run has no "T", "H", "E"'),
-        (["--prompt_file", "none.txt"], "there is no file"),
+        (["--prompt_file", "none.txt"], "cannot read none.txt as text"),
         (["--top_p", "2"], "top_p: expected"),
     ],
 )

@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from support import history, repeatable, run_in, stop_at
 from torch import nn
+from torch.testing import assert_close
 
 from research_eval.annotations import Range
 from research_eval.config.sections import OptimizerParams
+from research_eval.datasets.token_data import IGNORED, Batch
 from research_eval.errors import ConfigError
 from research_eval.layers.block import Attention
 from research_eval.layers.causal.products import ExpertMatrix
@@ -27,6 +30,8 @@ from research_eval.training.evaluate import evaluate
 from research_eval.training.length import Length
 from research_eval.training.muon import Muon, orthogonalised
 from research_eval.training.optimizers import build_optimizer, parameter_groups
+from research_eval.training.runtime import Runtime
+from research_eval.training.step import Meter, take_step
 
 WORDS = ("the king", "a rose", "my lord", "sweet night", "no man", "O heaven")
 SMALL = {"embed_dim": 16, "num_heads": 2, "dim_feedforward": 24}
@@ -297,3 +302,29 @@ def test_a_study_searches_the_rates_of_muon(corpus: Path) -> None:
     assert space.base["optimizer_params"]["name"] == "muon"
     other = build_space(["goe"], base, {"optimizer_params": {"name": "adamw", "lr": {"low": 1e-3, "high": 1e-2}}})
     assert other.base["optimizer_params"]["name"] == "adamw"
+
+
+class Unigram(torch.nn.Module):
+    """One vector of logits for every token, and the mean loss over the targets that count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits_V = torch.nn.Parameter(torch.zeros(4))
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        targets_S = batch.labels.flatten()
+        loss = F.cross_entropy(self.logits_V.expand(len(targets_S), -1), targets_S, ignore_index=IGNORED)
+        return loss, {"train_loss": loss}
+
+
+def test_accumulated_batches_count_every_target_once() -> None:
+    """The second batch has as many rows as the first and a fifth of its targets."""
+    labels_BL = torch.tensor([[0, 1, 1, 2, 1], [3, IGNORED, IGNORED, IGNORED, IGNORED]])
+    found = []
+    for parts in ([labels_BL], labels_BL.split(1)):
+        model = Unigram()
+        batches = [Batch(part, part >= 0, part) for part in parts]
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        take_step(model, batches, optimizer, None, Runtime("cpu", "fp32"), Meter())
+        found.append(model.logits_V.detach())
+    assert_close(found[0], found[1])

@@ -128,7 +128,7 @@ def test_the_command_writes_a_page_of_one_or_two_runs(trained: Path, monkeypatch
 def test_mistakes_of_the_command(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for words, part in (
         (("latest", "--out", "no/such/x.html"), "is not a file in an existing folder"),
-        (("latest", "--text_file", "none.txt"), "there is no file"),
+        (("latest", "--text_file", "none.txt"), "cannot read none.txt as text"),
         (("a", "b", "c"), "expected one or two runs"),
         (("latest", "--max_tokens", "1"), "expected at least 2"),
     ):

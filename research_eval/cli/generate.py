@@ -16,7 +16,7 @@ from research_eval.cli.common import DB_HELP
 from research_eval.errors import ConfigError
 from research_eval.system.best_effort import print_product
 from research_eval.system.phases import import_torch, phase
-from research_eval.system.untrusted import check_regular_file, user_path
+from research_eval.system.untrusted import parse_json, user_path
 
 if TYPE_CHECKING:
     from research_eval.generation.decoding import Generated
@@ -122,29 +122,21 @@ def _json_line(one: Generated) -> str:
     return json.dumps(record) + "\n"
 
 
-def read_prompts(path_text: str) -> list[str]:
+def read_prompts(path: str) -> list[str]:
     """The prompts of a file: its lines, or the field "prompt" of JSON lines. Raises ConfigError."""
-    path = user_path(path_text, "--prompt_file")
-    if not path.exists():
-        raise ConfigError(f"--prompt_file: there is no file {path_text!r}")
-    check_regular_file(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--prompt_file: {path_text} is not UTF-8 text ({error.reason})") from error
-    if path.suffix == ".jsonl":
-        lines = [_prompt_of(line, f"{path_text}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    from research_eval.runs.inputs import read_texts
+
+    lines = read_texts(path, "--prompt_file")
+    if path.endswith(".jsonl"):
+        lines = [_prompt_of(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not lines:
-        raise ConfigError(f"--prompt_file: {path_text} has no line")
+        raise ConfigError(f"--prompt_file: {path} has no line")
     return lines
 
 
 def _prompt_of(line: str, where: str) -> str:
     """The prompt in one JSON line. Raises ConfigError."""
-    try:
-        found = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"{where}: no JSON ({error})") from error
+    found = parse_json(line, where)
     prompt = found.get("prompt") if isinstance(found, dict) else None
     if not isinstance(prompt, str):
         raise ConfigError(f'{where}: expected an object with a text "prompt"')

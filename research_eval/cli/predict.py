@@ -10,16 +10,13 @@ import argparse
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from research_eval.cli.common import DB_HELP
-from research_eval.errors import ConfigError
 from research_eval.files import write_atomically
 from research_eval.store.csv_file import csv_lines
 from research_eval.system.best_effort import print_product
 from research_eval.system.phases import import_torch, phase, report
-from research_eval.system.untrusted import check_regular_file, user_path
 from research_eval.wording import printable
 
 if TYPE_CHECKING:
@@ -56,11 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def predict_command(arguments: argparse.Namespace) -> int:
     """Print or write the answer to each text, in the order of the texts."""
-    from research_eval.runs.inputs import Input, check_files
+    from research_eval.runs.inputs import Input, check_files, output_file
     from research_eval.runs.locate import find_folder
 
     files = arguments.file or []
-    out = None if arguments.out is None else _checked_out(arguments.out, files)
+    out = None if arguments.out is None else output_file(arguments.out, files)
     check_files(files)
     folder = find_folder(arguments.run, arguments.db)
     import_torch()  # after what can be checked without it
@@ -89,20 +86,6 @@ def predict_command(arguments: argparse.Namespace) -> int:
             content.write(line)
     write_atomically(out, content.getvalue().encode())
     return 0
-
-
-def _checked_out(text: str, files: Sequence[str]) -> Path:
-    """The path of --out. Raises ConfigError if no file can be there, or if it is one that is read."""
-    path = user_path(text, "--out")
-    if not text or path.is_dir() or not path.parent.is_dir():
-        raise ConfigError(
-            f"--out: {text!r} is not a file in an existing folder. Create the folder or give another name."
-        )
-    if path.exists():
-        check_regular_file(path)
-        if any(user_path(file).exists() and path.samefile(user_path(file)) for file in files):
-            raise ConfigError(f"--out: {text} is a file that is read. Give another name.")
-    return path
 
 
 def _text_lines(one: Input, prediction: Prediction, with_files: bool) -> str:

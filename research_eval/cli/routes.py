@@ -13,7 +13,6 @@ from research_eval.cli.common import DB_HELP
 from research_eval.errors import ConfigError
 from research_eval.system.best_effort import print_product
 from research_eval.system.phases import import_torch, phase
-from research_eval.system.untrusted import check_regular_file, user_path
 
 if TYPE_CHECKING:
     from research_eval.generation.trained import TrainedLanguageModel
@@ -38,16 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def routes_command(arguments: argparse.Namespace) -> int:
     """Write the page and print its path."""
+    from research_eval.runs.inputs import output_file, read_text
     from research_eval.runs.locate import find_folder
 
     if len(arguments.run) > 2:
         raise ConfigError(f"--run: expected one or two runs, got {len(arguments.run)}")
     if arguments.max_tokens < 2:
         raise ConfigError(f"--max_tokens: expected at least 2, got {arguments.max_tokens}")
-    out = user_path(arguments.out, "--out")
-    if out.is_dir() or not out.parent.is_dir():
-        raise ConfigError(f"--out: {arguments.out!r} is not a file in an existing folder")
-    given = None if arguments.text_file is None else _read(arguments.text_file)
+    out = output_file(arguments.out, [] if arguments.text_file is None else [arguments.text_file])
+    given = None if arguments.text_file is None else read_text(arguments.text_file, "--text_file")
     folders = [find_folder(run, arguments.db) for run in arguments.run]
     import_torch()
     with phase("importing the program"):
@@ -73,15 +71,3 @@ def routes_command(arguments: argparse.Namespace) -> int:
 
 def _title(model: TrainedLanguageModel) -> str:
     return f"{model.config.experiment_name}, seed {model.config.seed}"
-
-
-def _read(path_text: str) -> str:
-    """The text of a file. Raises ConfigError."""
-    path = user_path(path_text, "--text_file")
-    if not path.exists():
-        raise ConfigError(f"--text_file: there is no file {path_text!r}")
-    check_regular_file(path)
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--text_file: {path_text} is not UTF-8 text ({error.reason})") from error

@@ -32,7 +32,7 @@ class OptimizerParams(_Section):
     name: Literal["adamw", "sgd", "muon"] = "adamw"
     """Update rule; muon orthogonalises the updates of matrices and uses adamw for all other parameters."""
     lr: Annotated[Positive, Range(3e-4, 1e-2, log=True)] = 1e-3
-    """Largest learning rate; for muon, that of the matrices."""
+    """Largest learning rate. With muon it counts for matrices, and `adam_lr` for all other parameters."""
     weight_decay: Annotated[Weight, Range(1e-3, 0.3, log=True)] = 0.01
     """Decay of weight matrices: decoupled for adamw, added to the gradient for sgd."""
     grad_clip_norm: Positive | None = 1.0

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from research_eval.annotations import Range, build
 from research_eval.datasets.kinds import DATASET_KINDS, DatasetKind
 from research_eval.errors import ConfigError
+from research_eval.registry import NEXT_TOKEN
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -26,7 +27,6 @@ class LanguageModeling(DatasetKind):
         "optimizer_params": {"name": "muon", "lr": 0.02, "adam_lr": 3e-3},
         "scheduler_params": {"name": "wsd", "warmup_factor": 0.05, "decay_factor": 1.0, "min_lr_factor": 0.05},
     }
-
     search_space: Mapping[str, Mapping[str, Any]] = {
         "optimizer_params": {"name": "muon", "lr": Range(5e-3, 0.1, log=True), "adam_lr": Range(5e-4, 1e-2, log=True)},
         "scheduler_params": {"name": "wsd"},
@@ -71,4 +71,4 @@ class LanguageModeling(DatasetKind):
         return build(self.constructor(dataset_name), {"dataset_name": dataset_name, **arguments})
 
     def task(self, dataset_name: str) -> str:
-        return "next_token"
+        return NEXT_TOKEN

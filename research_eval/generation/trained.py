@@ -48,8 +48,8 @@ BATCH_SIZE = 16
 class TrainedLanguageModel:
     """The language model of a finished run, with the weights of its best validation loss. `load` makes one.
 
-    `config` is the complete config of the run, `model` the torch module in evaluation mode, `tokenizer` that of the
-    training, and `max_length` the number of tokens that the model sees at once.
+    `config` is the complete config of the run. `model` is the torch module in evaluation mode. `tokenizer` has the
+    vocabulary of the training. `max_length` is the number of tokens that the model sees at once.
     """
 
     def __init__(self, folder: Path, device: str = "auto") -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from research_eval.datasets.token_data import Batch
+from research_eval.datasets.token_data import IGNORED, Batch
 from research_eval.models.base_model import EvaluableModel
 from research_eval.tasks.base import Task
 from research_eval.training.runtime import Runtime
@@ -99,20 +99,25 @@ def take_step(
     runtime: Runtime,
     meter: Meter,
 ) -> None:
-    """Forward, backward and update, on the mean loss over all samples of the micro-batches.
+    """Forward, backward and update, on the mean loss over all samples of the micro-batches, or over all their tokens.
 
     `grad_clip_norm` limits the norm of all gradients together; None leaves them. The gradients of the micro-batches add
     up, so the update is that of one large batch.
     """
-    num_samples = sum(len(batch.labels) for batch in batches)
-    for batch in batches:
+    sizes = [_num_targets(batch) for batch in batches] if len(batches) > 1 else [1]
+    for batch, size in zip(batches, sizes, strict=True):
         with runtime.autocast():
             loss, values = loss_of(batch)
             meter.add(values, batch)
             if len(batches) > 1:  # weight by size: the last micro-batch may be smaller
-                loss = loss * (len(batch.labels) / num_samples)
+                loss = loss * (size / max(sum(sizes), 1))
         loss.backward()
     if grad_clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(loss_of.parameters(), grad_clip_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+def _num_targets(batch: Batch) -> int:
+    """How many targets the mean loss of a batch is taken over."""
+    return len(batch.labels) if batch.labels.ndim == 1 else int((batch.labels != IGNORED).sum())

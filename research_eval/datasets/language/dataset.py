@@ -28,13 +28,13 @@ from research_eval.datasets.text.hub import hub_copy
 from research_eval.datasets.text.source import TextSource, file_type
 from research_eval.datasets.token_data import DataSplits
 from research_eval.errors import ConfigError
+from research_eval.registry import NEXT_TOKEN
 from research_eval.system.phases import phase
 from research_eval.system.untrusted import user_path
 
 if TYPE_CHECKING:
     from research_eval.datasets.language.corpus import SplitText
 
-TASK = "next_token"
 # Sets that have a local copy in a data folder, and where the hub keeps them if it does in a form that can be read. The
 # main branch of `tiny_shakespeare` is a loading script, which `datasets` no longer runs.
 SOURCES: Mapping[str, TextSource | None] = {
@@ -109,7 +109,7 @@ class LanguageModelingDataset:
         self.cache = Path(cache_dir or os.environ.get("GOE_CACHE") or ".goe_cache")
 
     def splits(self, tokenizer: Tokenizer | None = None) -> DataSplits:
-        """Read and encode the splits; with this tokenizer of an earlier run, or else with that of the training text.
+        """Read the splits and encode them with `tokenizer`, or with one that is made from the training text.
 
         Raises ConfigError.
         """
@@ -142,7 +142,7 @@ class LanguageModelingDataset:
                 **facts,
                 **({"baselines": {"ngram": ngrams}} if ngrams else {}),
             },
-            task=TASK,
+            task=NEXT_TOKEN,
         )
 
     def texts(self) -> dict[str, SplitText]:

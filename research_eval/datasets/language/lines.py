@@ -20,6 +20,7 @@ from research_eval.annotations import Count, Natural
 from research_eval.datasets.language.vocabulary import build_tokenizer, encode_many
 from research_eval.datasets.token_data import IGNORED, Batch, Batches, DataSplits, TokenData
 from research_eval.errors import ConfigError
+from research_eval.registry import NEXT_TOKEN
 from research_eval.seeding import derive_seed
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -149,5 +150,5 @@ class GeneratedLines:
             max_length=longest,
             tokenizer=tokenizer,
             fingerprint=fingerprint,
-            task="next_token",
+            task=NEXT_TOKEN,
         )

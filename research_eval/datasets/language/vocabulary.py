@@ -180,7 +180,7 @@ class _Tables:
     id_of_code: NDArray[np.int32]  # char: code point -> id; empty for the other kinds
 
 
-@lru_cache(maxsize=8)  # by identity: nobody changes a tokenizer after it is built
+@lru_cache(maxsize=8)  # a tokenizer is its own key, which is right because no caller changes one
 def _tables(tokenizer: Tokenizer) -> _Tables:
     kind = kind_in_json(json.loads(tokenizer.to_str()))
     if kind is None:
