@@ -55,6 +55,12 @@ class EvaluableModel(Executing):
 
     model_type: str = ""
     padding_idx: int = 0
+    size_options: tuple[str, ...] = ("dim_feedforward", "embed_dim")
+    """The options with which `goe match` makes the model larger or smaller, those that change it least first. The cost
+    must not fall when the first one grows."""
+    tuned_options: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    """What `goe compare` tunes after the learning rate: keys of the config, each with the values that it tries besides
+    the default, the most promising ones first."""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         """Let a constructor with settings groups also accept their options as keywords: `Model(embed_dim=16)`.

@@ -52,6 +52,7 @@ class GoEClassifier(RoutedModel):
     """
 
     model_type = "goe"
+    tuned_options = (("model_params.dropout", (0.0, 0.3)), ("model_params.balance_loss_coef", (0.01,)))
     OPTION_ORDER = (  # order in JSON, and of the draws in sampled studies
         "embed_dim",
         "num_layers",

@@ -33,6 +33,8 @@ class GoEScanClassifier(EvaluableModel):
     """
 
     model_type = "goe_scan"
+    size_options = ("num_walkers", "num_nodes")
+    tuned_options = (("model_params.edge_entropy_coef", (0.1, 0.001)),)
     progress: Tensor
 
     def __init__(

@@ -27,6 +27,7 @@ class LoopedTransformerClassifier(EvaluableModel):
     """
 
     model_type = "looped"
+    tuned_options = (("model_params.dropout", (0.0, 0.3)), ("optimizer_params.weight_decay", (0.1,)))
     OPTION_ORDER = ("embed_dim",)
 
     def __init__(

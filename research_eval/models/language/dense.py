@@ -18,6 +18,7 @@ class DenseLanguageModel(LanguageModel):
     """Embedding, `num_layers` causal blocks, head."""
 
     model_type = "dense"
+    tuned_options = (("model_params.dropout", (0.1, 0.2)),)
 
     def __init__(
         self,

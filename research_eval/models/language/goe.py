@@ -42,6 +42,7 @@ class GoELanguageModel(LanguageModel):
     """
 
     model_type = "goe"
+    tuned_options = (("model_params.route", ("bigram",)), ("model_params.dropout", (0.1, 0.2)))
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ class LoopedLanguageModel(LanguageModel):
     """`num_layers` causal blocks applied `num_loops` times. Each pass has keys and values of its own in the cache."""
 
     model_type = "looped"
+    tuned_options = (("model_params.dropout", (0.1, 0.2)),)
 
     def __init__(
         self,

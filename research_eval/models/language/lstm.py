@@ -24,6 +24,8 @@ class LSTMLanguageModel(LanguageModel):
     """Embedding, `num_layers` LSTM layers from left to right, head. Each document starts from an empty memory."""
 
     model_type = "lstm"
+    size_options = ("embed_dim",)
+    tuned_options = (("model_params.dropout", (0.1, 0.2)),)
 
     def __init__(
         self,

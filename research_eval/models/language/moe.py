@@ -32,6 +32,7 @@ class MoELanguageModel(LanguageModel):
     """
 
     model_type = "moe"
+    tuned_options = (("model_params.route", ("bigram",)), ("model_params.dropout", (0.1, 0.2)))
 
     def __init__(
         self,

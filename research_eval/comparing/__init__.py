@@ -1,0 +1,1 @@
+"""Fair comparisons: models of equal size, tuned equally, scored on test rows that no choice has seen."""

@@ -1,0 +1,281 @@
+"""Models of equal cost: sizes with which each model type costs what a given config costs.
+
+An axis is what shall be equal. FLOPs are counted on an executed forward pass. The search uses the model's own formula,
+which is fast, and corrects it by the executed count.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from research_eval.annotations import options_of
+from research_eval.comparing.sizes import Coarse, Fine, Found, Sizes, around, nearest
+from research_eval.config.check import config_from_dict
+from research_eval.config.construction import without_draws
+from research_eval.config.sections import ExperimentConfig
+from research_eval.datasets.token_data import DataSplits
+from research_eval.errors import ConfigError
+from research_eval.models.base_model import EvaluableModel, adapt
+from research_eval.registry import models_for
+from research_eval.runs.prepare import create_model, model_context, prepare
+from research_eval.system.phases import phase
+from research_eval.tasks.base import task_of
+from research_eval.training.evaluate import measure_flops
+from research_eval.training.latency import Timed, timed_batches
+from research_eval.wording import hint
+
+log = logging.getLogger(__name__)
+
+AXES = {
+    "total_params": "param_count",
+    "active_params": "active_param_count",
+    "flops": "inference_flops_per_sample",
+    "latency": "inference_latency_ms_batch",
+}
+TOLERANCE = 0.02
+CORRECTIONS = 4  # of a formula by what was executed
+REPETITIONS = 15  # of both models in turn, for a latency
+DEPTH_OPTIONS = ("num_loops", "max_path_len", "num_layers")  # of a class with several, the first one
+DEPTHS = (0, 1, -1)  # blocks more than the base has
+
+
+@dataclass(frozen=True)
+class Match:
+    """A config of another model, and its cost beside that of the base."""
+
+    config: ExperimentConfig
+    axis: str
+    cost: float
+    target: float
+    tol: float
+    sizes: Sizes
+
+    @property
+    def ratio(self) -> float:
+        """Its cost as a multiple of the base's."""
+        return self.cost / self.target
+
+    @property
+    def is_matched(self) -> bool:
+        """Whether the cost is within the tolerance."""
+        return abs(self.ratio - 1) <= self.tol
+
+
+def check_axis(axis: str) -> None:
+    """Raise ConfigError for an unknown axis."""
+    if axis not in AXES:
+        raise ConfigError(f"--axis: expected one of {', '.join(AXES)}, got {axis!r}.{hint(axis, AXES)}")
+
+
+def match(
+    base: ExperimentConfig,
+    model_type: str,
+    axis: str,
+    tol: float,
+    data: DataSplits,
+    params: Mapping[str, Any] | None = None,
+) -> Match:
+    """The config of a model type that costs what the base costs, with the data and the training of the base.
+
+    Options that both models have are those of the base; `params` are others, which stay as they are. Raises ConfigError
+    for parameters that no model can have.
+    """
+    check_axis(axis)
+    target = cost_of(base, axis, data)
+    started = _begin(base, model_type, dict(params or {}))
+    if model_type == base.model_type and not params:
+        return Match(base, axis, target, target, tol, {})
+    if axis == "latency":
+        return _by_latency(base, started, tol, data, params or {})
+    found = _solved(started, axis, target, tol, data, params or {})
+    return Match(_with(started, found.sizes), axis, found.cost, target, tol, found.sizes)
+
+
+def _begin(base: ExperimentConfig, model_type: str, params: dict[str, Any]) -> ExperimentConfig:
+    """The config of the base with another model: with its depth, and with its values of the options that both have."""
+    models = models_for(base.task_name)
+    cls, before = models.get_or_explain(model_type), models.get_or_explain(base.model_type)
+    options = options_of(cls)
+    shared = {name: value for name, value in base.model_params.items() if name in options} if cls is not before else {}
+    depth, name = base.model_params.get(_depth_option(before)), _depth_option(cls)
+    if depth is not None and name:
+        shared[name] = depth
+        if name != "num_layers":  # layers and loops would multiply
+            shared.pop("num_layers", None)
+    if "dim_feedforward" in params or "dim_feedforward_factor" in params:
+        shared = {name: value for name, value in shared.items() if not name.startswith("dim_feedforward")}
+    given = base.model_params if cls is before else {}
+    changes = {"model_type": model_type, "model_params": {**given, **shared, **params}}
+    return config_from_dict(base.to_dict() | changes, source=f"{base.experiment_name} as {model_type}")
+
+
+def _depth_option(cls: type) -> str:
+    """The option that says how many blocks a sample passes, one after the other; "" if the model has none."""
+    return next((name for name in DEPTH_OPTIONS if name in options_of(cls)), "")
+
+
+def _with(config: ExperimentConfig, sizes: Sizes) -> ExperimentConfig:
+    """The checked config with other sizes. Raises ConfigError for sizes that do not fit each other."""
+    params = {name: value for name, value in config.model_params.items() if name not in sizes}
+    if "dim_feedforward" in sizes:
+        params.pop("dim_feedforward_factor", None)
+    changes = {"model_params": {**params, **sizes}}
+    return config_from_dict(config.to_dict() | changes, source=f"{config.model_type} of another size")
+
+
+# ---------------------------------------------------------------------------------------------------------- the search
+
+
+def _solved(
+    start: ExperimentConfig, axis: str, target: float, tol: float, data: DataSplits, fixed: Mapping[str, Any]
+) -> Found:
+    """Sizes whose cost is the target, as measured."""
+    if axis != "flops":
+        return _searched(start, lambda config: _counted(config, axis, data), target, tol / 2, fixed)
+    factor, best = 1.0, None
+    for _ in range(CORRECTIONS):
+        found = _searched(start, lambda config: _formula(config, data), target / factor, tol / 4, fixed)
+        executed = cost_of(_with(start, found.sizes), axis, data)
+        if best is None or abs(executed / target - 1) < best.error(target):
+            best = Found(found.sizes, executed)
+        if best.error(target) <= tol / 2 or not found.cost:
+            break
+        factor = executed / found.cost
+    assert best is not None
+    return best
+
+
+def _searched(
+    start: ExperimentConfig,
+    measure: Callable[[ExperimentConfig], float],
+    target: float,
+    tol: float,
+    fixed: Mapping[str, Any],
+) -> Found:
+    """The sizes that `start` needs for this cost. Raises ConfigError if it has none that may change."""
+    cls = models_for(start.task_name).get_or_explain(start.model_type)
+    options = options_of(cls)
+    names = [name for name in getattr(cls, "size_options", EvaluableModel.size_options) if name in options]
+    names = [name for name in names if name not in fixed]
+    if not names:
+        raise ConfigError(f"{start.model_type}: it has no size that may change, so it cannot be matched")
+
+    def cost(sizes: Sizes) -> float | None:
+        try:
+            return measure(_resized(start, sizes))
+        except (ConfigError, ValueError, RuntimeError):
+            return None
+
+    def fine(sizes: Sizes) -> Fine:
+        width = int(sizes.get("embed_dim", start.model_params.get("embed_dim", 64)))
+        return Fine(names[0], 1, 16 * width)
+
+    depth, coarse = _depth_option(cls), []
+    heads = int(start.model_params.get("num_heads") or 1)
+    for name in names[1:]:
+        value = int(start.model_params.get(name) or start.model_params["embed_dim"])
+        step = 2 * heads if name == "embed_dim" and "num_heads" in options else 1
+        coarse.append(Coarse(name, around(value, step, 4)))
+    if isinstance(start.model_params.get(depth), int) and depth not in fixed:
+        blocks = [start.model_params[depth] + more for more in DEPTHS]
+        coarse.append(Coarse(depth, [number for number in blocks if number > 0]))
+    try:
+        return nearest(cost, fine, coarse, target, tol)
+    except ValueError as error:
+        raise ConfigError(f"{start.model_type}: {error}") from error
+
+
+def _resized(start: ExperimentConfig, sizes: Sizes) -> ExperimentConfig:
+    """The config with other sizes, unchecked: a search builds thousands of them."""
+    params = {name: value for name, value in start.model_params.items() if name not in sizes}
+    if "dim_feedforward" in sizes:
+        params.pop("dim_feedforward_factor", None)
+    return start.model_copy(update={"model_params": {**params, **sizes}})
+
+
+# -------------------------------------------------------------------------------------------------------------- costs
+
+
+def cost_of(config: ExperimentConfig, axis: str, data: DataSplits) -> float:
+    """What the freshly initialised model of a config costs on an axis: counted, executed or timed."""
+    if axis in ("total_params", "active_params"):
+        return _counted(config, axis, data)
+    runtime, _, model = prepare(config, data)
+    if axis == "flops":
+        batches = data.validation.batches(config.training_params.eval_batch_size or config.batch_size, runtime.device)
+        return measure_flops(model, batches, runtime, task=task_of(config.task, data))[0]
+    return 1000 * median(_timed(config, data).repetition())
+
+
+def _counted(config: ExperimentConfig, axis: str, data: DataSplits) -> float:
+    model = _without_memory(config, data)
+    return float(model.get_parameter_count() if axis == "total_params" else model.get_active_parameter_count())
+
+
+def _formula(config: ExperimentConfig, data: DataSplits) -> float:
+    """The model's own count of FLOPs, averaged over the lengths of the validation split; executed ones without it."""
+    model = _without_memory(config, data)
+    lengths, counts = _lengths(data)
+    found = [model.get_flops_per_sample(length) for length in lengths]
+    if None in found:
+        return cost_of(config, "flops", data)
+    return float(np.average(np.array(found, float), weights=counts))
+
+
+def _lengths(data: DataSplits) -> tuple[list[int], list[int]]:
+    lengths, counts = np.unique(data.validation.lengths, return_counts=True)
+    return lengths.tolist(), counts.tolist()
+
+
+def _without_memory(config: ExperimentConfig, data: DataSplits) -> EvaluableModel:
+    """The model on torch's "meta" device, where tensors have shapes and no values."""
+    meta = torch.device("meta")
+    context = model_context(config, data)
+    with meta, without_draws():
+        made = create_model(config.model_type, config.model_params, context, meta, config.task_name)
+    return adapt(made, config.model_type)
+
+
+# ------------------------------------------------------------------------------------------------------------- latency
+
+
+def _timed(config: ExperimentConfig, data: DataSplits) -> Timed:
+    runtime, _, model = prepare(config, data)
+    batches = data.validation.batches(config.training_params.eval_batch_size or config.batch_size, runtime.device)
+    timed = Timed(model, timed_batches(batches), runtime)
+    timed.repetition()  # warm-up
+    return timed
+
+
+def _by_latency(
+    base: ExperimentConfig, start: ExperimentConfig, tol: float, data: DataSplits, fixed: Mapping[str, Any]
+) -> Match:
+    """Sizes with which a batch takes as long as with the base. Both are timed in turn, and FLOPs guide the search."""
+    flops, factor = cost_of(base, "flops", data), 1.0
+    first, best = _timed(base, data), None
+    for _ in range(CORRECTIONS + 2):
+        with phase("timing"):
+            found = _searched(start, lambda config: _formula(config, data), flops * factor, tol / 4, fixed)
+            ratio, milliseconds = _ratio(first, _timed(_with(start, found.sizes), data))
+        one = Match(_with(start, found.sizes), "latency", ratio * milliseconds, milliseconds, tol, found.sizes)
+        if best is None or abs(one.ratio - 1) < abs(best.ratio - 1):
+            best = one
+        if best.is_matched:
+            break
+        factor = max(factor / ratio, 1e-3)
+    assert best is not None
+    return best
+
+
+def _ratio(first: Timed, second: Timed) -> tuple[float, float]:
+    """The median of the quotients second / first over repetitions in turn, and the milliseconds of the first."""
+    pairs = [(sum(first.repetition()), sum(second.repetition())) for _ in range(REPETITIONS)]
+    milliseconds = 1000 * median(one for one, _ in pairs) / len(first.batches)
+    return median(two / one for one, two in pairs), milliseconds
