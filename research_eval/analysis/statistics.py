@@ -188,6 +188,19 @@ def paired_difference(
     )
 
 
+def equivalence(first: Sequence[float], second: Sequence[float], margin: float) -> float | None:
+    """The p-value of "the mean difference of the pairs is at least `margin`": the larger one of two one-sided t-tests.
+
+    A small value says that the two are equal within the margin (TOST, Schuirmann, 1987). None for fewer than `FEWEST`
+    pairs, or for pairs without spread.
+    """
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    if len(differences) < FEWEST or no_spread(differences, max(map(abs, (*first, *second)))):
+        return None
+    error = stdev(differences) / math.sqrt(len(differences))
+    return _upper_tail((margin - abs(fmean(differences))) / error, len(differences) - 1)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values adjusted for their number (Holm, 1979): the chance of any false positive stays below the level.
 
@@ -234,6 +247,11 @@ def _t_quantile(confidence: float, freedom: int) -> float:
     from scipy.special import stdtrit  # not scipy.stats, which takes a second to import
 
     return float(stdtrit(freedom, (1 + confidence) / 2))
+
+
+def _upper_tail(t: float, freedom: int) -> float:
+    """The probability that Student's t is larger than `t`, which may have any sign."""
+    return _t_tail(t, freedom) if t >= 0 else 1 - _t_tail(-t, freedom)
 
 
 def _t_tail(t: float, freedom: int) -> float:

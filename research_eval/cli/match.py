@@ -59,7 +59,7 @@ def match_command(arguments: argparse.Namespace) -> int:
     base = load_config(arguments.base, overrides)
     data = load_splits(base.dataset_type, base.dataset_name, base.dataset_params, base.seed)
     found = []
-    for model_type in dict.fromkeys(arguments.models):
+    for model_type in model_names(arguments.models):
         with phase(f"matching {model_type}"):
             found.append(match(base, model_type, arguments.axis, arguments.tol, data))
     paths = [out / f"{file_stem(base.experiment_name)}_{one.config.model_type}.json" for one in found]
@@ -74,6 +74,14 @@ def match_command(arguments: argparse.Namespace) -> int:
                 *(one.config.model_type, one.ratio, arguments.tol),
             )
     return 0 if all(one.is_matched for one in found) else 1
+
+
+def model_names(words: list[str]) -> list[str]:
+    """The model types of a flag that takes them with blanks or commas between them, each once."""
+    names = [name.strip() for word in words for name in word.split(",")]
+    if not all(names):
+        raise ConfigError(f"--models: expected names such as dense,moe, got {' '.join(words)!r}")
+    return list(dict.fromkeys(names))
 
 
 def _write(paths: list[Path], found: list[Match]) -> None:

@@ -1,4 +1,4 @@
-"""Runs of one config with several seeds: on a CPU in a pool of processes, one per run and as many as there are cores.
+"""Many runs, such as all seeds of a config: on a CPU in a pool of processes, one per run, as many as there are cores.
 
 Every run is a whole experiment of its own: it writes to the same store under its own id, as it would alone. The parent
 process only starts the runs, passes signals on, shows their progress and collects their endings.
@@ -70,12 +70,8 @@ def run_all(
     all runs write a checkpoint and end as interrupted; runs that have not begun never begin. Raises KeyboardInterrupt,
     with the signal's number, if a signal kept runs from beginning and stopped none.
     """
-    if resume and len(configs) > 1:  # one run finds it out itself
-        check_continuations(configs, db)
-    size = pool_size(configs)
-    endings = _Pool(configs, size, db, resume, quiet).endings() if size > 1 else _in_turn(configs, db, resume, quiet)
     failure, is_interrupted = None, False
-    for config, ending in endings:
+    for config, ending in endings_of(configs, db=db, resume=resume, quiet=quiet):
         if isinstance(ending, Exception):
             failure = failure or ending
             continue
@@ -85,39 +81,54 @@ def run_all(
         raise failure
 
 
+def endings_of(
+    configs: Sequence[ExperimentConfig],
+    names: Sequence[str] = (),
+    *,
+    db: str | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+) -> Iterator[tuple[ExperimentConfig, Ending]]:
+    """As `run_all`, but a run that raises has its exception as its ending, and the configs may differ in anything.
+
+    Messages call the runs by their `names`; without them by their seeds.
+    """
+    if resume and len(configs) > 1:  # one run finds it out itself
+        check_continuations(configs, db)
+    names, size = names or [f"seed {config.seed}" for config in configs], pool_size(configs)
+    if size > 1:
+        return _Pool(configs, names, size, db, resume, quiet).endings()
+    return _in_turn(configs, names, db, resume, quiet)
+
+
 def pool_size(configs: Sequence[ExperimentConfig]) -> int:
     """How many runs work at a time: one per core, or per `num_threads` cores.
 
     One alone on a GPU, or if only this process knows the model or the dataset (a class of a notebook, for example).
     """
     options = configs[0].training_params
-    if choose_device(options.device).type != "cpu" or not all(map(_can_be_sent, _foreign_classes(configs[0]))):
+    if choose_device(options.device).type != "cpu" or not all(map(_can_be_sent, _foreign_classes(configs))):
         return 1
     return max(1, min(len(configs), usable_cores() // (options.num_threads or 1)))
 
 
 def _in_turn(
-    configs: Sequence[ExperimentConfig], db: str | None, resume: bool, quiet: bool
+    configs: Sequence[ExperimentConfig], names: Sequence[str], db: str | None, resume: bool, quiet: bool
 ) -> Iterator[tuple[ExperimentConfig, Ending]]:
     """One run after the other in this process."""
     to_csv = len(configs) == 1 or csv_accepts_rows()  # one run finds it out itself
-    for config in configs:
+    for config, name in zip(configs, names, strict=True):
         is_first = config is configs[0]
         try:
             ending: Ending = run(config, db=db, resume=resume, quiet=quiet, to_csv=to_csv, show_data=is_first)
         except Exception as problem:
             if len(configs) > 1:
                 traceback.clear_frames(problem.__traceback__)  # they hold the model, and with it the GPU's memory
-                log.error("%s: %s", _name(config), _in_one_line(problem))
+                log.error("%s: %s", name, _in_one_line(problem))
             ending = problem
         yield config, ending
         if isinstance(ending, Result) and ending.exit_code > 128:
             return
-
-
-def _name(config: ExperimentConfig) -> str:
-    """How messages call a run."""
-    return f"seed {config.seed}"
 
 
 def _in_one_line(problem: Exception) -> str:
@@ -135,6 +146,7 @@ class _Job:
 
     number: int
     config: ExperimentConfig
+    name: str  # in messages
     process: BaseProcess | None = None
     messages: Connection | None = None
     has_begun: bool = False
@@ -146,22 +158,29 @@ class _Pool:
     """Processes for one run each, at most `size` at a time."""
 
     def __init__(
-        self, configs: Sequence[ExperimentConfig], size: int, db: str | None, resume: bool, quiet: bool
+        self,
+        configs: Sequence[ExperimentConfig],
+        names: Sequence[str],
+        size: int,
+        db: str | None,
+        resume: bool,
+        quiet: bool,
     ) -> None:
         self._size, self._quiet = size, quiet
-        self._jobs = [_Job(number, config) for number, config in enumerate(configs)]
+        named = zip(configs, names, strict=True)
+        self._jobs = [_Job(number, config, name) for number, (config, name) in enumerate(named)]
         self._signals: list[int] = []  # in the order of their arrival
         self._num_forwarded = 0
         location = database_url(db)
         with Store(location):  # one process makes the tables, and a store that cannot be opened is one message
             pass
-        shared = location, resume, csv_accepts_rows(), dict(os.environ), _foreign_classes(configs[0])
+        shared = location, resume, csv_accepts_rows(), dict(os.environ), _foreign_classes(configs)
         self._shared = _Shared(*shared)
         self._context = _context()
 
     def endings(self) -> Iterator[tuple[ExperimentConfig, Ending]]:
         """How each run ended, in their order; nothing for runs that a signal kept from training."""
-        names, epochs = [_name(job.config) for job in self._jobs], self._jobs[0].config.epochs
+        names, epochs = [job.name for job in self._jobs], self._jobs[0].config.epochs
         num_shown = 0
         with PooledProgress(names, epochs, self._quiet) as progress, self._signals_collected():
             try:
@@ -213,7 +232,7 @@ class _Pool:
             elif num_at_work < self._size:
                 num_at_work += 1
                 messages, sender = self._context.Pipe(duplex=False)
-                arguments = sender, job.config, self._shared, job.number == 0
+                arguments = sender, job.config, job.name, self._shared, job.number == 0
                 process = self._context.Process(target=_work, args=arguments)
                 with phase("starting processes"):  # the first one waits until the server has imported torch
                     process.start()
@@ -247,7 +266,7 @@ class _Pool:
         job.messages.close()
         job.messages, job.is_over = None, True
         if job.ending is None and not self._signals:
-            job.ending = ChildProcessError(0, _how_it_ended(job.process.exitcode), _name(job.config))
+            job.ending = ChildProcessError(0, _how_it_ended(job.process.exitcode), job.name)
 
     def _stop_all(self) -> None:
         """End processes that still work, after an exception here; the runs write their checkpoints."""
@@ -313,10 +332,11 @@ class _Shared:
     classes: list[tuple[str, str, type]]  # key in REGISTRIES, name, class
 
 
-def _foreign_classes(config: ExperimentConfig) -> list[tuple[str, str, type]]:
+def _foreign_classes(configs: Sequence[ExperimentConfig]) -> list[tuple[str, str, type]]:
     """The classes that the caller has entered itself: neither from the package nor from GOE_EXTENSIONS."""
-    names = {"models": config.model_type, "language_models": config.model_type, "datasets": config.dataset_name}
-    found = [(key, name, REGISTRIES[key].get(name)) for key, name in names.items()]
+    models, datasets = ({getattr(config, key): None for config in configs} for key in ("model_type", "dataset_name"))
+    names = {"models": models, "language_models": models, "datasets": datasets}
+    found = [(key, name, REGISTRIES[key].get(name)) for key in names for name in names[key]]
     own = (f"{research_eval.__name__}.", EXTENSION_PREFIX)
     return [(key, name, cls) for key, name, cls in found if cls is not None and not cls.__module__.startswith(own)]
 
@@ -331,7 +351,7 @@ def _can_be_sent(entry: tuple[str, str, type]) -> bool:
 # ------------------------------------------------------------------------------------------------- a worker process
 
 
-def _work(sender: Connection, config: ExperimentConfig, shared: _Shared, show_data: bool) -> None:
+def _work(sender: Connection, config: ExperimentConfig, name: str, shared: _Shared, show_data: bool) -> None:
     """The body of a process: one run. The parent receives its progress, its log and its ending."""
     sending = threading.Lock()  # the thread that shows phases sends too
 
@@ -365,7 +385,7 @@ def _work(sender: Connection, config: ExperimentConfig, shared: _Shared, show_da
                     show_data=show_data,
                 )
         except Exception as problem:
-            problem.add_note(f"In the process of {_name(config)}:\n{traceback.format_exc()}")
+            problem.add_note(f"In the process of {name}:\n{traceback.format_exc()}")
             ending = problem
         send(("ended", _packed(ending)))
     sender.close()

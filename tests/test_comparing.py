@@ -1,0 +1,387 @@
+"""Fair comparisons: matching, tuning, verdicts, the whole command, its certificate and what stops it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from research_eval.comparing.match import cost_of, match
+from research_eval.comparing.protocol import Plan, compare
+from research_eval.comparing.sizes import Coarse, Fine, Sizes, around, nearest
+from research_eval.comparing.tuning import RATE, Arm, Changes, Trial, alternatives, lengthened, rates_around, tune
+from research_eval.comparing.verdicts import verdicts
+from research_eval.config.sections import ExperimentConfig
+from research_eval.datasets.providers import load_splits
+from research_eval.datasets.token_data import DataSplits
+from research_eval.db_utils import DB_FILE, Store
+from research_eval.experiment import Result
+from research_eval.main import cli
+from tests.support import command, small_config, write_config
+
+ROUTED = ("moe", "goe", "goe_original")
+MATCHED = ("dense", "looped", "lstm", *ROUTED)
+
+
+def data_of(config: ExperimentConfig) -> DataSplits:
+    return load_splits(config.dataset_type, config.dataset_name, config.dataset_params, config.seed)
+
+
+# ------------------------------------------------------------------------------------------------------------- matching
+
+
+@given(width=st.integers(1, 40), target=st.floats(10, 1e5), offset=st.integers(0, 50), slope=st.floats(0.5, 30))
+def test_the_search_finds_the_nearest_whole_number(width: int, target: float, offset: int, slope: float) -> None:
+    """Against a look at every value."""
+
+    def cost(sizes: Sizes) -> float:
+        return offset + slope * sizes["n"] * sizes["width"]
+
+    found = nearest(cost, lambda sizes: Fine("n", 1, 300), [Coarse("width", [width])], target, tol=0.0)
+    best = min(range(1, 301), key=lambda n: abs(cost({"n": n, "width": width}) / target - 1))
+    assert found.error(target) == pytest.approx(abs(cost({"n": best, "width": width}) / target - 1))
+
+
+def test_the_search_keeps_the_first_coarse_size_that_will_do() -> None:
+    def cost(sizes: Sizes) -> float | None:
+        return None if sizes["width"] == 8 else sizes["n"] * sizes["width"]
+
+    widths = Coarse("width", [8, 100, 10])  # 8 cannot be built, and 100 has no whole number near 250
+    found = nearest(cost, lambda sizes: Fine("n", 1, 100), [widths], 250, tol=0.01)
+    assert found == ({"width": 10, "n": 25}, 250)
+    with pytest.raises(ValueError, match="no model"):
+        nearest(lambda sizes: None, lambda sizes: Fine("n", 1, 100), [widths], 250, tol=0.01)
+
+
+def test_widths_around_a_width() -> None:
+    assert around(16, 8, 2) == [16, 24, 8, 32]
+
+
+def random_base(seed: int) -> ExperimentConfig:
+    """A config as users write them."""
+    rng = np.random.default_rng(seed)
+    heads = int(rng.choice([1, 2, 4]))
+    name = str(rng.choice(["parity", "majority", "tables"]))
+    return small_config(
+        model_type=str(rng.choice(["dense", "moe", "goe_original"])),
+        dataset_name=name,
+        dataset_params={"num_samples": 200} | ({} if name == "tables" else {"seq_len": int(rng.integers(6, 24))}),
+        model_params={"embed_dim": heads * 2 * int(rng.integers(4, 17)), "num_heads": heads},
+    )
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("axis", ["total_params", "active_params"])
+def test_every_model_can_be_matched_in_parameters(axis: str, seed: int) -> None:
+    base = random_base(seed)
+    data = data_of(base)
+    target = cost_of(base, axis, data)
+    for model_type in MATCHED:
+        found = match(base, model_type, axis, 0.02, data)
+        assert found.is_matched, f"{model_type}: {found.ratio} with {found.sizes}"
+        assert found.target == target
+        assert cost_of(found.config, axis, data) == found.cost  # the checked config, and not the one of the search
+        assert found.config.dataset_params == base.dataset_params
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_model_can_be_matched_in_executed_flops(seed: int) -> None:
+    base = random_base(seed)
+    data = data_of(base)
+    for model_type in MATCHED:
+        found = match(base, model_type, "flops", 0.02, data)
+        assert found.is_matched, f"{model_type}: {found.ratio} with {found.sizes}"
+        assert cost_of(found.config, "flops", data) == pytest.approx(found.cost)
+
+
+def test_latency_is_measured_in_turn() -> None:
+    """Two equal models take the same time up to noise, and the search may stop at once."""
+    base = small_config(model_params={"embed_dim": 32, "num_layers": 2})
+    found = match(base, "looped", "latency", 0.5, data_of(base))
+    assert found.is_matched
+    assert found.target > 0
+
+
+def test_a_match_keeps_what_both_models_have() -> None:
+    base = small_config(model_params={"embed_dim": 16, "num_layers": 3, "dropout": 0.25, "pool": "max"})
+    data = data_of(base)
+    found = match(base, "goe_original", "active_params", 0.02, data, {"num_total_experts": 2}).config.model_params
+    assert {name: found[name] for name in ("dropout", "pool", "num_total_experts")} == {
+        "dropout": 0.25,
+        "pool": "max",
+        "num_total_experts": 2,
+    }
+    assert found["max_path_len"] == 3
+    assert match(base, "dense", "flops", 0.02, data).config == base
+
+
+def test_match_writes_one_config_for_each_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write_config(tmp_path, model_params={"embed_dim": 16})
+    ended = command(cli, "match", path, "--axis", "total_params", "--models", "moe,looped", "--out", "sizes")
+    assert ended.code == 0, ended.err
+    written = sorted(file.name for file in Path("sizes").iterdir())
+    assert [name.rpartition("_")[2] for name in written] == ["looped.json", "moe.json"]
+    again = command(cli, "match", path, "--axis", "total_params", "--models", "moe", "looped", "--out", "sizes")
+    assert again.code == 0, "equal files may be there"
+    (tmp_path / "sizes" / written[0]).write_text("{}")
+    refused = command(cli, "match", path, "--axis", "total_params", "--models", "looped", "--out", "sizes")
+    assert refused.code == 2
+    assert "is another file" in refused.err
+    dry = command(cli, "run", "--json_config_path", tmp_path / "sizes" / written[1], "--dry_run")
+    assert dry.code == 0, dry.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--axis", "flop"], "Did you mean 'flops'?"),
+        (["--tol", "2"], "--tol: expected a share"),
+        (["--models", "moe,"], "--models: expected names"),
+        (["--models", "mou"], "mou"),
+    ],
+)
+def test_match_refuses(words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write_config(tmp_path)
+    ended = command(cli, "match", path, *(["--models", "moe"] if "--models" not in words else []), *words)
+    assert ended.code == 2
+    assert message in ended.err
+    assert not Path("matched").exists()
+
+
+def test_sizes_that_do_not_exist_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write_config(tmp_path, model_type="moe", model_params={"embed_dim": 4, "num_heads": 2, "dim_feedforward": 1})
+    ended = command(cli, "match", path, "--models", "goe_original", "--axis", "total_params")
+    assert ended.code == 1
+    assert "NOT MATCHED" in ended.out
+    assert "there are no sizes within" in ended.err
+
+
+# --------------------------------------------------------------------------------------------------------------- tuning
+
+
+class Landscape:
+    """Stands for trainings: each arm has a best rate, and a setting may add to the score."""
+
+    def __init__(self, best: dict[str, float], bonus: dict[str, float] | None = None) -> None:
+        self.best, self.bonus = best, bonus or {}
+
+    def __call__(self, wanted: Sequence[tuple[Arm, Changes]]) -> None:
+        for arm, changes in wanted:
+            value = -abs(math.log(changes[RATE] / self.best[arm.name]))
+            value += sum(self.bonus.get(f"{key}={found}", 0.0) for key, found in changes.items() if key != RATE)
+            arm.trials.append(Trial(changes, value, value))
+
+
+def arms_of(*model_types: str, lr: float = 2e-3) -> list[Arm]:
+    return [Arm(name, small_config(model_type=name, optimizer_params={"lr": lr})) for name in model_types]
+
+
+@pytest.mark.parametrize("num_trials", [3, 4, 8, 12])
+@pytest.mark.parametrize("best", [(2e-3, 2e-3, 2e-3), (1e-5, 2e-3, 2e-3), (2e-3, 0.05, 0.5)])
+def test_every_arm_has_the_same_trials(num_trials: int, best: tuple[float, ...]) -> None:
+    arms = arms_of("dense", "goe_original", "lstm")
+    added = tune(arms, num_trials, Landscape(dict(zip(("dense", "goe_original", "lstm"), best, strict=True))))
+    assert [len(arm.trials) for arm in arms] == [num_trials + added] * 3
+    first = [tuple(trial.changes[RATE] for trial in arm.trials[: num_trials - num_trials // 3 + added]) for arm in arms]
+    assert num_trials < 4 or len(set(first)) == 1, "the same rates"
+
+
+def test_the_grid_grows_for_all_arms_until_the_best_rate_is_inside() -> None:
+    arms = arms_of("dense", "moe")
+    assert tune(arms, 3, Landscape({"dense": 0.03, "moe": 2e-3})) == 2
+    assert arms[0].rates == arms[1].rates == [0.0005, 0.002, 0.008, 0.032, 0.13]
+    assert [arm.edge for arm in arms] == [0, 0]
+    arms = arms_of("dense", "moe")
+    assert tune(arms, 3, Landscape({"dense": 2e-3, "moe": 1e-6})) == 2
+    assert [arm.edge for arm in arms] == [0, -1], "it is said that the best rate may be smaller"
+
+
+def test_a_declared_setting_that_helps_is_kept() -> None:
+    arms = arms_of("goe_original", "dense")
+    key, value = alternatives(arms[0])[0]
+    tune(arms, 8, Landscape({"goe_original": 2e-3, "dense": 2e-3}, {f"{key}={value}": 1.0}))
+    assert arms[0].best.changes[key] == value
+    assert arms[0].configured().optimizer_params.router_lr_mult == value
+
+
+def test_an_arm_without_declared_settings_tries_more_rates() -> None:
+    arms = arms_of("lstm", "goe_original")
+    tune(arms, 12, Landscape({"lstm": 2.5e-3, "goe_original": 2e-3}))
+    assert len(arms[0].rates) > len({trial.changes[RATE] for trial in arms[0].trials[:8]})
+
+
+def test_rates_are_spaced_evenly() -> None:
+    assert rates_around(1e-3, 5) == [0.00025, 0.0005, 0.001, 0.002, 0.004]
+
+
+def test_a_longer_training_is_longer_in_its_own_unit() -> None:
+    assert lengthened(small_config(epochs=3), 2).epochs == 6
+    given = small_config(training_params={"max_steps": 10})
+    assert lengthened(given, 2).training_params.max_steps == 20
+
+
+# ------------------------------------------------------------------------------------------------------------- verdicts
+
+
+def test_equal_arms_are_seldom_called_different() -> None:
+    """500 comparisons of three arms that are equal, tuned by noisy validation scores: at most 5 % make any claim.
+
+    Each arm tries eight settings, which are equal too; the reported seeds are fresh.
+    """
+    rng = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(500):
+        scores = {}
+        for name in ("a", "b", "c"):
+            rng.normal(0.7, 0.02, 8).argmax()  # the tuning: a choice that changes nothing
+            scores[name] = rng.normal(0.7, 0.02, 5).tolist()
+        wrong += any("better" in one.text for one in verdicts(scores))
+    assert wrong <= 0.05 * 500 + 2 * math.sqrt(500 * 0.05 * 0.95)
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 10_000))
+def test_verdicts_do_not_depend_on_the_order_of_arms(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores = {name: rng.normal(mean, 0.01, 5).tolist() for name, mean in (("a", 0.7), ("b", 0.72), ("c", 0.9))}
+    texts = {frozenset((one.first, one.second)): one.text for one in verdicts(scores)}
+    turned = {frozenset((one.first, one.second)): one.text for one in verdicts(dict(reversed(scores.items())))}
+    assert texts == turned
+
+
+def test_the_words_of_a_verdict() -> None:
+    better = {"a": [0.9, 0.91, 0.92, 0.9, 0.91], "b": [0.7, 0.72, 0.69, 0.71, 0.7]}
+    assert verdicts(better)[0].text == "a is better"
+    assert verdicts(better, sign=-1)[0].text == "b is better"
+    near = {"a": [0.9, 0.901, 0.899, 0.9, 0.9005], "b": [0.9002, 0.9, 0.9, 0.8995, 0.9]}
+    assert verdicts(near, margin=0.01)[0].text == "equal within 0.01"
+    open_one = {"a": [0.9, 0.7, 0.8], "b": [0.85, 0.9, 0.6]}
+    assert verdicts(open_one)[0].text == "open"
+    assert "common seed" in verdicts({"a": [0.9], "b": [0.8]})[0].text
+    assert verdicts({"a": [1.0] * 3, "b": [1.0] * 3})[0].text.startswith("every seed")
+
+
+# -------------------------------------------------------------------------------------------------------- whole command
+
+
+SMALL = ("--seeds", "3", "--tuning", "3", "--max_lengthened", "0", "--set", "training_params.log_every=50")
+
+
+@pytest.fixture(name="rows")
+def _rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A CSV of 150 rows with string labels, and its folder as the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GOE_DB", raising=False)
+    rng = np.random.default_rng(0)
+    good, bad = ["fine", "lovely", "superb"], ["dull", "awful", "boring"]
+    lines = ["text,label"]
+    for number in range(150):
+        label = "good" if number % 2 else "bad"
+        words = rng.choice(good if number % 2 else bad, 2).tolist() + rng.choice(list("abcdefghijkl"), 4).tolist()
+        lines.append(f"{' '.join(words)} {number},{label}")
+    path = tmp_path / "films.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_a_comparison_of_a_table_of_texts(rows: Path) -> None:
+    words = ["compare", "films.csv", "--models", "dense,goe_original", *SMALL, "--epochs", "2"]
+    words += ["--set", "model_params.embed_dim=16", "--set", "model_params.num_heads=2"]
+    first = command(cli, *words)
+    assert first.code == 0, first.err
+    folder = rows.parent / "comparisons" / "films"
+    certificate = json.loads((folder / "certificate.json").read_text())
+    assert certificate["contracts"]["every arm has the same number of trials"]
+    assert certificate["contracts"]["every seed has the same data in all arms"]
+    assert [arm["name"] for arm in certificate["arms"]] == ["dense", "goe_original"]
+    for arm in certificate["arms"]:
+        assert arm["is_matched"]
+        assert [cell["seed"] for cell in arm["cells"]] == [0, 1, 2]
+    assert "majority class" in first.out
+    assert "TF-IDF" in first.out
+    page = (folder / "report.html").read_text()
+    assert "http" not in page.replace("http-equiv", "").split("</style>")[1].replace("http://www.w3.org", "")
+    with Store(DB_FILE, read_only=True) as store:
+        rows_before = len(store.experiments())
+        scored = [row for row in store.experiments() if "test_f1" in store.metrics(row["experiment_id"])]
+    assert len(scored) == 6, "the tuning never saw the test rows"
+    assert rows_before == sum(len(arm["trials"]) for arm in certificate["arms"]) + 6
+
+    again = command(cli, *words)
+    assert again.code == 0
+    assert again.out == first.out, "a second call reads what is there"
+    with Store(DB_FILE, read_only=True) as store:
+        assert len(store.experiments()) == rows_before
+
+    checked = command(cli, "compare", "--verify", folder / "certificate.json", "--cells", "2", "--quiet")
+    assert checked.code == 0, checked.err
+    assert checked.out.count("the same") == 2
+    for arm in certificate["arms"]:
+        for cell in arm["cells"]:
+            cell["score"] += 0.5
+        arm["interval"] = [5.0, 6.0]
+    (folder / "other.json").write_text(json.dumps(certificate))
+    refused = command(cli, "compare", "--verify", folder / "other.json", "--quiet")
+    assert refused.code == 1
+    assert "DOES NOT HOLD" in refused.out
+
+
+def test_a_comparison_that_was_stopped_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cell exists once, wherever the first call was stopped."""
+    monkeypatch.chdir(tmp_path)
+    base = small_config(epochs=1)
+    data, plan = data_of(base), Plan(("dense", "looped"), num_seeds=3, num_trials=3, max_lengthened=0)
+    real = __import__("research_eval.studies.seeds", fromlist=["run"]).run
+    done: list[str] = []
+
+    def stops_after(count: int) -> Any:
+        def run(config: ExperimentConfig, **options: Any) -> Result:
+            if len(done) >= count:
+                raise KeyboardInterrupt
+            found: Result = real(config, **options)
+            done.append(found.experiment_id)
+            return found
+
+        return run
+
+    monkeypatch.setattr("research_eval.studies.seeds.pool_size", lambda configs: 1)
+    for count in (2, 8, 100):
+        done.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr("research_eval.studies.seeds.run", stops_after(count))
+            try:
+                outcome = compare(base, plan, data, db=DB_FILE, quiet=True)
+            except KeyboardInterrupt:
+                assert count < 100
+    with Store(DB_FILE, read_only=True) as store:
+        rows = store.experiments()
+    assert len({row["full_config_json"] for row in rows}) == len(rows)
+    assert len(rows) == sum(len(arm.trials) for arm in outcome.arms) + 6
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["films.csv"], "--models such as"),
+        (["films.csv", "--models", "dense"], "at least two models"),
+        (["film.csv", "--models", "dense,moe"], "no known task"),
+        (["films.csv", "--models", "dense,moe", "--tuning", "2"], "--tuning: expected at least 3"),
+        (["--verify", "films.csv"], "films.csv"),
+        (["films.csv", "--models", "dense,moe", "--verify", "x.json"], "leave TASK_OR_DATA"),
+    ],
+)
+def test_compare_refuses(words: list[str], message: str, rows: Path) -> None:
+    ended = command(cli, "compare", *words)
+    assert ended.code == 2
+    assert message in ended.err
+    assert sorted(path.name for path in rows.parent.iterdir() if path.name != ".goe_cache") == ["films.csv"]
