@@ -40,6 +40,7 @@ def commands() -> tuple[Command, ...]:
     """
     from research_eval.cli import (
         analyze,
+        benchmark,
         compare,
         doctor,
         export,
@@ -67,6 +68,7 @@ def commands() -> tuple[Command, ...]:
         Command("doctor", doctor.add_arguments, doctor.doctor_command, doctor.DESCRIPTION),
         Command("init-db", init_db.add_arguments, init_db.init_db_command, init_db.DESCRIPTION),
         Command("compare", compare.add_arguments, compare.compare_command, compare.DESCRIPTION),
+        Command("benchmark", benchmark.add_arguments, benchmark.benchmark_command, benchmark.DESCRIPTION),
         Command("match", match.add_arguments, match.match_command, match.DESCRIPTION),
         Command("measure", measure.add_arguments, measure.measure_command, measure.DESCRIPTION),
         Command("predict", predict.add_arguments, predict.predict_command, predict.DESCRIPTION),

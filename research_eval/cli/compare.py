@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +25,8 @@ from research_eval.system.untrusted import user_path
 from research_eval.wording import hint
 
 if TYPE_CHECKING:
+    from research_eval.comparing.certificate import Checked
     from research_eval.config.sections import ExperimentConfig
-
-log = logging.getLogger(__name__)
 
 DESCRIPTION = "compare models of equal cost, tuned equally, with tests"
 FOLDER = "comparisons"
@@ -87,15 +86,9 @@ def compare_command(arguments: argparse.Namespace) -> int:
     overrides = _overrides(arguments)
     import_torch()
     with phase("importing the program"):
-        from research_eval.analysis.tables import bounds_of
-        from research_eval.comparing.match import check_axis
-        from research_eval.comparing.protocol import Plan, compare, with_test_split
-        from research_eval.comparing.report import pairs_table, summary, write_files
-        from research_eval.comparing.verdicts import verdicts
-        from research_eval.datasets.kinds import dataset_kind
-        from research_eval.datasets.providers import load_splits
+        from research_eval.comparing.protocol import Plan
+        from research_eval.comparing.whole import Report, compare_and_report
 
-    check_axis(arguments.axis)
     plan = Plan(
         model_names(arguments.models),
         arguments.axis,
@@ -105,19 +98,10 @@ def compare_command(arguments: argparse.Namespace) -> int:
         arguments.tuning_seeds,
         arguments.max_lengthened,
     )
-    with phase("reading the data"):
-        base = with_test_split(_base(arguments, overrides))
-        data = load_splits(base.dataset_type, base.dataset_name, base.dataset_params, base.seed)
-    out = user_path(arguments.out or f"{FOLDER}/{file_stem(base.experiment_name)}", "--out")
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out: {str(out)!r} is not a folder")
-    _fit_baselines(base, dataset_kind(base.dataset_type))
-    outcome = compare(base, plan, data, arguments.db, arguments.quiet)
-    scores = {arm.name: outcome.scores(arm) for arm in outcome.arms}
-    bounds = bounds_of(outcome.test_metric)
-    found = verdicts(scores, sign=outcome.sign, margin=arguments.margin, bounds=bounds)
-    paths = write_files(out, outcome, found, arguments.db, arguments.solved_at, arguments.margin)
-    tables = (summary(outcome, arguments.solved_at), pairs_table(outcome, found, arguments.margin))
+    base = _base(arguments, overrides)
+    folder = user_path(arguments.out or f"{FOLDER}/{file_stem(base.experiment_name)}", "--out")
+    report = Report(folder, arguments.margin, arguments.solved_at)
+    tables, paths = compare_and_report(base, plan, report, arguments.db, arguments.quiet)
     print_product("\n\n".join(table.text() for table in tables) + "\n")
     if not arguments.quiet:
         print_product("".join(f"{path}\n" for path in paths))
@@ -166,16 +150,6 @@ def _is_list(text: str) -> bool:
         return file.read(64).lstrip().startswith(b"[")
 
 
-def _fit_baselines(base: ExperimentConfig, kind: Any) -> None:
-    """Fit TF-IDF with logistic regression to texts, so that it stands in the table. Without scikit-learn say so."""
-    if base.dataset_type != "real_world":
-        return
-    try:
-        kind.fit_baselines(base.dataset_name, base.dataset_params)
-    except ConfigError as problem:
-        log.warning("the table has no row for TF-IDF: %s", problem)
-
-
 def _verify(arguments: argparse.Namespace) -> int:
     """Check a certificate. Exit code 1 if a cell does not hold."""
     if arguments.task is not None or arguments.models is not None:
@@ -186,13 +160,16 @@ def _verify(arguments: argparse.Namespace) -> int:
     import_torch()
     with phase("importing the program"):
         from research_eval.comparing.certificate import verify
-    holds = True
-    for one in verify(path, arguments.cells, None, arguments.quiet):
-        holds = holds and one.holds
+    return print_checked(verify(path, arguments.cells, None, arguments.quiet))
+
+
+def print_checked(found: Sequence[Checked], place: str = "") -> int:
+    """A line for each cell that was trained again. Returns the exit code."""
+    for one in found:
         interval = "" if one.interval is None else f", interval [{one.interval[0]:.4f}, {one.interval[1]:.4f}]"
         score = "did not finish" if one.repeated is None else f"{one.repeated:.4f}"
         verdict = "the same" if one.is_same else "within the interval" if one.holds else "DOES NOT HOLD"
         if not one.has_same_data:
             verdict = "DOES NOT HOLD: the data are other ones"
-        print_product(f"{one.arm} seed {one.seed}: stored {one.stored:.4f}{interval}, now {score}: {verdict}\n")
-    return 0 if holds else 1
+        print_product(f"{place}{one.arm} seed {one.seed}: stored {one.stored:.4f}{interval}, now {score}: {verdict}\n")
+    return 0 if all(one.holds for one in found) else 1

@@ -6,10 +6,12 @@ import base64
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from research_eval.analysis.comparison import p_text
 from research_eval.analysis.statistics import SHARE, Interval, mean_interval, wilson_interval
@@ -32,7 +34,9 @@ PERCENT = "95 %"
 def summary(outcome: Outcome, solved_at: float) -> Table:
     """A row for each arm and for each simple baseline."""
     metric, plan = outcome.test_metric, outcome.plan
-    columns = ["arm", metric, f"{PERCENT} interval", "solved", "seeds", outcome.metric, "parameters", "active"]
+    further = further_metrics(outcome)
+    columns = ["arm", metric, f"{PERCENT} interval", "solved", *further, "seeds", outcome.metric]
+    columns += ["parameters", "active"]
     columns += ["MFLOPs", "latency ms", f"{plan.axis} / base", "trials", "rate", "remark"]
     rows = [_row(outcome, arm, solved_at) for arm in outcome.arms]
     for name, scores in outcome.baselines().items():
@@ -65,6 +69,7 @@ def _row(outcome: Outcome, arm: Arm, solved_at: float) -> list[str]:
         metric_text(mean, metric) if mean is not None else "",
         interval_text(interval, metric),
         solved_text(finite, len(scores), solved_at, metric),
+        *(_mean_text(runs, name) for name in further_metrics(outcome)),
         str(len(scores)),
         "" if validation is None else metric_text(validation, outcome.metric),
         short_number(cost("param_count")),
@@ -76,6 +81,18 @@ def _row(outcome: Outcome, arm: Arm, solved_at: float) -> list[str]:
         f"{arm.best.changes[RATE]:g}",
         "; ".join(remarks(outcome, arm)),
     ]
+
+
+def further_metrics(outcome: Outcome) -> list[str]:
+    """The same score on the other test splits, such as those of longer samples."""
+    score = outcome.test_metric.removeprefix("test_")
+    names = {name: None for runs in outcome.results.values() for run in runs for name in run.metrics}
+    return [name for name in names if re.fullmatch(rf"test_.+_{re.escape(score)}", name)]
+
+
+def _mean_text(runs: Sequence[dict[str, Any]], name: str) -> str:
+    values = [one[name] for one in runs if isinstance(one.get(name), int | float)]
+    return metric_text(fmean(values), name) if len(values) == len(runs) else ""
 
 
 def solved_text(scores: Sequence[float], trials: int, solved_at: float, metric: str) -> str:
@@ -212,24 +229,44 @@ def _curves(store: Store, outcome: Outcome) -> dict[str, list[tuple[float, float
 
 def _page(outcome: Outcome, tables: Sequence[Table], curves: dict[str, Any]) -> str:
     """The text of the page."""
+    pictures = [Picture("Learning curves", _embedded(_svg(_drawn(outcome, curves)), "image/svg+xml"))]
+    for arm in outcome.arms:
+        graph = outcome.results[arm.name][0].folder / "expert_graph.png"
+        if has_routes(outcome.results[arm.name][0].metrics) and graph.is_file():
+            title = f"Paths of the validation samples: {arm.name}, seed 0"
+            pictures.append(Picture(title, _embedded(graph.read_bytes(), "image/png")))
+    trials = [_trials(outcome, arm) for arm in outcome.arms]
+    return page(tables[0].title, [replace(tables[0], title="Test scores"), *tables[1:]], pictures, trials)
+
+
+def _trials(outcome: Outcome, arm: Arm) -> Table:
+    """The settings that an arm tried; the best one in bold."""
+    rows = [
+        [
+            ", ".join(f"{key} {value}" for key, value in trial.changes.items()),
+            "did not finish" if trial.score is None else metric_text(trial.score, outcome.metric),
+        ]
+        for trial in arm.trials
+    ]
+    best = arm.trials.index(arm.best)
+    return Table(f"Tuning of {arm.name}", ["settings", outcome.metric], rows, ("settings",), (), frozenset({(best, 1)}))
+
+
+class Picture(NamedTuple):
+    """A picture of a page: its title, and its content as a data URL."""
+
+    title: str
+    source: str
+
+
+def page(title: str, tables: Sequence[Table], pictures: Sequence[Picture] = (), more: Sequence[Table] = ()) -> str:
+    """An HTML page with tables, pictures and more tables, which needs no network."""
     import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    routed = [
-        (arm.name, outcome.results[arm.name][0])
-        for arm in outcome.arms
-        if has_routes(outcome.results[arm.name][0].metrics)
-    ]
-    graphs = [
-        (name, _embedded((run.folder / "expert_graph.png").read_bytes(), "image/png"))
-        for name, run in routed
-        if (run.folder / "expert_graph.png").is_file()
-    ]
-    return environment.get_template("report.html.j2").render(
-        outcome=outcome, tables=tables, curves=_embedded(_svg(_drawn(outcome, curves)), "image/svg+xml"), graphs=graphs
-    )
+    return environment.get_template("report.html.j2").render(title=title, tables=tables, pictures=pictures, more=more)
 
 
 def _embedded(content: bytes, kind: str) -> str:

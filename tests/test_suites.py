@@ -1,0 +1,202 @@
+"""Suites of comparisons: their files, the ledger, the tables over all tasks and the whole command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from research_eval.comparing.suite import (
+    Ledger,
+    aggregate_table,
+    bootstrap,
+    carry_out,
+    interquartile_mean,
+    read_suite,
+    suite_names,
+)
+from research_eval.config.check import config_from_dict
+from research_eval.db_utils import DB_FILE, Store
+from research_eval.errors import ConfigError
+from research_eval.main import cli
+from tests.support import command, small_settings
+
+SAME = {"code": "1", "config": "2", "data": "3"}
+
+
+# --------------------------------------------------------------------------------------------------------------- ledger
+
+
+def do(folder: Path, names: list[str], fails: tuple[str, ...] = (), now: dict[str, str] = SAME, **options: Any) -> Any:
+    done: list[str] = []
+
+    def work(name: str) -> None:
+        if name in fails:
+            raise ConfigError(f"{name} cannot be done")
+        done.append(name)
+
+    failed = carry_out(names, Ledger(folder), lambda _: now, work, options.get("allow_drift", False))
+    return done, failed
+
+
+def test_what_is_done_is_skipped_and_what_failed_is_tried_again(tmp_path: Path) -> None:
+    assert do(tmp_path, ["a", "b", "c"], fails=("b",)) == (["a", "c"], ["b"])
+    assert do(tmp_path, ["a", "b", "c", "d"]) == (["b", "d"], [])
+    assert do(tmp_path, ["a", "b", "c", "d"]) == ([], [])
+
+
+@pytest.mark.parametrize("part", SAME)
+def test_a_drift_is_refused_unless_it_is_allowed(part: str, tmp_path: Path) -> None:
+    do(tmp_path, ["a"])
+    now = {**SAME, part: "other"}
+    with pytest.raises(ConfigError, match=f"a: another {part}"):
+        do(tmp_path, ["a", "b"], now=now)
+    assert do(tmp_path, ["a", "b"], now=now, allow_drift=True) == (["b"], [])
+
+
+def test_a_failed_task_may_drift(tmp_path: Path) -> None:
+    do(tmp_path, ["a"], fails=("a",))
+    assert do(tmp_path, ["a"], now={**SAME, "config": "mended"}) == (["a"], [])
+
+
+def test_a_signal_keeps_what_was_done(tmp_path: Path) -> None:
+    def work(name: str) -> None:
+        if name == "b":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(["a", "b"], Ledger(tmp_path), lambda _: SAME, work, False)
+    assert do(tmp_path, ["a", "b"]) == (["b"], [])
+
+
+def test_a_damaged_ledger_is_named(tmp_path: Path) -> None:
+    (tmp_path / "ledger.json").write_text('{"tasks": {"a": 3}}')
+    with pytest.raises(ConfigError, match=r"ledger\.json: no ledger of a suite"):
+        Ledger(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------- aggregates
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=40))
+def test_the_interquartile_mean_is_that_of_four_copies_cut_at_the_quartiles(values: list[float]) -> None:
+    """Four copies of each value have whole quartiles: the slow way cuts a quarter at each end."""
+    copies = np.sort(np.repeat(values, 4))
+    slow = copies[len(values) : len(copies) - len(values)].mean()
+    assert interquartile_mean(np.array(values)) == pytest.approx(slow)
+
+
+def test_the_bootstrap_draws_seeds_within_their_task() -> None:
+    """Tasks of very different levels, seeds that hardly differ: the interval of the mean stays narrow."""
+    scores = [np.array([0.1, 0.11, 0.09]), np.array([0.9, 0.91, 0.89])]
+    low, high = bootstrap(scores, lambda values: float(values.mean()))
+    assert 0.49 < low < 0.5 < high < 0.51
+
+
+def certificate(scores: dict[str, list[float | None]]) -> dict[str, Any]:
+    arms = [
+        {"name": name, "cells": [{"score": score} for score in own], "mean": None, "is_matched": True}
+        for name, own in scores.items()
+    ]
+    return {"arms": arms, "comparisons": [], "test_metric": "test_f1"}
+
+
+def test_runs_without_a_share_are_left_out_and_named() -> None:
+    found = {
+        "one": certificate({"a": [0.5, 0.7], "b": [0.5, None]}),
+        "two": certificate({"a": [2.0, 3.0], "b": [0.5, 0.5]}),
+    }
+    table = aggregate_table("All", found, {"one": "first", "two": "second"})
+    assert [row[:3] for row in table.rows] == [
+        ["first", "a", "1"],
+        ["second", "b", "1"],
+        ["all", "a", "1"],
+        ["all", "b", "1"],
+    ]
+    assert "b on one, a on two" in table.notes[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("name", suite_names())
+def test_the_suites_of_the_program_can_be_read(name: str) -> None:
+    suite = read_suite(name)
+    for task in suite.tasks:
+        if task.config["dataset_type"] == "synthetic":
+            config_from_dict({"model_type": "dense", "experiment_name": task.name, **task.config})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "name: Field required"),
+        ('{"name": "x", "tasks": []}', "tasks: List should have at least 1"),
+        ('{"name": "x", "tasks": [{"name": "a", "family": "b", "config": {}, "seeds": 3}]}', "tasks.0.seeds"),
+        ('{"name": "x", "seed": 3, "tasks": [{"name": "a", "family": "b", "config": {}}]}', "seed: Extra inputs"),
+        (
+            '{"name": "x", "tasks": [{"name": "a", "family": "b", "config": {}}, '
+            '{"name": "a", "family": "b", "config": {}}]}',
+            "two of them have one name",
+        ),
+        ("[", "mine.json:1:2: expected a value"),
+    ],
+)
+def test_mistakes_in_a_suite_file_are_named(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(text)
+    ended = command(cli, "benchmark", path)
+    assert ended.code == 2
+    assert message in ended.err
+
+
+def test_an_unknown_suite_is_answered_with_the_known_ones() -> None:
+    ended = command(cli, "benchmark", "smok")
+    assert ended.code == 2
+    assert "Did you mean 'smoke'?" in ended.err
+
+
+# -------------------------------------------------------------------------------------------------------- whole command
+
+
+def test_a_suite_of_two_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GOE_DB", raising=False)
+    small = {key: value for key, value in small_settings(epochs=1).items() if key != "model_type"}
+    tasks = [
+        {"name": "first", "family": "parity", "config": small},
+        {"name": "second", "family": "majority", "config": {**small, "dataset_name": "majority"}},
+    ]
+    suite = {
+        "name": "mine",
+        "models": ["dense", "looped"],
+        "seeds": 3,
+        "tuning": 3,
+        "max_lengthened": 0,
+        "tasks": tasks,
+    }
+    Path("mine.json").write_text(json.dumps(suite))
+    first = command(cli, "benchmark", "mine.json", "--quiet")
+    assert first.code == 0, first.err
+    folder = tmp_path / "benchmarks" / "mine"
+    assert "IQM" in (folder / "table.md").read_text()
+    assert "Suite mine" in (folder / "report.html").read_text()
+    with Store(DB_FILE, read_only=True) as store:
+        count = len(store.experiments())
+    again = command(cli, "benchmark", "mine.json", "--quiet")
+    assert (again.code, again.out) == (0, first.out)
+    with Store(DB_FILE, read_only=True) as store:
+        assert len(store.experiments()) == count, "nothing was trained again"
+    checked = command(cli, "benchmark", "mine.json", "--verify", "--quiet")
+    assert checked.code == 0, checked.err
+    assert "the same" in checked.out
+    suite["seeds"] = 4
+    Path("mine.json").write_text(json.dumps(suite))
+    refused = command(cli, "benchmark", "mine.json")
+    assert refused.code == 2
+    assert "first: another config" in refused.err
