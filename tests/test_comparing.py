@@ -360,7 +360,7 @@ def test_a_comparison_that_was_stopped_continues(tmp_path: Path, monkeypatch: py
         with monkeypatch.context() as patch:
             patch.setattr("research_eval.studies.seeds.run", stops_after(count))
             try:
-                outcome = compare(base, plan, data, db=DB_FILE, quiet=True)
+                outcome = compare(base, plan, data, db=DB_FILE)
             except KeyboardInterrupt:
                 assert count < 100
     with Store(DB_FILE, read_only=True) as store:

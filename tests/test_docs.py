@@ -24,7 +24,9 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import textwrap
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,6 +61,7 @@ from research_eval.studies.space import build_space
 
 PACKAGE = ROOT / "research_eval"
 DOCS = ROOT / "docs"
+WARM = ROOT / "tests" / "warm.py"
 PAGES = sorted(path for path in [*ROOT.glob("*.md"), *DOCS.glob("*.md")])
 
 # What cannot be run as it stands: (the whole command, what is run instead, why).
@@ -165,8 +168,22 @@ def one_table(page: Path, heading: str, first_cell: str) -> Table:
 # ---------------------------------------------------------------------------------------------------- running pages
 
 
+@pytest.fixture(scope="module", name="warm")
+def _warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server that runs the commands `python` and `goe` of the pages; the socket that it listens to."""
+    path = Path(tempfile.mkdtemp()) / "warm"  # a socket's path may not be long
+    environment = without(os.environ, r"GOE_.*", "PYTHONPATH") | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, WARM, path], cwd=path.parent, env=environment) as server:
+        while not path.exists():
+            assert server.poll() is None
+            time.sleep(0.05)
+        yield str(path)
+        server.kill()
+    shutil.rmtree(path.parent)
+
+
 @pytest.fixture
-def sandbox(tmp_path: Path) -> Path:
+def sandbox(tmp_path: Path, warm: str) -> Path:
     """The source, small text sets, and a `.venv` that `make` takes for installed."""
     listing = subprocess.run(
         ["git", "-c", "safe.directory=*", "ls-files", "-z", "-co", "--exclude-standard"],
@@ -181,7 +198,7 @@ def sandbox(tmp_path: Path) -> Path:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
-    for config in (folder / "examples" / "configs").glob("*.json"):
+    for config in [*(folder / "examples" / "configs").glob("*.json"), *folder.glob("research_eval/*/suites/*.json")]:
         text = config.read_text()
         for pattern, smaller in SMALLER.items():
             text = re.sub(pattern, smaller, text)
@@ -198,7 +215,8 @@ def sandbox(tmp_path: Path) -> Path:
     shims.mkdir()
     goe = '-c "from research_eval.main import cli; raise SystemExit(cli())"'
     for name, arguments in {"python": "", "goe": goe}.items():
-        (shims / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {arguments} "$@"\n')
+        client = shlex.join([sys.executable, "-I", "-S", str(WARM), warm, "run"])
+        (shims / name).write_text(f'#!/bin/sh\nexec {client} {arguments} "$@"\n')
         (shims / name).chmod(0o755)
     return folder
 
@@ -339,7 +357,7 @@ def test_the_index_lists_every_page_once() -> None:
 def test_the_readme_fits_two_screens_and_its_intervals_are_those_of_the_pages() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 90
-    pages = "".join((DOCS / name).read_text() for name in ("research.md", "real_text.md"))
+    pages = "".join((DOCS / name).read_text() for name in ("research.md", "real_text.md", "language_model.md"))
     intervals = re.findall(r"[\d.]+ (?:± [\d.]+|\[[\d.]+, [\d.]+\])", text)
     assert intervals
     assert [interval for interval in intervals if interval not in pages] == []

@@ -132,7 +132,7 @@ def _compare(suite: Suite, config: ExperimentConfig, folder: Path, arguments: ar
     models = suite.models or sorted(models_for(config.task_name))
     plan = Plan(models, suite.axis, suite.tol, suite.seeds, suite.tuning, suite.tuning_seeds, suite.max_lengthened)
     report = Report(folder, suite.margin, suite.solved_at)
-    compare_and_report(config, plan, report, arguments.db, arguments.quiet)
+    compare_and_report(config, plan, report, arguments.db)
 
 
 def _write(out: Path, suite: Suite, tables: list[Any]) -> None:

@@ -101,7 +101,7 @@ def compare_command(arguments: argparse.Namespace) -> int:
     base = _base(arguments, overrides)
     folder = user_path(arguments.out or f"{FOLDER}/{file_stem(base.experiment_name)}", "--out")
     report = Report(folder, arguments.margin, arguments.solved_at)
-    tables, paths = compare_and_report(base, plan, report, arguments.db, arguments.quiet)
+    tables, paths = compare_and_report(base, plan, report, arguments.db)
     print_product("\n\n".join(table.text() for table in tables) + "\n")
     if not arguments.quiet:
         print_product("".join(f"{path}\n" for path in paths))

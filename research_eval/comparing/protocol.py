@@ -90,9 +90,7 @@ class Outcome:
         return next((found.baselines for runs in self.results.values() for found in runs if found.baselines), {})
 
 
-def compare(
-    base: ExperimentConfig, plan: Plan, data: DataSplits, db: str | None = None, quiet: bool = False
-) -> Outcome:
+def compare(base: ExperimentConfig, plan: Plan, data: DataSplits, db: str | None = None) -> Outcome:
     """Carry out the plan. The base gives data and training; its model has the size that the others are matched to.
 
     Raises ConfigError for what the user has to change, and KeyboardInterrupt after a signal: the same call continues.
@@ -109,12 +107,12 @@ def compare(
         if not found.is_matched:
             log.warning("%s is not matched: it costs %.3f times the base", model_type, found.ratio)
     outcome = Outcome(plan, base, arms, matches, f"final_val_{score}", f"test_{score}")
-    _tune(outcome, db, quiet)
-    _report_seeds(outcome, db, quiet)
+    _tune(outcome, db)
+    _report_seeds(outcome, db)
     return outcome
 
 
-def _tune(outcome: Outcome, db: str | None, quiet: bool) -> None:
+def _tune(outcome: Outcome, db: str | None) -> None:
     """Tune all arms; once more with twice the training for all if the best trial of one is still learning."""
     plan = outcome.plan
 
@@ -126,7 +124,7 @@ def _tune(outcome: Outcome, db: str | None, quiet: bool) -> None:
             for seed in seeds
         ]
         names = [f"{arm.name} {_short(changes)}" for arm, changes in wanted for _ in seeds]
-        results = _trained(configs, names, db, quiet)
+        results = _trained(configs, names, outcome.metric, db)
         for number, (arm, changes) in enumerate(wanted):
             own = results[number * len(seeds) : (number + 1) * len(seeds)]
             arm.trials.append(_trial(changes, own, outcome.metric))
@@ -167,12 +165,12 @@ def _trial(changes: Changes, results: Sequence[Result], metric: str) -> Trial:
     return Trial(changes, gain_sign(metric) * mean if finite else -math.inf, mean if finite else None, ids, is_learning)
 
 
-def _report_seeds(outcome: Outcome, db: str | None, quiet: bool) -> None:
+def _report_seeds(outcome: Outcome, db: str | None) -> None:
     """Train every arm with fresh seeds and its best settings, and score the test split."""
     seeds = range(outcome.plan.num_seeds)
     configs = [cell_config(arm.configured(), seed) for seed in seeds for arm in outcome.arms]
     names = [f"{arm.name} seed {seed}" for seed in seeds for arm in outcome.arms]
-    results = _trained(configs, names, db, quiet)
+    results = _trained(configs, names, outcome.test_metric, db)
     for number, arm in enumerate(outcome.arms):
         outcome.results[arm.name] = results[number :: len(outcome.arms)]
 
@@ -188,10 +186,11 @@ def _seeded(config: ExperimentConfig, seed: int) -> ExperimentConfig:
     return changed(config, {"seed": seed, **instance})
 
 
-def _trained(configs: Sequence[ExperimentConfig], names: Sequence[str], db: str | None, quiet: bool) -> list[Result]:
+def _trained(configs: Sequence[ExperimentConfig], names: Sequence[str], metric: str, db: str | None) -> list[Result]:
     """The results of all configs; those of an earlier call are read from the store. A failed run has no metrics."""
     found: list[Result] = []
-    for (_, ending), name in zip(endings_of(configs, names, db=db, resume=True, quiet=quiet), names, strict=False):
+    endings = endings_of(configs, names, db=db, resume=True, quiet=True, show_data=False)
+    for (_, ending), name in zip(endings, names, strict=False):
         if isinstance(ending, ConfigError):
             raise ending
         if isinstance(ending, Exception):
@@ -200,6 +199,9 @@ def _trained(configs: Sequence[ExperimentConfig], names: Sequence[str], db: str 
         if ending.exit_code > 128:
             raise KeyboardInterrupt(ending.exit_code - 128)
         found.append(ending)
+        score = ending.metrics.get(metric)
+        shown = ending.status if score is None else f"{metric} {score:.4f}"
+        log.info("%d of %d  %s: %s", len(found), len(configs), name, shown)
     if len(found) < len(configs):
         raise KeyboardInterrupt
     return found

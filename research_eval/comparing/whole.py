@@ -15,6 +15,7 @@ from research_eval.config.sections import ExperimentConfig
 from research_eval.datasets.kinds import dataset_kind
 from research_eval.datasets.providers import load_splits
 from research_eval.errors import ConfigError
+from research_eval.runs.data_block import data_block
 from research_eval.system.phases import phase
 
 log = logging.getLogger(__name__)
@@ -38,15 +39,16 @@ class Report:
 
 
 def compare_and_report(
-    base: ExperimentConfig, plan: Plan, report: Report, db: str | None = None, quiet: bool = False
+    base: ExperimentConfig, plan: Plan, report: Report, db: str | None = None
 ) -> tuple[list[Table], list[Path]]:
     """Compare the models of the plan; returns the tables and the files that were written. Raises as `compare`."""
     check_axis(plan.axis)
     with phase("reading the data"):
         base = with_test_split(base)
         data = load_splits(base.dataset_type, base.dataset_name, base.dataset_params, base.seed)
+    log.info("%s", "\n".join(data_block(base.dataset_name, data)))
     _fit_baselines(base)
-    outcome = compare(base, plan, data, db, quiet)
+    outcome = compare(base, plan, data, db)
     scores = {arm.name: outcome.scores(arm) for arm in outcome.arms}
     found = verdicts(scores, sign=outcome.sign, margin=report.margin, bounds=bounds_of(outcome.test_metric))
     paths = write_files(report.folder, outcome, found, db, report.solved_at, report.margin)

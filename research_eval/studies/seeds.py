@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -88,17 +88,28 @@ def endings_of(
     db: str | None = None,
     resume: bool = False,
     quiet: bool = False,
+    show_data: bool = True,
 ) -> Iterator[tuple[ExperimentConfig, Ending]]:
     """As `run_all`, but a run that raises has its exception as its ending, and the configs may differ in anything.
 
-    Messages call the runs by their `names`; without them by their seeds.
+    Messages call the runs by their `names`; without them by their seeds. `show_data` logs what the first run knows of
+    its data.
     """
     if resume and len(configs) > 1:  # one run finds it out itself
         check_continuations(configs, db)
     names, size = names or [f"seed {config.seed}" for config in configs], pool_size(configs)
     if size > 1:
-        return _Pool(configs, names, size, db, resume, quiet).endings()
-    return _in_turn(configs, names, db, resume, quiet)
+        return _Pool(configs, names, size, _Options(db, resume, quiet, show_data)).endings()
+    return _in_turn(configs, names, _Options(db, resume, quiet, show_data))
+
+
+class _Options(NamedTuple):
+    """Options of all runs."""
+
+    db: str | None
+    resume: bool
+    quiet: bool
+    show_data: bool
 
 
 def pool_size(configs: Sequence[ExperimentConfig]) -> int:
@@ -113,14 +124,21 @@ def pool_size(configs: Sequence[ExperimentConfig]) -> int:
 
 
 def _in_turn(
-    configs: Sequence[ExperimentConfig], names: Sequence[str], db: str | None, resume: bool, quiet: bool
+    configs: Sequence[ExperimentConfig], names: Sequence[str], options: _Options
 ) -> Iterator[tuple[ExperimentConfig, Ending]]:
     """One run after the other in this process."""
     to_csv = len(configs) == 1 or csv_accepts_rows()  # one run finds it out itself
     for config, name in zip(configs, names, strict=True):
-        is_first = config is configs[0]
+        show_data = options.show_data and config is configs[0]
         try:
-            ending: Ending = run(config, db=db, resume=resume, quiet=quiet, to_csv=to_csv, show_data=is_first)
+            ending: Ending = run(
+                config,
+                db=options.db,
+                resume=options.resume,
+                quiet=options.quiet,
+                to_csv=to_csv,
+                show_data=show_data,
+            )
         except Exception as problem:
             if len(configs) > 1:
                 traceback.clear_frames(problem.__traceback__)  # they hold the model, and with it the GPU's memory
@@ -162,19 +180,17 @@ class _Pool:
         configs: Sequence[ExperimentConfig],
         names: Sequence[str],
         size: int,
-        db: str | None,
-        resume: bool,
-        quiet: bool,
+        options: _Options,
     ) -> None:
-        self._size, self._quiet = size, quiet
+        self._size, self._quiet, self._show_data = size, options.quiet, options.show_data
         named = zip(configs, names, strict=True)
         self._jobs = [_Job(number, config, name) for number, (config, name) in enumerate(named)]
         self._signals: list[int] = []  # in the order of their arrival
         self._num_forwarded = 0
-        location = database_url(db)
+        location = database_url(options.db)
         with Store(location):  # one process makes the tables, and a store that cannot be opened is one message
             pass
-        shared = location, resume, csv_accepts_rows(), dict(os.environ), _foreign_classes(configs)
+        shared = location, options.resume, csv_accepts_rows(), dict(os.environ), _foreign_classes(configs)
         self._shared = _Shared(*shared)
         self._context = _context()
 
@@ -232,7 +248,7 @@ class _Pool:
             elif num_at_work < self._size:
                 num_at_work += 1
                 messages, sender = self._context.Pipe(duplex=False)
-                arguments = sender, job.config, job.name, self._shared, job.number == 0
+                arguments = sender, job.config, job.name, self._shared, self._show_data and job.number == 0
                 process = self._context.Process(target=_work, args=arguments)
                 with phase("starting processes"):  # the first one waits until the server has imported torch
                     process.start()
