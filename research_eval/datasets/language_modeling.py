@@ -34,15 +34,16 @@ class LanguageModeling(DatasetKind):
 
     def names(self) -> Iterable[str]:
         from research_eval.datasets.language.dataset import SOURCES
-        from research_eval.datasets.language.lines import LINES
+        from research_eval.datasets.language.line_task import LINE_TASKS
 
-        return [*SOURCES, *LINES]
+        return [*SOURCES, *LINE_TASKS]
 
     def constructor(self, dataset_name: str) -> type:
         from research_eval.datasets.language.dataset import LanguageModelingDataset
-        from research_eval.datasets.language.lines import LINES, GeneratedLines
+        from research_eval.datasets.language.line_task import LINE_TASKS
+        from research_eval.datasets.language.lines import GeneratedLines
 
-        return GeneratedLines if dataset_name in LINES else LanguageModelingDataset
+        return GeneratedLines if dataset_name in LINE_TASKS else LanguageModelingDataset
 
     def splits(self, dataset_name: str, dataset_params: dict[str, Any], seed: int) -> DataSplits:
         return self._files(dataset_name, dataset_params).splits()
@@ -50,10 +51,10 @@ class LanguageModeling(DatasetKind):
     def splits_with(
         self, dataset_name: str, dataset_params: dict[str, Any], seed: int, tokenizer: Tokenizer
     ) -> DataSplits:
-        from research_eval.datasets.language.lines import LINES
+        from research_eval.datasets.language.line_task import LINE_TASKS
 
         made = self._files(dataset_name, dataset_params)
-        return made.splits() if dataset_name in LINES else made.splits(tokenizer)
+        return made.splits() if dataset_name in LINE_TASKS else made.splits(tokenizer)
 
     def fit_baselines(self, dataset_name: str, dataset_params: dict[str, Any]) -> None:
         raise ConfigError("--baselines: TF-IDF is for classes. n-grams are counted without it. Leave the flag out.")

@@ -108,7 +108,9 @@ class NextToken(Task):
 
     def costs(self, costs: Mapping[str, Any], data: DataSplits, tokens_per_second: float) -> dict[str, float]:
         """FLOPs of one token, forward, and the speed of the training without its evaluations."""
-        flops = costs["inference_flops_per_sample"] / data.max_length
+        # Generated lines are padded to the longest of the usual splits, and not to those of the longer test split.
+        longest = data.validation.longest if isinstance(data.validation, LineData) else data.max_length
+        flops = costs["inference_flops_per_sample"] / longest
         return {"inference_flops_per_token": flops, "tokens_per_second": tokens_per_second}
 
 

@@ -6,9 +6,9 @@ N lines  L characters of the longest line  B batch
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
@@ -16,43 +16,22 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch.nn import functional as F
 
-from research_eval.annotations import Count, Natural
+from research_eval.annotations import Count, Natural, Younger
+from research_eval.datasets.language.line_task import LINE_TASKS, texts_of
 from research_eval.datasets.language.vocabulary import build_tokenizer, encode_many
 from research_eval.datasets.token_data import IGNORED, Batch, Batches, DataSplits, TokenData
 from research_eval.errors import ConfigError
 from research_eval.registry import NEXT_TOKEN
 from research_eval.seeding import derive_seed
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 LARGEST_SHARE = 0.8  # of all possible questions that the splits may take
+LONGER = "longer"  # the test split with questions of more than `size`
+MAX_ROUNDS = 50  # of draws, before a task counts as having too few questions
 Rows = Annotated[int, Field(ge=10, le=10_000_000)]
-Size = Annotated[int, Field(ge=1, le=64)]
-
-
-def addition_line(rng: np.random.Generator, size: int) -> str:
-    """Two numbers of up to `size` digits, and all digits of their sum. The length of a number is drawn first."""
-    first, second = (int(rng.integers(10 ** int(rng.integers(1, size + 1)))) for _ in range(2))
-    return f"{first}+{second}={first + second}\n"
-
-
-def reversal_line(rng: np.random.Generator, size: int) -> str:
-    """Up to `size` letters, and the same in reverse order."""
-    letters = [LETTERS[place] for place in rng.integers(26, size=int(rng.integers(1, size + 1)))]
-    return f"{''.join(letters)}>{''.join(reversed(letters))}\n"
-
-
-def sorting_line(rng: np.random.Generator, size: int) -> str:
-    """Up to `size` letters, and the same in alphabetical order."""
-    letters = [LETTERS[place] for place in rng.integers(26, size=int(rng.integers(1, size + 1)))]
-    return f"{''.join(letters)}>{''.join(sorted(letters))}\n"
-
-
-LINES: Mapping[str, Callable[[np.random.Generator, int], str]] = {
-    "addition_text": addition_line,
-    "reversal": reversal_line,
-    "sorting": sorting_line,
-}
-SEPARATORS = "=>"
+Size = Annotated[int, Field(ge=1, le=500)]
 
 
 @dataclass(frozen=True)
@@ -93,7 +72,8 @@ class LineBatches(Batches):
 class GeneratedLines:
     """Lines of a task, without repetition: no question is in two splits. Every run of a `task_seed` has the same lines.
 
-    `size` is the number of digits of a summand, or of letters. Raises ConfigError if there are too few questions.
+    Sizes are drawn evenly from 1 to `size`, and from `size` + 1 to `longest_test_size` for the test split "longer", if
+    that is given. The task says what a size is. Raises ConfigError if there are too few questions.
     """
 
     def __init__(
@@ -105,38 +85,44 @@ class GeneratedLines:
         val_samples: Count = 1_000,
         test_samples: Natural = 1_000,
         task_seed: Natural = 0,
+        longest_test_size: Annotated[Size | None, Younger()] = None,
     ) -> None:
         self.dataset_name, self.size, self.task_seed = dataset_name, size, task_seed
+        self.task = LINE_TASKS.get_or_explain(dataset_name)()
         self.sizes = {"train": num_samples, "validation": val_samples, "test": test_samples}
-        base = 10 ** (2 * size) if dataset_name == "addition_text" else sum(26**length for length in range(1, size + 1))
-        total = sum(self.sizes.values())
-        if total > LARGEST_SHARE * base:
-            raise ConfigError(
-                f"{dataset_name} with size={size} has {base:,} different questions, too few for {total:,} lines. Raise "
-                "size, or lower num_samples, val_samples or test_samples."
-            )
+        self.longest_test_size = longest_test_size
+        if longest_test_size is not None and longest_test_size <= size:
+            raise ConfigError(f"longest_test_size={longest_test_size} has to be larger than size={size}")
+        total, known = sum(self.sizes.values()), self.task.num_questions(size)
+        if total > LARGEST_SHARE * known:
+            raise self._too_few(f"{known:,.0f} different questions", total)
+
+    def _too_few(self, there_are: str, total: int) -> ConfigError:
+        return ConfigError(
+            f"{self.dataset_name} with size={self.size} has {there_are}, too few for {total:,} lines. Raise "
+            "size, or lower num_samples, val_samples or test_samples."
+        )
 
     def splits(self) -> DataSplits:
         """Draw the lines and encode their characters."""
-        rng = np.random.default_rng(derive_seed(self.task_seed, f"lines {self.dataset_name}"))
-        draw, seen = LINES[self.dataset_name], dict[str, None]()
-        while len(seen) < sum(self.sizes.values()):
-            seen.setdefault(draw(rng, self.size))
-        lines = list(seen)
-        alphabet = "0123456789+=\n" if self.dataset_name == "addition_text" else f"{LETTERS}>\n"
-        tokenizer = build_tokenizer("char", [alphabet], separated=False, vocab_size=0)
+        total = sum(self.sizes.values())
+        lines = self._drawn(f"lines {self.dataset_name}", 1, self.size, total)
+        tokenizer = build_tokenizer(
+            "char", [f"{self.task.alphabet}{self.task.separator}\n"], separated=False, vocab_size=0
+        )
         longest, start, parts = max(map(len, lines)), 0, {}
         for name, number in self.sizes.items():
-            chosen = lines[start : start + number]
+            parts[name] = self._encoded(lines[start : start + number], tokenizer, longest)
             start += number
-            ids, lengths = encode_many(tokenizer, chosen)
-            offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-            places = [max(line.find(mark) for mark in SEPARATORS) for line in chosen]
-            parts[name] = LineData(ids, offsets, np.array(places, np.int64), longest=longest)
+        further: dict[str, TokenData] = {}
+        if self.longest_test_size is not None and self.sizes["test"]:
+            longer = self._drawn(LONGER, self.size + 1, self.longest_test_size, self.sizes["test"], lines)
+            further[LONGER] = self._encoded(longer, tokenizer, max(map(len, longer)))
+            lines += longer
         whole = hashlib.sha256("".join(lines).encode()).hexdigest()
         fingerprint: dict[str, Any] = {
             "source": "generated",
-            "sha256": {name: part.sha256() for name, part in parts.items()},
+            "sha256": {name: part.sha256() for name, part in (parts | further).items()},
             "data_sha256": whole,
         }
         size = tokenizer.get_vocab_size()
@@ -147,8 +133,32 @@ class GeneratedLines:
             vocab_size=size,
             num_classes=size,
             label_names=[],
-            max_length=longest,
+            max_length=max(map(len, lines)),
             tokenizer=tokenizer,
             fingerprint=fingerprint,
             task=NEXT_TOKEN,
+            further_tests=further,
         )
+
+    def _drawn(self, stream: str, smallest: int, largest: int, number: int, others: Sequence[str] = ()) -> list[str]:
+        """So many different lines with sizes from `smallest` to `largest`, none of the `others`.
+
+        Raises ConfigError if there are fewer.
+        """
+        rng = np.random.default_rng(derive_seed(self.task_seed, stream))
+        seen = dict.fromkeys(others)
+        number += len(seen)
+        for _ in range(MAX_ROUNDS):
+            sizes_N = rng.integers(smallest, largest, number + 100, endpoint=True)
+            pairs = zip(*map(texts_of, self.task.draw(rng, sizes_N)), strict=True)
+            seen |= dict.fromkeys(f"{question}{self.task.separator}{answer}\n" for question, answer in pairs)
+            if len(seen) >= number:
+                return list(seen)[len(others) : number]
+        raise self._too_few(f"about {len(seen):,} different questions", number)
+
+    def _encoded(self, lines: Sequence[str], tokenizer: Tokenizer, longest: int) -> LineData:
+        """One split. A question may have the separator too, as equations do: the last one counts."""
+        ids, lengths = encode_many(tokenizer, lines)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        places = [line.rindex(self.task.separator) for line in lines]
+        return LineData(ids, offsets, np.array(places, np.int64), longest=longest)

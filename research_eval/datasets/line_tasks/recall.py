@@ -1,0 +1,90 @@
+"""Recall: pairs to remember, a pattern that comes again, and letters among blanks."""
+
+from __future__ import annotations
+
+import string
+
+import numpy as np
+from numpy.typing import NDArray
+
+from research_eval.datasets.language.line_task import LINE_TASKS, Codes, LineTask, joined, letters, ordered
+
+KEYS = string.ascii_lowercase
+VALUES = string.digits
+
+
+@LINE_TASKS.register("mqar")
+class MultiQueryRecall(LineTask):
+    """`a3c7b1?bca>173`: pairs of key and value, then all keys in another order (Arora et al., 2023, MQAR).
+
+    The size is the number of pairs, 26 at most. Other than there, the values stand together behind the separator.
+    """
+
+    alphabet = f"{KEYS}{VALUES}?"
+
+    def draw(self, rng: np.random.Generator, sizes_N: NDArray[np.int64]) -> tuple[Codes, Codes]:
+        pairs_N = np.minimum(sizes_N, len(KEYS))
+        longest = int(pairs_N.max())
+        is_pair_NL = np.arange(longest) < pairs_N[:, None]
+        keys_NL = rng.permuted(np.tile(np.frombuffer(KEYS.encode(), np.uint8), (len(pairs_N), 1)), axis=1)[:, :longest]
+        keys_NL = np.where(is_pair_NL, keys_NL, 0).astype(np.uint8)
+        values_NL = letters(rng, VALUES, pairs_N)
+        both_NL = np.stack([keys_NL, values_NL], 2).reshape(len(pairs_N), -1)
+        order_NL = rng.random(keys_NL.shape).argsort(1)
+        asked_NL, answers_NL = (np.take_along_axis(one, order_NL, 1) for one in (keys_NL, values_NL))
+        mark_N1 = np.full((len(pairs_N), 1), ord("?"), np.uint8)
+        return joined(both_NL, mark_N1, asked_NL), joined(answers_NL)
+
+    @staticmethod
+    def solve(question: str) -> str:
+        pairs, asked = question.split("?")
+        known = dict(zip(pairs[::2], pairs[1::2], strict=True))
+        return "".join(known[key] for key in asked)
+
+    def num_questions(self, size: int) -> float:
+        return float(len(KEYS) * len(VALUES)) if size == 1 else float(len(KEYS) ** 2 * len(VALUES) ** 2)
+
+
+@LINE_TASKS.register("induction")
+class Induction(LineTask):
+    """`abcdb>c`: the last letter was there before; what followed it? (Olsson et al., 2022).
+
+    The size is the number of different letters, 26 at most; the last of them is never asked.
+    """
+
+    alphabet = KEYS
+
+    def draw(self, rng: np.random.Generator, sizes_N: NDArray[np.int64]) -> tuple[Codes, Codes]:
+        counts_N = np.clip(sizes_N, 2, len(KEYS))
+        longest, rows_N = int(counts_N.max()), np.arange(len(counts_N))
+        codes_NL = rng.permuted(np.tile(np.frombuffer(KEYS.encode(), np.uint8), (len(counts_N), 1)), axis=1)[
+            :, :longest
+        ]
+        codes_NL = np.where(np.arange(longest) < counts_N[:, None], codes_NL, 0).astype(np.uint8)
+        places_N = rng.integers(counts_N - 1)
+        return joined(codes_NL, codes_NL[rows_N, places_N][:, None]), codes_NL[rows_N, places_N + 1][:, None]
+
+    @staticmethod
+    def solve(question: str) -> str:
+        return question[question.index(question[-1]) + 1]
+
+    def num_questions(self, size: int) -> float:
+        return float(len(KEYS) * (len(KEYS) - 1)) * (1 if size <= 2 else 2 * (len(KEYS) - 2))
+
+
+@LINE_TASKS.register("selective_copying")
+class SelectiveCopying(LineTask):
+    """`a..bc.>abc`: the letters without the blanks (Gu and Dao, 2023). A third of the characters are letters."""
+
+    alphabet = "abcdefgh."
+
+    def draw(self, rng: np.random.Generator, sizes_N: NDArray[np.int64]) -> tuple[Codes, Codes]:
+        questions_NL = letters(rng, self.alphabet[:-1], sizes_N)
+        is_blank_NL = (rng.random(questions_NL.shape) < 2 / 3) & (questions_NL > 0)
+        questions_NL[is_blank_NL] = ord(".")
+        kept_NL = np.where(is_blank_NL, 0, questions_NL).astype(np.uint8)
+        return questions_NL, ordered(kept_NL, np.zeros(kept_NL.shape, np.int64))
+
+    @staticmethod
+    def solve(question: str) -> str:
+        return question.replace(".", "")
