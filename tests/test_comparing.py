@@ -369,6 +369,28 @@ def test_a_comparison_that_was_stopped_continues(tmp_path: Path, monkeypatch: py
     assert len(rows) == sum(len(arm.trials) for arm in outcome.arms) + 6
 
 
+def test_a_run_that_ends_by_an_accident_stops_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not count as a bad setting, and the same call continues."""
+    monkeypatch.chdir(tmp_path)
+    base = small_config(epochs=1)
+    data, plan = data_of(base), Plan(("dense", "looped"), num_seeds=3, num_trials=3, max_lengthened=0)
+    real = __import__("research_eval.studies.seeds", fromlist=["run"]).run
+
+    def breaks(config: ExperimentConfig, **options: Any) -> Result:
+        if config.model_type == "looped" and config.optimizer_params.lr > 1e-3:
+            raise OSError("the disk is full")
+        found: Result = real(config, **options)
+        return found
+
+    monkeypatch.setattr("research_eval.studies.seeds.pool_size", lambda configs: 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("research_eval.studies.seeds.run", breaks)
+        with pytest.raises(OSError, match="the disk is full"):
+            compare(base, plan, data, db=DB_FILE)
+    outcome = compare(base, plan, data, db=DB_FILE)
+    assert all(trial.score is not None for arm in outcome.arms for trial in arm.trials)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -32,7 +32,7 @@ DESCRIPTION = "compare models of equal cost, tuned equally, with tests"
 FOLDER = "comparisons"
 BASE = {  # of a comparison without a config file
     "model_type": "dense",
-    "epochs": 8,
+    "epochs": 4,
     "batch_size": 32,
     "optimizer_params": {"lr": 2e-3},
     "training_params": {"num_threads": 1},
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flag(parser, "solved_at", type=float, default=0.99, metavar="SCORE", help="a seed with it has solved the task")
     parser.add_argument("--name", help="name of the comparison and of its folder (default: that of the data)")
     parser.add_argument("--out", metavar="DIR", help=f"folder for the results (default: {FOLDER}/NAME)")
-    add_flag(parser, "epochs", type=int, help="passes over the training split (default: the file's, else 8)")
+    add_flag(parser, "epochs", type=int, help="passes over the training split (default: the file's, else 4)")
     add_flag(parser, "batch_size", type=int, help="samples per batch (default: the file's, else 32)")
     add_flag(parser, "data_dir", metavar="PATH", help="a local copy of the data set: a folder, or one file")
     add_flag(parser, "device", help="auto, cpu, cuda, cuda:N or mps")

@@ -10,7 +10,6 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -187,21 +186,26 @@ def _seeded(config: ExperimentConfig, seed: int) -> ExperimentConfig:
 
 
 def _trained(configs: Sequence[ExperimentConfig], names: Sequence[str], metric: str, db: str | None) -> list[Result]:
-    """The results of all configs; those of an earlier call are read from the store. A failed run has no metrics."""
+    """The results of all configs; those of an earlier call are read from the store. A diverged run has no metrics.
+
+    If a run raises or its process is killed, the others continue, and at the end the first exception is raised: a run
+    that ended by an accident says nothing about its settings.
+    """
     found: list[Result] = []
+    failure: Exception | None = None
     endings = endings_of(configs, names, db=db, resume=True, quiet=True, show_data=False)
     for (_, ending), name in zip(endings, names, strict=False):
-        if isinstance(ending, ConfigError):
-            raise ending
         if isinstance(ending, Exception):
-            log.error("%s failed: %s", name, ending)
-            ending = Result("", "failed", {}, Path(), error=str(ending))
+            failure = failure or ending
+            continue
         if ending.exit_code > 128:
             raise KeyboardInterrupt(ending.exit_code - 128)
         found.append(ending)
         score = ending.metrics.get(metric)
         shown = ending.status if score is None else f"{metric} {score:.4f}"
         log.info("%d of %d  %s: %s", len(found), len(configs), name, shown)
+    if failure is not None:
+        raise failure
     if len(found) < len(configs):
         raise KeyboardInterrupt
     return found
