@@ -220,6 +220,22 @@ def test_an_arm_without_declared_settings_tries_more_rates() -> None:
     assert len(arms[0].rates) > len({trial.changes[RATE] for trial in arms[0].trials[:8]})
 
 
+def test_a_model_that_is_still_learning_makes_the_training_longer_before_more_is_tried() -> None:
+    arms = arms_of("dense", "moe")
+
+    def evaluate(wanted: Sequence[tuple[Arm, Changes]]) -> None:
+        for arm, changes in wanted:
+            value = -abs(math.log(changes[RATE] / 2e-3))
+            arm.trials.append(Trial(changes, value, value, is_learning=arm.name == "moe"))
+
+    assert tune(arms, 6, evaluate, may_lengthen=True) is None
+    assert [len(arm.trials) for arm in arms] == [4, 4]
+    for arm in arms:
+        arm.trials = []
+    assert tune(arms, 6, evaluate) is not None
+    assert len(arms[0].trials) == len(arms[1].trials) > 4
+
+
 def test_rates_are_spaced_evenly() -> None:
     assert rates_around(1e-3, 5) == [0.00025, 0.0005, 0.001, 0.002, 0.004]
 

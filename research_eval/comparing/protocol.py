@@ -129,13 +129,13 @@ def _tune(outcome: Outcome, db: str | None) -> None:
             arm.trials.append(_trial(changes, own, outcome.metric))
 
     while True:
-        outcome.num_added = tune(outcome.arms, plan.num_trials, evaluate)
-        learning = [arm.name for arm in outcome.arms if arm.best.is_learning]
-        if not learning or outcome.num_lengthened == plan.max_lengthened:
+        added = tune(outcome.arms, plan.num_trials, evaluate, outcome.num_lengthened < plan.max_lengthened)
+        if added is not None:
+            outcome.num_added = added
             break
         outcome.num_lengthened += 1
-        names = ", ".join(learning)
-        log.warning("still learning at the end: %s. All arms are tuned again with twice the training.", names)
+        names = ", ".join(arm.name for arm in outcome.arms if arm.best.is_learning)
+        log.warning("still learning at the end: %s. All arms are tuned with twice the training.", names)
         for arm in outcome.arms:
             arm.config, arm.trials = _named(lengthened(arm.config, 2), outcome.base), []
     for arm in outcome.arms:

@@ -139,7 +139,7 @@ def _notes(outcome: Outcome, solved_at: float) -> list[str]:
     if outcome.num_added:
         notes.append(f"The grid of rates grew by {outcome.num_added} for all arms, because a best rate was at its end.")
     if outcome.num_lengthened:
-        notes.append("A best trial was still learning at the end: all arms were tuned again with twice the training.")
+        notes.append("A best trial was still learning at the end: all arms were tuned with twice the training.")
     return notes
 
 

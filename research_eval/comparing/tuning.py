@@ -67,11 +67,17 @@ class Arm:
 Evaluate = Callable[[Sequence[tuple[Arm, Changes]]], None]  # trains each, and adds its trial to the arm
 
 
-def tune(arms: Sequence[Arm], num_trials: int, evaluate: Evaluate) -> int:
-    """Give every arm `num_trials` trials, and one more for each rate that is added. Returns how many were added."""
+def tune(arms: Sequence[Arm], num_trials: int, evaluate: Evaluate, may_lengthen: bool = False) -> int | None:
+    """Give every arm `num_trials` trials, and one more for each rate that is added. Returns how many were added.
+
+    None says that the best of the first rates is still learning in some arm, so that all arms need a longer training;
+    only if the caller `may_lengthen` it. The other trials are then not made.
+    """
     num_settings = num_trials // 3 if num_trials > FEWEST_TRIALS else 0
     rates = rates_around(arms[0].config.optimizer_params.lr, num_trials - num_settings)
     evaluate([(arm, {RATE: rate}) for rate in rates for arm in arms])
+    if may_lengthen and any(arm.best.is_learning for arm in arms):
+        return None
     added = 0
     while added < MAX_WIDENED and (edges := {arm.edge for arm in arms} - {0}):
         step = rates[1] / rates[0]
