@@ -407,6 +407,33 @@ def test_a_run_that_ends_by_an_accident_stops_the_comparison(tmp_path: Path, mon
     assert all(trial.score is not None for arm in outcome.arms for trial in arm.trials)
 
 
+def test_controls_are_arms_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They cost the same, are tuned with as many trials, and keep what makes them controls."""
+
+    def trained(configs: Sequence[ExperimentConfig], *_: Any) -> list[Result]:
+        metrics = {"final_val_f1": 0.5, "test_f1": 0.5}
+        return [Result(str(number), "finished", metrics, Path()) for number in range(len(configs))]
+
+    monkeypatch.setattr("research_eval.comparing.protocol._trained", trained)
+    base = small_config(model_params={"embed_dim": 32, "num_layers": 2})
+    plan = Plan(("dense", "goe_original"), num_seeds=3, num_trials=12, controls=True)
+    outcome = compare(base, plan, data_of(base))
+    found = {arm.name: arm for arm in outcome.arms}
+    assert list(found) == [
+        *("dense", "dense, hashed bigrams", "dense, one wide layer", "goe_original"),
+        *("goe_original, frozen router", "goe_original, random routes", "goe_original, hash of the input"),
+    ]
+    assert len({len(arm.trials) for arm in outcome.arms}) == 1
+    for name, arm in found.items():
+        assert outcome.matches[name].is_matched, f"{name}: {outcome.matches[name].ratio}"
+        for trial in arm.trials:
+            values = arm.configured(trial.changes).to_dict()
+            for key, value in arm.fixed.items():
+                section, _, option = key.partition(".")
+                assert values[section][option] == value
+    assert len({arm.config.experiment_name for arm in outcome.arms}) == len(found)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -130,7 +130,16 @@ def _compare(suite: Suite, config: ExperimentConfig, folder: Path, arguments: ar
     from research_eval.registry import models_for
 
     models = suite.models or sorted(models_for(config.task_name))
-    plan = Plan(models, suite.axis, suite.tol, suite.seeds, suite.tuning, suite.tuning_seeds, suite.max_lengthened)
+    plan = Plan(
+        models,
+        suite.axis,
+        suite.tol,
+        suite.seeds,
+        suite.tuning,
+        suite.tuning_seeds,
+        suite.max_lengthened,
+        suite.controls,
+    )
     report = Report(folder, suite.margin, suite.solved_at)
     compare_and_report(config, plan, report, arguments.db)
 

@@ -60,6 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="double the training of all models up to N times while a model is still learning at its end (default 1)",
     )
+    add_flag(
+        parser,
+        "controls",
+        action="store_true",
+        help="also the null arms that models declare, such as the same model with a router that never learns",
+    )
     add_flag(parser, "margin", type=float, default=0.01, help="scores that differ by less count as equal (0.01)")
     add_flag(parser, "solved_at", type=float, default=0.99, metavar="SCORE", help="a seed with it has solved the task")
     parser.add_argument("--name", help="name of the comparison and of its folder (default: that of the data)")
@@ -97,6 +103,7 @@ def compare_command(arguments: argparse.Namespace) -> int:
         arguments.tuning,
         arguments.tuning_seeds,
         arguments.max_lengthened,
+        arguments.controls,
     )
     base = _base(arguments, overrides)
     folder = user_path(arguments.out or f"{FOLDER}/{file_stem(base.experiment_name)}", "--out")

@@ -21,6 +21,7 @@ from research_eval.datasets.kinds import dataset_kind
 from research_eval.datasets.providers import load_splits
 from research_eval.datasets.token_data import DataSplits
 from research_eval.errors import ConfigError
+from research_eval.registry import models_for
 from research_eval.routing.alarms import STILL_LEARNING
 from research_eval.runs.journal import Result
 from research_eval.store.data_facts import Baselines
@@ -32,6 +33,7 @@ from research_eval.tasks.base import task_of
 log = logging.getLogger(__name__)
 
 FIRST_TUNING_SEED = 1000  # those of the reported runs begin at 0
+MODEL = "model_params."
 INSTANCE = "task_seed"  # of generated data that are one instance of many, such as random tables
 
 
@@ -46,6 +48,7 @@ class Plan:
     num_trials: int = 8
     tuning_seeds: int = 1
     max_lengthened: int = 1
+    controls: bool = False
 
     def __post_init__(self) -> None:
         for flag, given, least in (
@@ -98,17 +101,30 @@ def compare(base: ExperimentConfig, plan: Plan, data: DataSplits, db: str | None
     score = base.training_params.select_by or task.selected_by
     score = score.removeprefix("val_")
     arms, matches = [], {}
-    for model_type in dict.fromkeys(plan.models):
-        with phase(f"matching {model_type}"):
-            found = match(base, model_type, plan.axis, plan.tol, data)
-        matches[model_type] = found
-        arms.append(Arm(model_type, _named(changed(found.config, {"training_params.test": False}), base)))
+    for name, model_type, fixed in _wanted(base, plan):
+        params = {key.removeprefix(MODEL): value for key, value in fixed.items() if key.startswith(MODEL)}
+        with phase(f"matching {name}"):
+            found = match(base, model_type, plan.axis, plan.tol, data, params)
+        matches[name] = found
+        config = changed(found.config, {**fixed, "training_params.test": False})
+        arms.append(Arm(name, _named(config, base, name), fixed))
         if not found.is_matched:
-            log.warning("%s is not matched: it costs %.3f times the base", model_type, found.ratio)
+            log.warning("%s is not matched: it costs %.3f times the base", name, found.ratio)
     outcome = Outcome(plan, base, arms, matches, f"final_val_{score}", f"test_{score}")
     _tune(outcome, db)
     _report_seeds(outcome, db)
     return outcome
+
+
+def _wanted(base: ExperimentConfig, plan: Plan) -> list[tuple[str, str, dict[str, Any]]]:
+    """Name, model type and fixed values of each arm: the models of the plan, each with its controls if wanted."""
+    found: list[tuple[str, str, dict[str, Any]]] = []
+    for model_type in dict.fromkeys(plan.models):
+        cls = models_for(base.task_name).get_or_explain(model_type)
+        found.append((model_type, model_type, {}))
+        controls = getattr(cls, "control_options", ()) if plan.controls else ()
+        found += [(f"{model_type}, {name}", model_type, dict(values)) for name, values in controls]
+    return found
 
 
 def _tune(outcome: Outcome, db: str | None) -> None:
@@ -137,7 +153,7 @@ def _tune(outcome: Outcome, db: str | None) -> None:
         names = ", ".join(arm.name for arm in outcome.arms if arm.best.is_learning)
         log.warning("still learning at the end: %s. All arms are tuned with twice the training.", names)
         for arm in outcome.arms:
-            arm.config, arm.trials = _named(lengthened(arm.config, 2), outcome.base), []
+            arm.config, arm.trials = _named(lengthened(arm.config, 2), outcome.base, arm.name), []
     for arm in outcome.arms:
         if arm.edge:
             log.warning("%s: its best learning rate %g is at an end of the grid", arm.name, arm.best.changes[RATE])
@@ -147,11 +163,11 @@ def _tune(outcome: Outcome, db: str | None) -> None:
             raise ConfigError(f"{arm.name}: no trial of its tuning has finished. The log and `goe runs` say why.")
 
 
-def _named(config: ExperimentConfig, base: ExperimentConfig) -> ExperimentConfig:
-    """The config with a name that says model and length, so that no run continues one of another length."""
+def _named(config: ExperimentConfig, base: ExperimentConfig, arm: str) -> ExperimentConfig:
+    """The config with a name that says arm and length, so that no run continues one of another length."""
     options = config.training_params
     length = options.max_steps or options.max_tokens or config.epochs
-    return changed(config, {"experiment_name": f"{base.experiment_name}_{config.model_type}_{length}"})
+    return changed(config, {"experiment_name": f"{base.experiment_name}_{arm}_{length}"})
 
 
 def _trial(changes: Changes, results: Sequence[Result], metric: str) -> Trial:

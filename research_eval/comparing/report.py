@@ -20,7 +20,7 @@ from research_eval.comparing.certificate import certificate
 from research_eval.comparing.protocol import Outcome
 from research_eval.comparing.tuning import RATE, Arm
 from research_eval.comparing.verdicts import Verdict
-from research_eval.files import write_atomically
+from research_eval.files import file_stem, write_atomically
 from research_eval.store.data_facts import BASELINES, baseline_score
 from research_eval.store.store import Store
 
@@ -187,7 +187,7 @@ def write_files(
         "certificate.json": text + "\n",
     }
     for arm in outcome.arms:
-        files[f"config_{arm.name}.json"] = json.dumps(arm.configured().to_dict(), indent=2) + "\n"
+        files[f"config_{file_stem(arm.name)}.json"] = json.dumps(arm.configured().to_dict(), indent=2) + "\n"
     for name, content in files.items():
         write_atomically(folder / name, content.encode())
     return [folder / name for name in files]

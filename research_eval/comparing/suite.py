@@ -57,6 +57,7 @@ class Suite(BaseModel):
     tuning: Annotated[int, Field(ge=3)] = 8
     tuning_seeds: Annotated[int, Field(ge=1)] = 1
     max_lengthened: Annotated[int, Field(ge=0)] = 1
+    controls: bool = False
     solved_at: Annotated[float, Field(gt=0, le=1)] = 0.99
     margin: Annotated[float, Field(gt=0)] = 0.01
     tasks: Annotated[list[Task], Field(min_length=1)]

@@ -41,6 +41,7 @@ class Arm:
 
     name: str
     config: ExperimentConfig
+    fixed: Changes = field(default_factory=dict)  # what makes it a control; the tuning does not change it
     trials: list[Trial] = field(default_factory=list)
 
     @property
@@ -123,7 +124,7 @@ def alternatives(arm: Arm) -> list[tuple[str, Any]]:
         (rank, key, value)
         for key, values in declared
         for rank, value in enumerate(values)
-        if config[key.partition(".")[0]].get(key.partition(".")[2]) != value
+        if key not in arm.fixed and config[key.partition(".")[0]].get(key.partition(".")[2]) != value
     ]
     return [(key, value) for _, key, value in sorted(pairs, key=lambda one: one[0])]
 

@@ -61,6 +61,9 @@ class EvaluableModel(Executing):
     tuned_options: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     """What `goe compare` tunes after the learning rate: keys of the config, each with the values that it tries besides
     the default, the most promising ones first."""
+    control_options: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = ()
+    """Further arms of `goe compare --controls`: a name, and keys of the config with their values. A claim about the
+    model needs them, such as one about a router the same model with a router that never learns."""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         """Let a constructor with settings groups also accept their options as keywords: `Model(embed_dim=16)`.

@@ -27,6 +27,10 @@ class DenseTransformerClassifier(EvaluableModel):
 
     model_type = "dense"
     tuned_options = (("model_params.dropout", (0.0, 0.3)), ("optimizer_params.weight_decay", (0.1,)))
+    control_options = (
+        ("hashed bigrams", (("model_params.bigram_buckets", 2048),)),
+        ("one wide layer", (("model_params.num_layers", 1),)),
+    )
     OPTION_ORDER = ("embed_dim",)
 
     def __init__(

@@ -26,7 +26,7 @@ from research_eval.layers.path.balance import Balance, BalanceSettings
 from research_eval.layers.path.choice import ChoiceSettings
 from research_eval.layers.path.halting import HaltingSettings
 from research_eval.layers.path.older_names import accept_older_names
-from research_eval.layers.path.policy import GivenPaths, PolicySettings, policy_of
+from research_eval.layers.path.policy import CONTROLS, GivenPaths, PolicySettings, policy_of
 from research_eval.layers.path.report import PathReport
 from research_eval.layers.path.terms import TermSettings, path_heads, term_losses
 from research_eval.layers.path.value import ValueEstimate, ValueSettings
@@ -48,12 +48,12 @@ class GoEOriginalClassifier(ScheduledModel):
     `router_mode` selects how a is chosen and how the task loss reaches the router (layers/path/choice.py). A `route`
     other than "learned" needs no router (layers/path/policy.py). `halt` selects when a path ends
     (layers/path/halting.py). `router_per_step` gives every step its own router and its own balance.
-    The last `num_scan_experts` experts walk along the sequence (docs/scan.md); use `pool` "last" with them.
-    The details of an outcome are the `Walk`.
+    Scan experts come last in the pool (docs/scan.md) and need `pool` "last". The details of an outcome are the `Walk`.
     """
 
     model_type = "goe_original"
     tuned_options = (("optimizer_params.router_lr_mult", (0.2,)), ("model_params.dropout", (0.0, 0.3)))
+    control_options = CONTROLS
     OPTION_ORDER = (  # order in JSON, and of the draws in sampled studies
         *("embed_dim", "num_total_experts", "expert_layers", "max_path_len", "min_path_len", "max_visits"),
         *("router_hidden_dim", "router_mode", "router_input", "router_per_step", "router_init", "route", "route_token"),

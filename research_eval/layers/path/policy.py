@@ -28,6 +28,13 @@ Route = Literal["learned", "token", "hash", "random", "oracle"]
 RouterInput = Literal["features", "cursor", "state"]
 
 
+CONTROLS = (  # routes that a learned one has to beat
+    ("frozen router", (("optimizer_params.router_lr_mult", 0.0),)),
+    ("random routes", (("model_params.route", "random"),)),
+    ("hash of the input", (("model_params.route", "hash"),)),
+)
+
+
 @dataclass(frozen=True)
 class PolicySettings:
     """Options of the router, or of the route that replaces it."""

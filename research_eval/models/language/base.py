@@ -106,6 +106,13 @@ class LanguageWalk:
         return joined_on_host([torch.stack(self.experts, 1)])
 
 
+ROUTE_CONTROLS = (
+    ("frozen router", (("optimizer_params.router_lr_mult", 0.0),)),
+    ("hash of tokens", (("model_params.route", "random"),)),
+    ("bigram table", (("model_params.route", "bigram"),)),
+)
+
+
 class LanguageModel(RoutedModel):
     """Predicts the next token at every position: ids [B, L] -> logits [B, L, V].
 

@@ -19,6 +19,7 @@ class DenseLanguageModel(LanguageModel):
 
     model_type = "dense"
     tuned_options = (("model_params.dropout", (0.1, 0.2)),)
+    control_options = (("hashed bigrams", (("model_params.bigram_buckets", 2048),)),)
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ from research_eval.layers.causal.attention import CausalFeedForward, Projections
 from research_eval.layers.causal.context import Context
 from research_eval.layers.causal.routes import Routes
 from research_eval.layers.causal.settings import CausalSettings, RoutedParts, RouteSettings
-from research_eval.models.language.base import LanguageModel, Layer, Sorted
+from research_eval.models.language.base import ROUTE_CONTROLS, LanguageModel, Layer, Sorted
 from research_eval.registry import LANGUAGE_MODELS
 
 OWNED = {"ffn": "", "qo_ffn": "qo", "block": "qkvo", "block_query_kv": "qkvo"}  # projections that belong to an expert
@@ -43,6 +43,7 @@ class GoELanguageModel(LanguageModel):
 
     model_type = "goe"
     tuned_options = (("model_params.route", ("bigram",)), ("model_params.dropout", (0.1, 0.2)))
+    control_options = ROUTE_CONTROLS
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ from research_eval.annotations import Aka, Choice, Count, Range, Steps, When
 from research_eval.errors import ConfigError
 from research_eval.layers.causal.settings import CausalSettings, RoutedParts, RouteSettings
 from research_eval.models.base_model import Outcome
-from research_eval.models.language.base import LanguageWalk
+from research_eval.models.language.base import ROUTE_CONTROLS, LanguageWalk
 from research_eval.models.language.goe import GoELanguageModel
 from research_eval.registry import LANGUAGE_MODELS
 from research_eval.tasks.base import Task
@@ -44,6 +44,7 @@ class GoEOriginalLanguageModel(GoELanguageModel):
 
     model_type = "goe_original"
     tuned_options = (("model_params.route", ("bigram",)), ("model_params.dropout", (0.1, 0.2)))
+    control_options = ROUTE_CONTROLS
 
     def __init__(
         self,

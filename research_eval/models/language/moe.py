@@ -11,7 +11,7 @@ from research_eval.errors import ConfigError
 from research_eval.layers.causal.attention import CausalFeedForward, Projections
 from research_eval.layers.causal.routes import Routes
 from research_eval.layers.causal.settings import CausalSettings, RouteSettings
-from research_eval.models.language.base import LanguageModel, Layer
+from research_eval.models.language.base import ROUTE_CONTROLS, LanguageModel, Layer
 from research_eval.registry import LANGUAGE_MODELS
 
 
@@ -33,6 +33,7 @@ class MoELanguageModel(LanguageModel):
 
     model_type = "moe"
     tuned_options = (("model_params.route", ("bigram",)), ("model_params.dropout", (0.1, 0.2)))
+    control_options = ROUTE_CONTROLS
 
     def __init__(
         self,
