@@ -128,8 +128,7 @@ def test_runs_without_a_share_are_left_out_and_named() -> None:
 def test_the_suites_of_the_program_can_be_read(name: str) -> None:
     suite = read_suite(name)
     for task in suite.tasks:
-        if task.config["dataset_type"] == "synthetic":
-            config_from_dict({"model_type": "dense", "experiment_name": task.name, **task.config})
+        config_from_dict({"model_type": "dense", "experiment_name": task.name, **task.config})
 
 
 @pytest.mark.parametrize(

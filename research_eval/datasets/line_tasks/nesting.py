@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -44,6 +45,10 @@ class Dyck(LineTask):
         while (shorter := question.replace("()", "").replace("[]", "")) != question:
             question = shorter
         return "0" if question else "1"
+
+    def num_questions(self, size: int) -> float:
+        """The balanced ones of this size: a Catalan number of shapes, with two kinds for each pair."""
+        return float(math.comb(2 * size, size) // (size + 1) * 2**size)
 
 
 def _balanced(text: str) -> str:
@@ -89,6 +94,10 @@ class ListOps(LineTask):
             else:
                 waiting[-1].append(character)
         return waiting[0][0]
+
+    def num_questions(self, size: int) -> float:
+        """Those with one list of this size."""
+        return float(len(OPERATORS) * 10**size)
 
 
 def _list(rng: np.random.Generator, size: int) -> tuple[str, int]:
