@@ -129,7 +129,8 @@ def _compare(suite: Suite, config: ExperimentConfig, folder: Path, arguments: ar
     from research_eval.comparing.whole import Report, compare_and_report
     from research_eval.registry import models_for
 
-    models = suite.models or sorted(models_for(config.task_name))
+    every = [name for name in sorted(models_for(config.task_name)) if name not in suite.exclude]
+    models = suite.models or every
     plan = Plan(
         models,
         suite.axis,

@@ -32,6 +32,7 @@ from research_eval.tasks.base import task_of
 
 log = logging.getLogger(__name__)
 
+TAKEN = 0.2  # of the rows, for a test split and for validation where the data have none
 FIRST_TUNING_SEED = 1000  # those of the reported runs begin at 0
 MODEL = "model_params."
 INSTANCE = "task_seed"  # of generated data that are one instance of many, such as random tables
@@ -238,13 +239,24 @@ def _short(changes: Mapping[str, Any]) -> str:
 
 
 def with_test_split(config: ExperimentConfig) -> ExperimentConfig:
-    """The config if its data have a test split with labels; else one that takes a fifth of the rows for it."""
+    """The config if its data have a test split with labels; else one that takes a fifth of the rows for it.
+
+    A single file then gives a fifth of its rows for validation too, because a choice among many trials needs rows.
+    """
     data = load_splits(config.dataset_type, config.dataset_name, config.dataset_params, config.seed)
     if data.test is not None:
         return config
     if "test_size" not in options_of_data(config):
         raise ConfigError(f"{config.dataset_name} has no test split with labels, which a comparison needs")
-    return changed(config, {"dataset_params.test_size": 0.2})
+    with_test = changed(config, {"dataset_params.test_size": TAKEN})
+    if config.dataset_params.get("val_size") is not None:
+        return with_test
+    with_both = changed(with_test, {"dataset_params.val_size": TAKEN})
+    try:
+        load_splits(config.dataset_type, config.dataset_name, with_both.dataset_params, config.seed)
+    except ConfigError:  # the data have validation rows of their own
+        return with_test
+    return with_both
 
 
 def options_of_data(config: ExperimentConfig) -> set[str]:

@@ -117,14 +117,10 @@ def remarks(outcome: Outcome, arm: Arm) -> list[str]:
     if arm.best.is_learning:
         found.append("still learning at the end")
     costs = outcome.results[arm.name][0].metrics
-    if has_routes(costs) and costs.get("active_param_count", 0) > ROUTED * costs.get("param_count", 0):
-        found.append("more than three quarters of the parameters are active: not a routed model")
+    active, total = costs.get("active_param_count", 0), costs.get("param_count", 0)
+    if ROUTED * total < active < total:
+        found.append("more than three quarters of the parameters are active: hardly a routed model")
     return found
-
-
-def has_routes(metrics: dict[str, Any]) -> bool:
-    """Whether a run has reported experts."""
-    return any("load" in name or "path_length" in name for name in metrics)
 
 
 def _notes(outcome: Outcome, solved_at: float) -> list[str]:
@@ -232,7 +228,7 @@ def _page(outcome: Outcome, tables: Sequence[Table], curves: dict[str, Any]) -> 
     pictures = [Picture("Learning curves", _embedded(_svg(_drawn(outcome, curves)), "image/svg+xml"))]
     for arm in outcome.arms:
         graph = outcome.results[arm.name][0].folder / "expert_graph.png"
-        if has_routes(outcome.results[arm.name][0].metrics) and graph.is_file():
+        if graph.is_file():
             title = f"Paths of the validation samples: {arm.name}, seed 0"
             pictures.append(Picture(title, _embedded(graph.read_bytes(), "image/png")))
     trials = [_trials(outcome, arm) for arm in outcome.arms]

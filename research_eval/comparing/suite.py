@@ -45,12 +45,13 @@ class Task(BaseModel):
 
 
 class Suite(BaseModel):
-    """A suite file. Without `models` every registered model takes part."""
+    """A suite file. Without `models` every registered model takes part, apart from those of `exclude`."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     name: Annotated[str, Field(min_length=1, max_length=80)]
     description: str = ""
     models: Annotated[list[str], Field(min_length=2)] | None = None
+    exclude: list[str] = []
     axis: str = "flops"
     tol: Annotated[float, Field(gt=0, lt=1)] = 0.02
     seeds: Annotated[int, Field(ge=1)] = 5
