@@ -19,6 +19,7 @@ from research_eval.comparing.suite import (
     interquartile_mean,
     read_suite,
     suite_names,
+    task_table,
 )
 from research_eval.config.check import config_from_dict
 from research_eval.db_utils import DB_FILE, Store
@@ -104,6 +105,14 @@ def certificate(scores: dict[str, list[float | None]]) -> dict[str, Any]:
         for name, own in scores.items()
     ]
     return {"arms": arms, "comparisons": [], "test_metric": "test_f1"}
+
+
+def test_claims_name_the_winner_first() -> None:
+    content = certificate({"a": [0.5], "b": [0.7], "c": [0.7]})
+    words = {("a", "b"): "b is better", ("a", "c"): "c is better", ("b", "c"): "open"}
+    content["comparisons"] = [{"first": one, "second": two, "text": text} for (one, two), text in words.items()]
+    (row,) = task_table({"task": content}).rows
+    assert row[-1] == "b above a; c above a"
 
 
 def test_runs_without_a_share_are_left_out_and_named() -> None:

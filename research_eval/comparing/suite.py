@@ -262,11 +262,16 @@ def task_table(certificates: Mapping[str, dict[str, Any]]) -> Table:
         known = [(means[arm], place) for place, arm in enumerate(arms) if means.get(arm) is not None]
         if known:
             bold.add((number, 1 + max(known)[1]))
-        claims = [
-            f"{one['first']} - {one['second']}: {one['text']}"
-            for one in content["comparisons"]
-            if "better" in one["text"]
-        ]
-        rows.append([task, *cells, "; ".join(claims)])
+        rows.append([task, *cells, _claims(content["comparisons"])])
     notes = ["Claims: paired t-tests over seeds, Holm-adjusted within a task."]
     return Table("Mean test scores", ["task", *arms, "claims"], rows, ("task", "claims"), notes, frozenset(bold))
+
+
+def _claims(comparisons: Sequence[dict[str, Any]]) -> str:
+    """Which arm is better than which others, as the tests allow to say."""
+    beaten: dict[str, list[str]] = {}
+    for one in comparisons:
+        for winner, loser in ((one["first"], one["second"]), (one["second"], one["first"])):
+            if one["text"] == f"{winner} is better":
+                beaten.setdefault(winner, []).append(loser)
+    return "; ".join(f"{winner} above {', '.join(losers)}" for winner, losers in beaten.items())
