@@ -322,6 +322,10 @@ def test_a_comparison_of_a_table_of_texts(rows: Path) -> None:
     assert [arm["name"] for arm in certificate["arms"]] == ["dense", "goe_original"]
     for arm in certificate["arms"]:
         assert arm["is_matched"]
+        assert {name: arm["config"]["dataset_params"][name] for name in ("test_size", "val_size")} == {
+            "test_size": 0.2,
+            "val_size": 0.2,
+        }
         assert [cell["seed"] for cell in arm["cells"]] == [0, 1, 2]
     assert "majority class" in first.out
     assert "TF-IDF" in first.out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import math
 import re
@@ -11,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from research_eval.analysis.comparison import p_text
 from research_eval.analysis.statistics import SHARE, Interval, mean_interval, wilson_interval
@@ -23,9 +22,6 @@ from research_eval.comparing.verdicts import Verdict
 from research_eval.files import file_stem, write_atomically
 from research_eval.store.data_facts import BASELINES, baseline_score
 from research_eval.store.store import Store
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 ROUTED = 0.75  # of the total parameters are active at most, or a model does not count as routed
 PERCENT = "95 %"
@@ -225,7 +221,11 @@ def _curves(store: Store, outcome: Outcome) -> dict[str, list[tuple[float, float
 
 def _page(outcome: Outcome, tables: Sequence[Table], curves: dict[str, Any]) -> str:
     """The text of the page."""
-    pictures = [Picture("Learning curves", _embedded(_svg(_drawn(outcome, curves)), "image/svg+xml"))]
+    from research_eval.system.drawing import encoded
+
+    pictures = [
+        Picture("Learning curves", _embedded(encoded(_drawn(outcome, curves), "svg", "curves"), "image/svg+xml"))
+    ]
     for arm in outcome.arms:
         graph = outcome.results[arm.name][0].folder / "expert_graph.png"
         if graph.is_file():
@@ -269,18 +269,11 @@ def _embedded(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _svg(figure: Figure) -> bytes:
-    content = io.BytesIO()
-    figure.savefig(content, format="svg", metadata={"Date": None})
-    return content.getvalue()
-
-
-def _drawn(outcome: Outcome, curves: dict[str, Any]) -> Figure:
+def _drawn(outcome: Outcome, curves: dict[str, Any]) -> Any:
     """The learning curves: means over seeds with their intervals."""
-    from matplotlib.figure import Figure
+    from research_eval.system.drawing import new_figure
 
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_figure(8, 4)
     for name, points in curves.items():
         epochs, means = [point[0] for point in points], [point[1] for point in points]
         (line,) = axes.plot(epochs, means, marker="o", markersize=3, label=name)
