@@ -74,6 +74,7 @@ REWRITES = [
     (r"python benchmarks/overhead\.py.*", r"\g<0> --steps 4 --repeats 1", "takes minutes"),
     (r"python benchmarks/real_text\.py.*", r"\g<0> --sets ag_news --models dense --seeds 0", "takes hours"),
     (r"python benchmarks/(\w+\.py).*", r"python benchmarks/\1 --help", "takes minutes"),
+    (r"goe compare majority --models dense,moe .*", "goe compare --help", "comparing.md has one that is run"),
     (r"(goe compare .*--seeds) 3(.*)", r"\1 1\2", "takes half a minute"),
     (r"goe benchmark smoke.*", "goe benchmark --help", "takes minutes; test_suites.py has a smaller suite"),
     (r"(.*)postgresql://\S+(.*)", r"\1sqlite:///cluster.db\2", "test_db_utils.py has a server"),
