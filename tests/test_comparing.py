@@ -284,6 +284,8 @@ def test_the_words_of_a_verdict() -> None:
     open_one = {"a": [0.9, 0.7, 0.8], "b": [0.85, 0.9, 0.6]}
     assert verdicts(open_one)[0].text == "open"
     assert "common seed" in verdicts({"a": [0.9], "b": [0.8]})[0].text
+    lost = {**better, "c": [0.9, math.nan, 0.9, 0.9, 0.9]}
+    assert [one.text for one in verdicts(lost)] == ["a is better", "a seed did not finish", "a seed did not finish"]
     assert verdicts({"a": [1.0] * 3, "b": [1.0] * 3})[0].text.startswith("every seed")
 
 
@@ -318,6 +320,8 @@ def test_a_comparison_of_a_table_of_texts(rows: Path) -> None:
     folder = rows.parent / "comparisons" / "films"
     certificate = json.loads((folder / "certificate.json").read_text())
     assert certificate["contracts"]["every arm has the same number of trials"]
+    assert certificate["contracts"]["no trial scored the test split"]
+    assert certificate["contracts"]["no trial had a reported seed"]
     assert certificate["contracts"]["every seed has the same data in all arms"]
     assert [arm["name"] for arm in certificate["arms"]] == ["dense", "goe_original"]
     for arm in certificate["arms"]:
@@ -445,6 +449,7 @@ def test_controls_are_arms_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None
         (["films.csv", "--models", "dense"], "at least two models"),
         (["film.csv", "--models", "dense,moe"], "no known task"),
         (["films.csv", "--models", "dense,moe", "--tuning", "2"], "--tuning: expected at least 3"),
+        (["films.csv", "--models", "dense,moe", "--tol", "2"], "--tol: expected a share"),
         (["--verify", "films.csv"], "films.csv"),
         (["films.csv", "--models", "dense,moe", "--verify", "x.json"], "leave TASK_OR_DATA"),
     ],

@@ -115,6 +115,14 @@ def test_claims_name_the_winner_first() -> None:
     assert row[-1] == "b above a; c above a"
 
 
+@pytest.mark.parametrize(("metric", "column"), [("test_f1", 2), ("test_loss", 1)])
+def test_the_best_score_is_bold(metric: str, column: int) -> None:
+    content = certificate({"a": [0.5], "b": [0.7]}) | {"test_metric": metric}
+    for arm, mean in zip(content["arms"], (0.5, 0.7), strict=True):
+        arm["mean"] = mean
+    assert task_table({"task": content}).bold == {(0, column)}
+
+
 def test_runs_without_a_share_are_left_out_and_named() -> None:
     found = {
         "one": certificate({"a": [0.5, 0.7], "b": [0.5, None]}),

@@ -34,7 +34,7 @@ CERTIFICATE = "certificate.json"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `goe benchmark`."""
     parser.add_argument("name", metavar="NAME", help="a suite of the program, such as smoke, or a suite file")
-    parser.add_argument("--models", nargs="+", metavar="MODEL", help="other models than those of the suite")
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help="compare these models, and not those of the suite")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks of the suite")
     parser.add_argument("--out", metavar="DIR", help=f"folder for the results (default: {FOLDER}/NAME)")
     add_flag(parser, "data_dir", metavar="PATH", help="folder with the data sets of tasks that need files")
@@ -54,6 +54,7 @@ def benchmark_command(arguments: argparse.Namespace) -> int:
     """Do the tasks that are not done, then print and write the tables. Exit code 1 if a task failed."""
     import_torch()
     with phase("importing the program"):
+        from research_eval.comparing.certificate import read_certificate
         from research_eval.comparing.suite import (
             Ledger,
             aggregate_table,
@@ -82,7 +83,7 @@ def benchmark_command(arguments: argparse.Namespace) -> int:
 
     failed = carry_out(list(tasks), Ledger(out), fingerprint, work, arguments.allow_drift)
     certificates = {
-        name: json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))
+        name: read_certificate(folder / CERTIFICATE)
         for name, folder in folders.items()
         if (folder / CERTIFICATE).is_file() and name not in failed
     }
@@ -159,11 +160,13 @@ def _verify(folders: dict[str, Path], arguments: argparse.Namespace) -> int:
     """Train random cells of tasks that are done again. Exit code 1 if one does not hold."""
     from research_eval.comparing.certificate import verify
 
+    if arguments.cells < 1:
+        raise ConfigError(f"--cells: expected at least 1, got {arguments.cells}")
     done = [(name, folder / CERTIFICATE) for name, folder in folders.items() if (folder / CERTIFICATE).is_file()]
     if not done:
         raise ConfigError(f"--verify: no task of {arguments.name} is done. Run the suite first, or give its --out.")
     code = 0
     for _ in range(arguments.cells):
         name, path = random.choice(done)  # noqa: S311 - which cell, no secret
-        code = max(code, print_checked(verify(path, 1, None, arguments.quiet), f"{name}, "))
+        code = max(code, print_checked(verify(path, 1, arguments.quiet), f"{name}, "))
     return code

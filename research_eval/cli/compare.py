@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_flag(parser, "margin", type=float, default=0.01, help="scores that differ by less count as equal (0.01)")
     add_flag(parser, "solved_at", type=float, default=0.99, metavar="SCORE", help="a seed with it has solved the task")
-    parser.add_argument("--name", help="name of the comparison and of its folder (default: that of the data)")
+    parser.add_argument("--name", help="names the comparison and its folder (default: the name of the data)")
     parser.add_argument("--out", metavar="DIR", help=f"folder for the results (default: {FOLDER}/NAME)")
     add_flag(parser, "epochs", type=int, help="passes over the training split (default: the file's, else 4)")
     add_flag(parser, "batch_size", type=int, help="samples per batch (default: the file's, else 32)")
@@ -167,7 +167,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     import_torch()
     with phase("importing the program"):
         from research_eval.comparing.certificate import verify
-    return print_checked(verify(path, arguments.cells, None, arguments.quiet))
+    return print_checked(verify(path, arguments.cells, arguments.quiet))
 
 
 def print_checked(found: Sequence[Checked], place: str = "") -> int:

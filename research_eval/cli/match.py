@@ -99,7 +99,7 @@ def _write(paths: list[Path], found: list[Match]) -> None:
 
 
 def _table(paths: list[Path], found: list[Match]) -> str:
-    """A line for each config: its cost beside that of the base, and its sizes."""
+    """The cost of the base, then a line for each config: its cost, also as a multiple of the base's, and its sizes."""
     lines = [f"{found[0].axis} of the base: {found[0].target:,.4g}"]
     for path, one in zip(paths, found, strict=True):
         sizes = ", ".join(f"{name} {value}" for name, value in one.sizes.items()) or "the base"

@@ -56,7 +56,7 @@ def certificate(store: Store, outcome: Outcome, found: Sequence[Verdict], margin
         "margin": margin,
         "comparisons": [_finite(asdict(one)) for one in found],
         "baselines": outcome.baselines(),
-        "contracts": contracts(outcome, rows),
+        "contracts": contracts(store, outcome, rows),
     }
 
 
@@ -91,13 +91,16 @@ def _arm(outcome: Outcome, number: int, rows: dict[str, list[dict[str, Any]]]) -
     }
 
 
-def contracts(outcome: Outcome, rows: dict[str, list[dict[str, Any]]]) -> dict[str, bool]:
-    """The rules of a fair comparison, and whether each held."""
+def contracts(store: Store, outcome: Outcome, rows: dict[str, list[dict[str, Any]]]) -> dict[str, bool]:
+    """The rules of a fair comparison, and whether each held, by what the store says of the runs."""
     arms = outcome.arms
+    reported = {row.get("seed") for own in rows.values() for row in own}
+    trials = [store.find_id(run) or {} for arm in arms for trial in arm.trials for run in trial.experiment_ids]
     return {
         "every arm is matched": all(outcome.matches[arm.name].is_matched for arm in arms),
         "every arm has the same number of trials": len({len(arm.trials) for arm in arms}) == 1,
-        "no reported seed was tuned on": outcome.plan.num_seeds <= FIRST_TUNING_SEED,
+        "no trial had a reported seed": all(row.get("seed") not in reported for row in trials),
+        "no trial scored the test split": not any(_scores_test(row) for row in trials),
         "every seed has the same data in all arms": all(
             len({row.get("data_sha256") for row in of_seed}) == 1 for of_seed in zip(*rows.values(), strict=True)
         ),
@@ -107,6 +110,12 @@ def contracts(outcome: Outcome, rows: dict[str, list[dict[str, Any]]]) -> dict[s
         "no best rate is at an end of the grid": not any(arm.edge for arm in arms),
         "no arm is still learning at the end": not any(arm.best.is_learning for arm in arms),
     }
+
+
+def _scores_test(row: dict[str, Any]) -> bool:
+    """Whether the config of a run scores the test split."""
+    options = stored_object(row.get("full_config_json")).get("training_params")
+    return not isinstance(options, dict) or bool(options.get("test", False))
 
 
 def _finite(value: Any) -> Any:
@@ -153,14 +162,14 @@ def read_certificate(path: Path) -> dict[str, Any]:
     return content
 
 
-def verify(path: Path, cells: int, seed: int | None, quiet: bool) -> list[Checked]:
+def verify(path: Path, cells: int, quiet: bool) -> list[Checked]:
     """Train random cells of a certificate again, in a results store that is thrown away. Raises ConfigError."""
     content = read_certificate(path)
     try:
         known = [
             (arm, cell) for arm in content["arms"] for cell in arm["cells"] if isinstance(cell["score"], int | float)
         ]
-        chosen = random.Random(seed).sample(known, min(cells, len(known)))  # noqa: S311 - which cells, no secret
+        chosen = random.sample(known, min(cells, len(known)))
         metric = str(content["test_metric"])
         return [_checked(arm, cell, metric, path, quiet) for arm, cell in chosen]
     except (KeyError, TypeError, IndexError) as error:

@@ -6,7 +6,6 @@ which is fast, and corrects it by the executed count.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
@@ -31,15 +30,7 @@ from research_eval.training.evaluate import measure_flops
 from research_eval.training.latency import Timed, timed_batches
 from research_eval.wording import hint
 
-log = logging.getLogger(__name__)
-
-AXES = {
-    "total_params": "param_count",
-    "active_params": "active_param_count",
-    "flops": "inference_flops_per_sample",
-    "latency": "inference_latency_ms_batch",
-}
-TOLERANCE = 0.02
+AXES = ("total_params", "active_params", "flops", "latency")
 CORRECTIONS = 4  # of a formula by what was executed
 REPETITIONS = 15  # of both models in turn, for a latency
 DEPTH_OPTIONS = ("num_loops", "max_path_len", "num_layers")  # of a class with several, the first one
@@ -48,7 +39,7 @@ DEPTHS = (0, 1, -1)  # blocks more than the base has
 
 @dataclass(frozen=True)
 class Match:
-    """A config of another model, and its cost beside that of the base."""
+    """A config whose model has the wanted cost. `target` is the cost of the base."""
 
     config: ExperimentConfig
     axis: str

@@ -61,6 +61,8 @@ class Plan:
                 raise ConfigError(f"{flag}: expected at least {least}, got {given}")
         if self.num_seeds > FIRST_TUNING_SEED:
             raise ConfigError(f"--seeds: expected at most {FIRST_TUNING_SEED}, got {self.num_seeds}")
+        if not 0 < self.tol < 1:
+            raise ConfigError(f"--tol: expected a share between 0 and 1, got {self.tol:g}")
         if len(set(self.models)) < 2:
             raise ConfigError("--models: a comparison needs at least two models")
 

@@ -24,6 +24,7 @@ from research_eval.analysis.tables import Table, interval_text, metric_text
 from research_eval.config.jsonc import read_object, read_text
 from research_eval.errors import ConfigError
 from research_eval.files import write_atomically
+from research_eval.store.metrics import gain_sign
 from research_eval.system.untrusted import parse_json, read_limited
 from research_eval.wording import hint
 
@@ -261,7 +262,8 @@ def task_table(certificates: Mapping[str, dict[str, Any]]) -> Table:
         ]
         known = [(means[arm], place) for place, arm in enumerate(arms) if means.get(arm) is not None]
         if known:
-            bold.add((number, 1 + max(known)[1]))
+            sign = gain_sign(content["test_metric"])
+            bold.add((number, 1 + max((sign * mean, place) for mean, place in known)[1]))
         rows.append([task, *cells, _claims(content["comparisons"])])
     notes = ["Claims: paired t-tests over seeds, Holm-adjusted within a task."]
     return Table("Mean test scores", ["task", *arms, "claims"], rows, ("task", "claims"), notes, frozenset(bold))

@@ -5,6 +5,7 @@ An arm is a model with its sizes and its settings. All arms have scores for the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -43,15 +44,13 @@ def verdicts(
     A claim that an arm is better needs an adjusted p-value below `LEVEL`. Then the chance of any false claim is at most
     `LEVEL`, however many arms there are.
     """
-    found = [
-        Verdict(
-            first,
-            second,
-            paired_difference(scores[first], scores[second], confidence, bounds),
-            equivalence(scores[first], scores[second], margin),
-        )
-        for first, second in combinations(scores, 2)
-    ]
+    found = []
+    for first, second in combinations(scores, 2):
+        if not all(map(math.isfinite, (*scores[first], *scores[second]))):
+            found.append(Verdict(first, second, PairedDifference(0, None, note="a seed did not finish"), None))
+            continue
+        difference = paired_difference(scores[first], scores[second], confidence, bounds)
+        found.append(Verdict(first, second, difference, equivalence(scores[first], scores[second], margin)))
     adjusted = iter(holm([one.difference.p_value for one in found if one.difference.p_value is not None]))
     found = [replace(one, adjusted_p=None if one.difference.p_value is None else next(adjusted)) for one in found]
     return [replace(one, text=_text(one, sign, margin)) for one in found]
