@@ -30,7 +30,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import command_server
 import pytest
+from command_server import CLIENT
 from pydantic import BaseModel
 from support import MODELS, ROOT, without_phases
 
@@ -199,9 +201,15 @@ def sandbox(tmp_path: Path) -> Path:
         (folder / ".venv" / stamp).touch()
     shims = tmp_path / "bin"
     shims.mkdir()
-    goe = '-c "from research_eval.main import cli; raise SystemExit(cli())"'
-    for name, arguments in {"python": "", "goe": goe}.items():
-        (shims / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {arguments} "$@"\n')
+    python = shlex.quote(sys.executable)
+    (tmp_path / "client.py").write_text(CLIENT)
+    ask = f"exec {python} -I -S {tmp_path}/client.py {tmp_path}/server"
+    goe = f'if test -e {tmp_path}/server; then {ask} goe "$@"; fi\n' + (
+        f'exec {python} -c "from research_eval.main import cli; raise SystemExit(cli())" "$@"\n'
+    )
+    script = f'case "$1" in research_eval/*.py) if test -e {tmp_path}/server; then {ask} "$@"; fi;; esac\n'
+    for name, text in {"python": f'{script}exec {python} "$@"\n', "goe": goe}.items():
+        (shims / name).write_text(f"#!/bin/sh\n{text}")
         (shims / name).chmod(0o755)
     return folder
 
@@ -221,14 +229,19 @@ def without(environment: Any, *patterns: str) -> dict[str, str]:
     return {name: value for name, value in environment.items() if not re.fullmatch("|".join(patterns), name)}
 
 
-def shell(sandbox: Path, script: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    environment = without(os.environ, r"GIT_.*", "GOE_.*", "MAKE.*", "COV_.*") | {
+def environment_of(sandbox: Path) -> dict[str, str]:
+    """What the commands of a page see."""
+    return without(os.environ, r"GIT_.*", "GOE_.*", "MAKE.*", "COV_.*") | {
         "PATH": f"{sandbox.parent / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(sandbox),  # as the editable installation of this copy would
         "GOE_CACHE": str(sandbox / ".goe_cache"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
+
+
+def shell(sandbox: Path, script: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    environment = environment_of(sandbox)
     return subprocess.run(
         ["bash", "-c", script], cwd=sandbox, env=environment, text=True, stdin=subprocess.DEVNULL, **options
     )
@@ -261,9 +274,20 @@ def run_sql(database: Path, query: str) -> None:
         assert connection.execute(query).fetchall(), f"found nothing:\n{query}"
 
 
+# Pages that change the source between commands: every command needs a new process.
+NEW_PROCESSES = ("extending.md",)
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_everything_on_the_page_works(page: Path, sandbox: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        if page.name not in NEW_PROCESSES:
+            stack.enter_context(command_server.commands(sandbox.parent / "server", environment_of(sandbox)))
+        everything_works(page, sandbox)
+
+
+def everything_works(page: Path, sandbox: Path) -> None:
     found = blocks(page)
     for number, (language, text) in enumerate(found):
         file = found[number].file

@@ -1,0 +1,127 @@
+"""Runs the commands of a documentation page one after the other in one process, which imports the libraries once.
+
+`Commands` starts that process; `client` is the text of a program that hands its command line, folder, environment and
+standard streams to it and ends with the exit code that comes back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from multiprocessing import forkserver, resource_tracker
+from pathlib import Path
+from typing import Any
+
+STREAMS = 3
+CLIENT = """
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    server.connect(sys.argv[1])
+    request = {"command": sys.argv[2:], "folder": os.getcwd(), "environment": dict(os.environ)}
+    socket.send_fds(server, [json.dumps(request).encode()], [0, 1, 2])
+    sys.exit(int(server.recv(16) or 70))
+"""
+
+
+@contextlib.contextmanager
+def commands(address: Path, environment: dict[str, str]) -> Iterator[None]:
+    """A process that serves at this address while the context lasts."""
+    command = [sys.executable, __file__, str(address)]
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, start_new_session=True)
+    assert server.stdout is not None
+    try:
+        assert server.stdout.readline() == b"ready\n"
+        yield
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.stdout.close()
+        server.wait()
+
+
+def serve(address: str) -> None:
+    """Run what clients ask for, until the process is killed."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(address)
+        listener.listen()
+        print("ready", flush=True)
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                message, streams, _, _ = socket.recv_fds(connection, 1 << 20, STREAMS)
+                with _streams(streams), _surroundings(json.loads(message)) as command:
+                    code = _run(command)
+                connection.send(str(code).encode())
+
+
+def _run(command: list[str]) -> int:
+    """The exit code of a command: `goe ...` or a script with its arguments."""
+    program, *arguments = command
+    sys.argv = command
+    try:
+        if program == "goe":
+            from research_eval.main import cli
+
+            return cli(arguments)
+        sys.path.insert(0, str(Path(program).resolve().parent))
+        runpy.run_path(program, run_name="__main__")
+        return 0
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        return 1
+
+
+@contextlib.contextmanager
+def _streams(descriptors: list[int]) -> Iterator[None]:
+    """The client's standard streams are this process's ones."""
+    saved = [os.dup(number) for number in range(STREAMS)]
+    before = sys.stdin, sys.stdout, sys.stderr
+    for number, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        sys.stdin, sys.stdout, sys.stderr = before
+        for number, descriptor in enumerate(saved):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _surroundings(request: dict[str, Any]) -> Iterator[list[str]]:
+    """The client's folder and environment; what the command changes of them and of `sys` is undone."""
+    folder, environment, arguments, path = Path.cwd(), dict(os.environ), sys.argv, list(sys.path)
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    try:
+        yield request["command"]
+    finally:
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.argv, sys.path[:] = arguments, path
+        # They have the client's streams, and the next command has others.
+        forkserver._forkserver._stop()
+        resource_tracker._resource_tracker._stop()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
