@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from research_eval.config.sections import ExperimentConfig
+from research_eval.generation.during_training import TrainingSamples
 from research_eval.runs.entry import RunEntry
 from research_eval.runs.entry import TrialRun as TrialRun
 from research_eval.runs.folder import claimed_folder, save_description
@@ -21,7 +22,6 @@ from research_eval.store.store import Store
 from research_eval.store.values import normal_metrics
 from research_eval.system.best_effort import attempted
 from research_eval.system.progress import Display, Progress
-from research_eval.training.checkpointer import drop_previous
 from research_eval.training.fit import fit
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,9 @@ def run(
             save_description(folder, config, prepared.data)
             with nullcontext(progress) if progress else Progress(config.epochs, quiet, warns=trial is None) as screen:
                 watch = None if trial is None else trial.watch
-                journal = Journal(store, entry.experiment_id, screen, watch, entry.wants_csv_row(to_csv))
+                samples = TrainingSamples(config, prepared.data, prepared.runtime, folder)
+                to_csv = entry.wants_csv_row(to_csv)
+                journal = Journal(store, entry.experiment_id, screen, watch, to_csv, samples.write)
                 return _train_and_store(entry.experiment_id, folder, config, prepared, journal)
 
 
@@ -92,8 +94,6 @@ def _train_and_store(
         return result
     result = Result.finished(experiment_id, metrics, folder, data.fingerprint)
     journal.end(config, result, stored)
-    with attempted(log, f"run {experiment_id}: the checkpoint before the last one stays"):
-        drop_previous(folder)
     with attempted(log, f"run {experiment_id}: no pictures"):
         draw_pictures(result, state.reports, config, data)
     return result

@@ -18,6 +18,7 @@ MAX_NAME = 200  # characters of a run, a study or a data set
 RUNS_FOLDER = Path("runs")
 LOCK_FILE = ".lock"
 CONFIG_FILE = "config.json"  # of a run, complete
+SAMPLES_FILE = "samples.jsonl"  # of a run: what a language model wrote during its training
 MODEL_FILE = "model.safetensors"  # of a run: the weights with the best score on validation
 ID_LETTERS = frozenset(string.ascii_letters + string.digits + "-_")
 

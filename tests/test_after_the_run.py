@@ -25,6 +25,7 @@ from research_eval.analysis.study_plots import draw_study
 from research_eval.db_utils import DB_FILE, Store, append_csv
 from research_eval.main import cli, main
 from research_eval.routing.automaton import Automaton, WalkerAutomaton, certification_metrics
+from research_eval.runs import journal
 from research_eval.store import csv_file
 from research_eval.store.csv_file import CSV_FILE
 from research_eval.store.pending import PENDING_FOLDER
@@ -273,7 +274,7 @@ def test_a_run_without_its_picture_is_finished(
     monkeypatch.setattr("research_eval.analysis.expert_graph.draw_expert_graph", failing)
     if what == "the whole step":
         monkeypatch.setattr(experiment, "draw_pictures", bug)
-        monkeypatch.setattr(experiment, "drop_previous", full)
+        monkeypatch.setattr(journal, "drop_previous", full)
     settings = SMALL | {"model_type": "goe_original", "training_params": {"trace_routing": True}, "epochs": 2}
     result = run_in(tmp_path, small_config(**settings))
     assert (result.status, statuses(tmp_path)) == ("finished", ["finished"])

@@ -66,7 +66,9 @@ class Observed:
             assert step not in self.series[name]
             self.series[name][step] = value
 
-    def epoch_end(self, step: int, evaluation: Evaluation, model_metrics: dict[str, Any]) -> None:
+    def epoch_end(
+        self, step: int, evaluation: Evaluation, model_metrics: dict[str, Any], scored: EvaluableModel
+    ) -> None:
         self.series["val_f1"][step] = evaluation.scores["f1"]
         self.series["val_loss"][step] = evaluation.loss
         self.at_epoch_end()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import html
 import json
 import math
 from pathlib import Path
@@ -11,13 +13,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support import history, repeatable, run_in, stop_at
+from support import history, repeatable, run_in, small_config, stop_at
 from torch import nn
 from torch.testing import assert_close
 
+from research_eval.analysis.report_routes import read_samples
+from research_eval.analyze_results import main
 from research_eval.annotations import Range
 from research_eval.config.sections import OptimizerParams
 from research_eval.datasets.token_data import IGNORED, Batch
+from research_eval.db_utils import DB_FILE
 from research_eval.errors import ConfigError
 from research_eval.layers.block import Attention
 from research_eval.layers.causal.products import ExpertMatrix
@@ -328,3 +333,35 @@ def test_accumulated_batches_count_every_target_once() -> None:
         take_step(model, batches, optimizer, None, Runtime("cpu", "fp32"), Meter())
         found.append(model.logits_V.detach())
     assert_close(found[0], found[1])
+
+
+def test_texts_written_during_the_training_change_nothing_and_survive_a_resume(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = config_from_dict(settings(corpus, "goe"))
+    written = config_from_dict(settings(corpus, "goe", training_params={"sample_during_training": 30}))
+    for name in ("plain", "whole", "parts"):
+        (tmp_path / name).mkdir()
+    expected = repeatable(run_in(tmp_path / "plain", plain).metrics)
+    whole = run_in(tmp_path / "whole", written)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        assert run_in(tmp_path / "parts", written).status == "interrupted"
+    parts = run_in(tmp_path / "parts", written, resume=True)
+    assert repeatable(whole.metrics) == repeatable(parts.metrics) == expected
+    with contextlib.chdir(tmp_path / "whole"):
+        samples = read_samples(whole.folder)
+        assert main(["--dataset_name", "verses", "--run_report", "--output_dir", "out", "--db", DB_FILE]) == 0
+    assert [sample.step for sample in samples] == [5, 10, 12]
+    assert {len(sample.text) for sample in samples} == {30}
+    assert len({sample.text for sample in samples}) > 1  # the weights differ
+    with contextlib.chdir(tmp_path / "parts"):
+        assert read_samples(parts.folder) == samples
+    (report,) = (tmp_path / "whole" / "out").glob("*.html")
+    page = report.read_text(encoding="utf-8")
+    assert html.escape(samples[-1].text, quote=False) in page
+
+
+def test_a_classifier_writes_no_text(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"training_params\.sample_during_training: 'parity' is no running text"):
+        run_in(tmp_path, small_config(training_params={"sample_during_training": 10}))

@@ -23,7 +23,7 @@ from research_eval.analysis.comparison import Comparison, comparison_table
 from research_eval.analysis.data import TaskData
 from research_eval.analysis.figures import label
 from research_eval.analysis.points import COST_LABELS, Curve, Point, Score, Standing, is_wide, panels, points_of, styles
-from research_eval.analysis.report_routes import routing_parts
+from research_eval.analysis.report_routes import routing_parts, written_texts
 from research_eval.analysis.runs import (
     OPERATIONAL,
     Group,
@@ -99,6 +99,7 @@ def report_html(
         listed=listed,
         known=_known(results, data),
         routing=routing_parts(store, results, rows, options),
+        written=written_texts(results, rows, options),
         recipes=[_recipe(store, results, row) for row in rows],
         command=_command(results, options),
         plotly=get_plotlyjs(),

@@ -1,9 +1,13 @@
-"""The part of the HTML page about routing: pictures of runs, and tables of what their experts do."""
+"""The parts of the HTML page that come from the folders of single runs: pictures of routing, and written texts.
+
+Tables of what the experts do come from the store.
+"""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pydantic
@@ -11,10 +15,11 @@ from pydantic.dataclasses import dataclass as checked
 
 from research_eval.analysis.runs import Results
 from research_eval.analysis.summary import Options, Row
-from research_eval.files import RUNS_FOLDER, file_stem
+from research_eval.files import RUNS_FOLDER, SAMPLES_FILE, file_stem
 from research_eval.store.metrics import gain_sign
 
 if TYPE_CHECKING:
+    from research_eval.store.records import RunRow
     from research_eval.store.store import Store
 
 PICTURES = {
@@ -52,6 +57,14 @@ class RoleTable:
         )
 
 
+@checked
+class Sample:
+    """A line of the file with the texts that a language model wrote during its training."""
+
+    step: int
+    text: str
+
+
 def routing_parts(store: Store, results: Results, rows: Sequence[Row], options: Options) -> list[dict[str, Any]]:
     """For each best config with routes its best run, with the pictures in the run's folder and its tables.
 
@@ -62,10 +75,8 @@ def routing_parts(store: Store, results: Results, rows: Sequence[Row], options: 
     routed.sort(key=lambda row: -sign * (row.score.mean or 0.0))
     parts = []
     for row in routed:
-        scored = [run for run in row.group.runs if options.metric in run.metrics]
-        run = max(scored, key=lambda run: sign * run.metrics[options.metric])
-        # The id may come from a foreign database and contain any characters.
-        folder = RUNS_FOLDER / file_stem(run.experiment_id)
+        run = _best_run(row, options)
+        folder = _folder_of(run)
         pictures = [
             {"source": f"data:image/png;base64,{base64.b64encode((folder / name).read_bytes()).decode()}", "text": text}
             for name, text in PICTURES.items()
@@ -75,6 +86,37 @@ def routing_parts(store: Store, results: Results, rows: Sequence[Row], options: 
         one = {"model": row.group.model_type, "run": run, "folder": str(folder), "pictures": pictures, "roles": roles}
         parts.append(one | {"task": results.tasks[row.group.task]})
     return parts
+
+
+def written_texts(results: Results, rows: Sequence[Row], options: Options) -> list[dict[str, Any]]:
+    """What the best run of each best config wrote during its training, if it is a language model that did so."""
+    parts = []
+    for row in rows:
+        run = _best_run(row, options)
+        samples = read_samples(_folder_of(run))
+        if samples:
+            parts.append({"model": row.group.model_type, "run": run, "samples": samples})
+    return parts
+
+
+def read_samples(folder: Path) -> list[Sample]:
+    """The samples in a run's folder; empty if there are none, or damaged ones."""
+    try:
+        lines = (folder / SAMPLES_FILE).read_text(encoding="utf-8").splitlines()
+        return [pydantic.TypeAdapter(Sample).validate_json(line) for line in lines]
+    except (OSError, ValueError):
+        return []
+
+
+def _best_run(row: Row, options: Options) -> RunRow:
+    scored = [run for run in row.group.runs if options.metric in run.metrics]
+    sign = gain_sign(options.metric)
+    return max(scored, key=lambda run: sign * run.metrics[options.metric])
+
+
+def _folder_of(run: RunRow) -> Path:
+    """The run's folder. The id may come from a foreign database and contain any characters."""
+    return RUNS_FOLDER / file_stem(run.experiment_id)
 
 
 def role_tables(stored: Any) -> list[dict[str, Any]]:

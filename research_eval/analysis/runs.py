@@ -29,7 +29,10 @@ log = logging.getLogger(__name__)
 
 # Two configs that differ only in these training parameters are the same experiment: the parameters say how a run is
 # watched and where it is computed, not what is computed.
-OPERATIONAL = ("device", "num_threads", "log_every", "checkpoint_every", "trace_routing", "test")
+OPERATIONAL = (
+    *("device", "num_threads", "log_every", "checkpoint_every", "trace_routing", "test"),
+    "sample_during_training",
+)
 DATA_DIGITS = 8  # of a hash, in keys and labels
 # Runs of these statuses say something about their configs. The others did not come to an end (yet), or failed for a
 # reason around them: they are left out, so that a pilot run that was stopped changes no title, column or count.

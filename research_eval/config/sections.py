@@ -140,6 +140,8 @@ class TrainingParams(_Section):
     """Length of the training in tokens, in place of epochs; null for the epochs. Give it or max_steps."""
     eval_every: Annotated[Count | None, Younger()] = None
     """Steps between evaluations; null for one after each epoch."""
+    sample_during_training: Annotated[Natural, Younger()] = 0
+    """Characters that a language model writes and shows after each evaluation; 0 for none."""
 
     @field_validator("max_tokens")
     @classmethod

@@ -12,19 +12,23 @@ from typing import Any
 
 from research_eval.config.sections import ExperimentConfig
 from research_eval.errors import signal_of
+from research_eval.models.base_model import EvaluableModel
 from research_eval.store.data_facts import Baselines, baselines_of
 from research_eval.store.metrics import FLOPS_VERSION
 from research_eval.store.pending import RunWriter, Write
 from research_eval.store.records import HistoryRow
 from research_eval.store.store import Store
 from research_eval.store.values import NormalMetrics
+from research_eval.system.best_effort import attempted
 from research_eval.system.progress import Display
 from research_eval.tasks.base import Evaluation
+from research_eval.training.checkpointer import drop_previous
 from research_eval.training.state import Diverged, Interrupted, Pruned, TrainingState
 
 log = logging.getLogger(__name__)
 
 Watch = Callable[[int, dict[str, float]], None]  # (epoch, scores); may raise Pruned
+Look = Callable[[int, EvaluableModel], None]  # (step, model after the evaluation)
 
 
 @dataclass(frozen=True)
@@ -121,9 +125,15 @@ class Journal:
     """
 
     def __init__(
-        self, store: Store, experiment_id: str, progress: Display, watch: Watch | None = None, to_csv: bool = True
+        self,
+        store: Store,
+        experiment_id: str,
+        progress: Display,
+        watch: Watch | None = None,
+        to_csv: bool = True,
+        look: Look = lambda *_: None,
     ) -> None:
-        self.watch = watch
+        self.watch, self._look = watch, look
         self._to_csv = to_csv
         self._experiment_id = experiment_id
         self._writer = RunWriter(store, experiment_id)
@@ -141,7 +151,9 @@ class Journal:
         self._write(step, values)
         self._progress.step(step, values)
 
-    def epoch_end(self, step: int, evaluation: Evaluation, model_metrics: dict[str, Any]) -> None:
+    def epoch_end(
+        self, step: int, evaluation: Evaluation, model_metrics: dict[str, Any], scored: EvaluableModel
+    ) -> None:
         """Store and show an evaluation and its alarms, then call the observer, which may raise Pruned."""
         values = {"val_loss": evaluation.loss, **{f"val_{name}": score for name, score in evaluation.scores.items()}}
         scalars = {name: float(value) for name, value in model_metrics.items() if isinstance(value, int | float)}
@@ -150,6 +162,7 @@ class Journal:
         self._progress.epoch(number, values)
         for alarm in model_metrics.get("alarms", ()):
             self._progress.warn(str(alarm))
+        self._look(step, scored)
         if self.watch is not None:
             self.watch(number, values)
 
@@ -179,3 +192,6 @@ class Journal:
         if self._to_csv and self.watch is None and result.status != "interrupted":
             writes.append(("csv", csv_row(config, result)))
         self._writer.end(*writes)
+        if result.status == "finished":
+            with attempted(log, f"run {self._experiment_id}: the checkpoint before the last one stays"):
+                drop_previous(result.folder)

@@ -19,7 +19,7 @@ from research_eval.layers.block import compile_blocks
 from research_eval.layers.dispatch import Execution, set_execution
 from research_eval.models.base_model import EvaluableModel, adapt
 from research_eval.models.language.base import LanguageModel
-from research_eval.registry import CLASSIFICATION, DISPATCHERS, models_for
+from research_eval.registry import CLASSIFICATION, DISPATCHERS, NEXT_TOKEN, models_for
 from research_eval.seeding import derive_seed
 from research_eval.system.environment import check_fits
 from research_eval.system.phases import phase
@@ -74,6 +74,11 @@ def _check_options(config: ExperimentConfig, data: DataSplits) -> None:
     class_weights(options.class_weights, data)
     check_metric(options.select_by, "select_by", task, data)
     check_metric(options.early_stopping_metric, "early_stopping_metric", task, data)
+    if options.sample_during_training and config.task_name != NEXT_TOKEN:
+        raise ConfigError(
+            f"training_params.sample_during_training: {config.dataset_name!r} is no running text, so no model of it "
+            "writes any. Leave the key out, or set it to 0."
+        )
 
 
 def _check_weighted_loss(config: ExperimentConfig, model: EvaluableModel) -> None:

@@ -33,12 +33,14 @@ from research_eval.training.step import Meter, TrainingLoss, take_step
 class Observer(Protocol):
     """Receives the reports of a training, for the store, the log and the progress bar.
 
-    `epoch_end` may raise Pruned to end the run.
+    `epoch_end` also receives the scored model, which it must not change. It may raise Pruned to end the run.
     """
 
     def start(self, state: TrainingState, steps_per_evaluation: int, total_steps: int) -> None: ...
     def train_values(self, step: int, values: dict[str, float]) -> None: ...
-    def epoch_end(self, step: int, evaluation: Evaluation, model_metrics: dict[str, Any]) -> None: ...
+    def epoch_end(
+        self, step: int, evaluation: Evaluation, model_metrics: dict[str, Any], scored: EvaluableModel
+    ) -> None: ...
 
 
 Fitted = tuple[TrainingState, EvaluableModel, Evaluation]  # state, model to score, its last evaluation
@@ -106,7 +108,7 @@ def fit(
                     evaluation = _evaluated(scored, validation, data, task, runtime)
                     _check_finite("validation loss", evaluation.loss, state.step)
                     metrics = watch.epoch_end(math.ceil(state.step / length.period), scored, evaluation, state.reports)
-                    observer.epoch_end(state.step, evaluation, metrics)
+                    observer.epoch_end(state.step, evaluation, metrics, scored)
                     gains = _keep_best(state, evaluation, task, selection, scored, checkpointer)
                     _count_patience(state, gains, options.early_stopping_patience)
                     meter.reset()  # the speed of the steps is that without evaluations
