@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend, and the number of the signal that an interruption stands for."""
+"""The exceptions for what a user can mend, and the number of the signal that an interruption stands for."""
 
 import signal
 
@@ -8,6 +8,14 @@ class ConfigError(ValueError):
 
     The message says where, what was given and what to do. Commands print it and exit with 2.
     """
+
+
+class Superseded(ConfigError):
+    """Another process has continued the run, or has finished it: this one writes nothing more about it."""
+
+
+class RunIsBusy(ConfigError):
+    """Another process works in the folder of the run."""
 
 
 def signal_of(interruption: KeyboardInterrupt) -> int:

@@ -59,13 +59,13 @@ def run(
         if show_data:
             entry.show_data(prepared.data)
         with claimed_folder(entry.experiment_id) as folder:
-            entry.begin(prepared.runtime, prepared.data, folder)
+            attempt = entry.begin(prepared.runtime, prepared.data, folder)
             save_description(folder, config, prepared.data)
             with nullcontext(progress) if progress else Progress(config.epochs, quiet, warns=trial is None) as screen:
                 watch = None if trial is None else trial.watch
                 samples = TrainingSamples(config, prepared.data, prepared.runtime, folder)
                 to_csv = entry.wants_csv_row(to_csv)
-                journal = Journal(store, entry.experiment_id, screen, watch, to_csv, samples.write)
+                journal = Journal(store, entry.experiment_id, screen, watch, to_csv, samples.write, attempt)
                 return _train_and_store(entry.experiment_id, folder, config, prepared, journal)
 
 

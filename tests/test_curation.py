@@ -213,8 +213,8 @@ def test_a_run_at_work_cannot_be_deleted_and_no_other_one_is() -> None:
     with filelock.FileLock("runs/run-b/.lock"):
         ended = goe("runs", "delete", "run-b", "--yes")
         assert (ended.code, "a process works in its folder: stop it first" in ended.err) == (2, True)
-        with Store() as store:
-            store.set_status("run-b", "running")
+        with Store() as store, store._engine.begin() as connection:
+            connection.exec_driver_sql("UPDATE experiments SET status = 'running' WHERE experiment_id = 'run-b'")
         ended = goe("runs", "delete", "run-a", "run-b", "--yes")
         assert (ended.code, "run run-b is running: stop it first" in ended.err) == (2, True)
     assert folders() == before and len(listed()) == 2

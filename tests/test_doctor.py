@@ -297,7 +297,7 @@ def test_a_backup_overwrites_nothing_and_is_of_one_moment(healthy: Path, monkeyp
     path = Path(DB_FILE).absolute()
     first = back_up(path)
     with Store() as store:
-        store.set_status("run-1", "failed", "later")
+        store.update_environment("run-1", {"later": True})
     second = back_up(path)
     assert first.name == "experiment_results.backup-20260102-030405.db" and second.name.endswith("030405-2.db")
     assert contents(first) == before != contents(second) == contents()

@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 from test_db_utils import postgresql_server  # noqa: F401 - a fixture
 
 from research_eval.db_utils import COMPARISONS, STATUSES, HistoryRow, RunFilter, Store, database_url, metadata
-from research_eval.errors import ConfigError
+from research_eval.errors import ConfigError, Superseded
 from research_eval.store.merge import merge
 
 NAMES = ["f1", "loss", "é'\"%"]
@@ -139,6 +139,11 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(side=sides, key=ids, status=st.sampled_from(STATUSES), error=st.none() | st.just("out of memory"))
     def set_status(self, side: str, key: str, status: str, error: str | None) -> None:
+        known = self.model[side].get(key)
+        if known is not None and known.status == "finished" != status:
+            with pytest.raises(Superseded):
+                self.stores[side].set_status(key, status, error)
+            return
         run = self.touch(side, key)
         with self.complains(run):
             self.stores[side].set_status(key, status, error)

@@ -25,7 +25,7 @@ from research_eval.store.csv_file import append_if_possible, csv_accepts_rows
 from research_eval.store.data_facts import baselines_of, facts_of
 from research_eval.store.pending import with_retries
 from research_eval.store.store import Store
-from research_eval.store.tables import CONTINUES
+from research_eval.store.tables import CONTINUES, FIRST_ATTEMPT
 from research_eval.system.environment import environment_record
 from research_eval.system.untrusted import in_folder, stored_object
 from research_eval.training.checkpoint import checkpoint_exists
@@ -205,10 +205,11 @@ class RunEntry:
         """
         return to_csv and self._trial is None and csv_accepts_rows()
 
-    def begin(self, runtime: Runtime, data: DataSplits, folder: Path) -> None:
-        """Mark the run as running in the store. Raises ConfigError if it started on other data.
+    def begin(self, runtime: Runtime, data: DataSplits, folder: Path) -> int:
+        """Mark the run as running in the store, and return the number of this attempt at it.
 
-        The data only need to be the same if there is a checkpoint to continue from.
+        Raises ConfigError if it started on other data, which have to be the same only if there is a checkpoint to
+        continue from; Superseded if another process has finished it meanwhile.
         """
         environment = {**environment_record(str(runtime.device)), "data": data.fingerprint}
         if self._trial is not None:
@@ -221,9 +222,9 @@ class RunEntry:
             if CONTINUES in (known := stored_object(self._known["env_details_json"])):
                 environment[CONTINUES] = known[CONTINUES]
             log.info("resuming run %s", name)
-            with_retries(lambda: store.set_status(name, "running"))
-            with_retries(lambda: store.update_environment(name, environment))
-            return
+            attempt: int = with_retries(lambda: store.take_over(name))
+            with_retries(lambda: store.update_environment(name, environment, attempt))
+            return attempt
         earlier = self._earlier
         if earlier is not None:
             log.info("continuing run %s of %d epochs as run %s", earlier.run_id, earlier.epochs, name)
@@ -232,12 +233,13 @@ class RunEntry:
             environment[CONTINUES] = {"run": earlier.run_id, "epochs": earlier.epochs}
             with_retries(lambda: start_row(store, name, self._config, environment, "json", earlier.run_id))
             earlier.copy_history(store, name, self._config, per_epoch)
-            return
+            return FIRST_ATTEMPT
         if self._resume:
             log.info("no earlier run of this config to resume: starting a new one")
         # `find_experiment` ignores trials, so that a resume of the same config never continues one.
         run_type = "json" if self._trial is None else "optuna_trial"
         with_retries(lambda: start_row(store, name, self._config, environment, run_type, self._parent_id))
+        return FIRST_ATTEMPT
 
 
 def _check_not_deleted(row: dict[str, Any] | None) -> None:

@@ -13,7 +13,7 @@ import filelock
 
 from research_eval.config.sections import ExperimentConfig
 from research_eval.datasets.token_data import CLASSIFICATION, DataSplits
-from research_eval.errors import ConfigError
+from research_eval.errors import RunIsBusy
 from research_eval.files import CONFIG_FILE, LOCK_FILE, run_folder, write_atomically
 from research_eval.system.untrusted import in_folder
 from research_eval.tasks.base import task_of
@@ -28,7 +28,7 @@ def new_id() -> str:
 
 @contextmanager
 def claimed_folder(experiment_id: str) -> Iterator[Path]:
-    """Create and lock the run's folder for the block. Raises ConfigError while another process works in it.
+    """Create and lock the run's folder for the block. Raises RunIsBusy while another process works in it.
 
     Two processes that resume the same run at once then cannot overwrite each other's checkpoints.
     """
@@ -41,7 +41,7 @@ def claimed_folder(experiment_id: str) -> Iterator[Path]:
                 unfinished.unlink()
             yield folder
     except filelock.Timeout as error:
-        raise ConfigError(
+        raise RunIsBusy(
             f"run {experiment_id} is being trained by another process: wait for it, or drop --resume"
         ) from error
 

@@ -132,11 +132,12 @@ class Journal:
         watch: Watch | None = None,
         to_csv: bool = True,
         look: Look = lambda *_: None,
+        attempt: int | None = None,
     ) -> None:
         self.watch, self._look = watch, look
         self._to_csv = to_csv
         self._experiment_id = experiment_id
-        self._writer = RunWriter(store, experiment_id)
+        self._writer = RunWriter(store, experiment_id, attempt)
         self._progress = progress
         self._period = 1  # until `start` reports the real number
 
@@ -175,7 +176,8 @@ class Journal:
     def fail(self, config: ExperimentConfig, problem: BaseException, folder: Path) -> None:
         """Store the run as failed; the caller raises the exception again.
 
-        A second problem during this write is only logged, because the first one is the cause.
+        A second problem during this write is only logged, because the first one is the cause. Raises Superseded if the
+        run belongs to another process by now.
         """
         error = f"{type(problem).__name__}: {problem}"
         try:

@@ -2,7 +2,8 @@
 
 The last writes of a run go into this file before they go into the database and the CSV file (a write-ahead log), so
 that both get them even if the process dies in between. If the database does not answer, the writes stay in the file.
-The next command that opens the database for writing stores them. A line is one write: `[kind, value]` as JSON.
+The next command that opens the database for writing stores them. A line is one write: `[kind, value, attempt]` as JSON.
+The writes of an attempt that another process has superseded are dropped.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, Literal
 
 import filelock
 
-from research_eval.errors import ConfigError
+from research_eval.errors import ConfigError, Superseded
 from research_eval.files import LOCK_FILE, RUNS_FOLDER, run_folder, sync_folder
 from research_eval.store.connection import StoreUnavailable
 from research_eval.store.csv_file import append_if_possible
@@ -48,12 +49,13 @@ Write = (
 class RunWriter:
     """Writes the results of one run in their order: into the store or, while that does not answer, into the file.
 
-    The caller holds the lock of the run's folder, so nothing else writes to this file.
+    The caller holds the lock of the run's folder, so nothing else writes to this file. If another process has taken
+    the run over (`attempt`, from `Store.take_over`), every write raises Superseded.
     """
 
-    def __init__(self, store: Store, experiment_id: str) -> None:
+    def __init__(self, store: Store, experiment_id: str, attempt: int | None = None) -> None:
         self._store = store
-        self._id = experiment_id
+        self._id, self._attempt = experiment_id, attempt
         self._path = PENDING_FOLDER / f"{experiment_id}.jsonl"
         self._has_pending = self._path.exists()
         self._next_attempt = 0.0
@@ -61,14 +63,14 @@ class RunWriter:
     def write(self, write: Write) -> None:
         """One write of a run at work. Raises OSError if neither the database nor the disk accepts it."""
         if self._has_pending:  # later writes must not overtake those in the file
-            _append(self._path, [write])
+            _append(self._path, [write], self._attempt)
             if time.monotonic() >= self._next_attempt:
                 self._try_again()
             return
         try:
-            with_retries(lambda: _apply(self._store, self._id, *write))
+            with_retries(lambda: _apply(self._store, self._id, write, self._attempt))
         except StoreUnavailable as error:
-            _append(self._path, [write])
+            _append(self._path, [write], self._attempt)
             self._postpone()
             log.warning(
                 "%s: %s. Training continues; its results wait in %s", error.filename, error.strerror, self._path
@@ -90,12 +92,12 @@ class RunWriter:
     def end(self, *writes: Write) -> None:
         """The last writes of a run: first to the disk, so that a crash loses none of them and stores none by half."""
         try:
-            _append(self._path, writes, durable=True)
+            _append(self._path, writes, self._attempt, durable=True)
         except OSError:
             if self._has_pending:
                 raise
             for write in writes:  # the disk is full, but the database may be on another one
-                with_retries(lambda write=write: _apply(self._store, self._id, *write))  # type: ignore[misc]
+                with_retries(lambda write=write: _apply(self._store, self._id, write, self._attempt))  # type: ignore[misc]
             return
         try:
             with_retries(lambda: _apply_file(self._store, self._id, self._path, again=self._has_pending))
@@ -147,6 +149,8 @@ def merge_pending(store: Store) -> int:
                     _apply_file(store, path.stem, path, again=True)
                     merged += 1
                     log.info("run %s: its results waited in %s and are stored now", path.stem, path)
+        except Superseded as problem:
+            log.warning("%s: %s", path, problem)
         except filelock.Timeout:
             continue  # the run is at work and stores its pending writes itself
         except StoreUnavailable as error:
@@ -156,16 +160,23 @@ def merge_pending(store: Store) -> int:
     return merged
 
 
-def _apply(store: Store, experiment_id: str, kind: str, value: Any, again: bool = False) -> None:
-    """Execute one write. Each kind may be executed twice without harm; `again` makes that true of the CSV file too."""
+def _apply(store: Store, experiment_id: str, write: Write, attempt: int | None, again: bool = False) -> None:
+    """Execute one write of an attempt.
+
+    Each kind may be executed twice without harm; `again` makes that true of the CSV file too.
+    """
+    kind: str
+    value: Any
+    kind, value = write
     if kind == "history":
-        store.add_history(experiment_id, [HistoryRow(*row) for row in value])
+        store.add_history(experiment_id, [HistoryRow(*row) for row in value], attempt)
     elif kind == "truncate":
-        store.truncate_history(experiment_id, after_step=value)
+        store.truncate_history(experiment_id, value, attempt)
     elif kind == "metrics":
-        store.finish_normalised(experiment_id, value)
+        store.finish_normalised(experiment_id, value, attempt)
     elif kind == "status":
-        store.set_status(experiment_id, *value)
+        status, error = value
+        store.set_status(experiment_id, status, error, attempt)
     elif kind == "csv":
         append_if_possible(value, unless_known=("experiment_id", "status") if again else ())
     else:
@@ -173,20 +184,33 @@ def _apply(store: Store, experiment_id: str, kind: str, value: Any, again: bool 
 
 
 def _apply_file(store: Store, experiment_id: str, path: Path, again: bool = False) -> None:
-    """Execute all writes in the file, then delete it. A file that stays is executed again later, which does no harm."""
+    """Execute all writes in the file, then delete it. A file that stays is executed again later, which does no harm.
+
+    Once a write of an attempt is superseded, its later ones are dropped. Raises Superseded at the end, if the last
+    writes were.
+    """
+    dropped: dict[int | None, Superseded] = {}
+    attempt: int | None = None
     for line in read_limited(path, MAX_BYTES, "what a run leaves").splitlines():
         try:
-            kind, value = json.loads(line)
+            kind, value, *rest = json.loads(line)
         except json.JSONDecodeError:
             continue  # a crash has cut the line off, so its write was never confirmed to the run
-        _apply(store, experiment_id, kind, value, again)
+        attempt = rest[0] if rest else None
+        if attempt not in dropped:
+            try:
+                _apply(store, experiment_id, (kind, value), attempt, again)
+            except Superseded as problem:
+                dropped[attempt] = problem
     with attempted(log, f"{path}: everything in it is stored, but it cannot be deleted"):
         _delete(path)
+    if attempt in dropped:
+        raise dropped[attempt]
 
 
-def _append(path: Path, writes: Sequence[Write], durable: bool = False) -> None:
+def _append(path: Path, writes: Sequence[Write], attempt: int | None, durable: bool = False) -> None:
     """Add a line per write; if the disk is full, the file is cut to its old length."""
-    lines = "".join(json.dumps([kind, value]) + "\n" for kind, value in writes).encode()
+    lines = "".join(json.dumps([kind, value, attempt]) + "\n" for kind, value in writes).encode()
     descriptor = _open_to_append(path)
     try:
         size = os.fstat(descriptor).st_size

@@ -12,11 +12,11 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from research_eval.errors import ConfigError
+from research_eval.errors import ConfigError, Superseded
 from research_eval.store.history import delete_history, put_history
 from research_eval.store.queries import DEAD, IDS_PER_QUERY, Queries
 from research_eval.store.records import STATUSES, HistoryRow, RunRecord
-from research_eval.store.tables import CURATION, experiments_table, history_runs, metrics_table
+from research_eval.store.tables import CURATION, FIRST_ATTEMPT, experiments_table, history_runs, metrics_table
 from research_eval.store.values import NormalMetrics, canonical_json, normal_metrics, tags_of, tags_text
 
 
@@ -62,32 +62,64 @@ class Store(Queries):
             "heartbeat": now,
             "parent_id": parent_id,
             "data_sha256": _data_sha256(environment),
+            "attempt": FIRST_ATTEMPT,
         }
         with self._write() as connection:
             connection.execute(experiments_table.insert(), row)
 
-    def _update(self, connection: Connection, experiment_id: str, **columns: Any) -> None:
-        """Set columns and renew the heartbeat. Raises ConfigError if there is no such run."""
-        updated = connection.execute(
-            experiments_table.update()
-            .where(experiments_table.c.experiment_id == experiment_id)
-            .values(heartbeat=datetime.now(UTC), **columns)
-        )
-        if updated.rowcount != 1:
-            raise ConfigError(f"no experiment {experiment_id!r} in {self.location}")
+    def _update(
+        self,
+        connection: Connection,
+        experiment_id: str,
+        turn: int | None = None,
+        only_unfinished: bool = False,
+        **columns: Any,
+    ) -> None:
+        """Set columns and renew the heartbeat, if it is the turn of this attempt (None: of no matter which).
 
-    def update_environment(self, experiment_id: str, environment: dict[str, Any]) -> None:
+        Raises Superseded if it is not, or if the run is finished and has to be unfinished; ConfigError if there is no
+        such run.
+        """
+        table = experiments_table.c
+        conditions = [table.experiment_id == experiment_id]
+        if turn is not None:
+            conditions.append(sa.or_(table.attempt == turn, table.attempt.is_(None)))
+        if only_unfinished:
+            conditions.append(sa.or_(table.status != "finished", table.status.is_(None)))
+        changed = experiments_table.update().where(*conditions).values(heartbeat=datetime.now(UTC), **columns)
+        if connection.execute(changed).rowcount == 1:
+            return
+        known = connection.execute(sa.select(table.status).where(table.experiment_id == experiment_id)).first()
+        if known is None:
+            raise ConfigError(f"no experiment {experiment_id!r} in {self.location}")
+        ended = "is finished" if known.status == "finished" else "is continued by another process"
+        raise Superseded(f"run {experiment_id} {ended}: its results stay as they are")
+
+    def take_over(self, experiment_id: str) -> int:
+        """Set the status to "running", and return the number of this attempt, which its writes have to carry.
+
+        Raises Superseded for a finished run.
+        """
+        table = experiments_table.c
+        with self._write(durable=True) as connection:
+            number = sa.func.coalesce(table.attempt, FIRST_ATTEMPT) + 1
+            changed: dict[str, Any] = {"attempt": number, "status": "running", "error": None}
+            self._update(connection, experiment_id, only_unfinished=True, **changed)
+            query = sa.select(table.attempt).where(table.experiment_id == experiment_id)
+            return int(connection.execute(query).scalar_one())
+
+    def update_environment(self, experiment_id: str, environment: dict[str, Any], attempt: int | None = None) -> None:
         """Replace the environment record."""
         with self._write() as connection:
             columns = {"env_details_json": canonical_json(environment), "data_sha256": _data_sha256(environment)}
-            self._update(connection, experiment_id, **columns)
+            self._update(connection, experiment_id, attempt, False, **columns)
 
-    def set_status(self, experiment_id: str, status: str, error: str | None = None) -> None:
-        """Set status and error together (no error clears the old one)."""
+    def set_status(self, experiment_id: str, status: str, error: str | None = None, attempt: int | None = None) -> None:
+        """Set status and error together (no error clears the old one). Raises Superseded for a finished run."""
         if status not in STATUSES:
             raise ConfigError(f"status: unknown {status!r}. Known: {', '.join(STATUSES)}.")
         with self._write(durable=True) as connection:
-            self._update(connection, experiment_id, status=status, error=error)
+            self._update(connection, experiment_id, attempt, status != "finished", status=status, error=error)
 
     def mark_interrupted(self, experiment_id: str) -> bool:
         """Store a dead run as interrupted; False if it is no longer stored as running."""
@@ -99,26 +131,26 @@ class Store(Queries):
             )
         return updated.rowcount == 1
 
-    def add_history(self, experiment_id: str, rows: Sequence[HistoryRow]) -> None:
+    def add_history(self, experiment_id: str, rows: Sequence[HistoryRow], attempt: int | None = None) -> None:
         """Add points and renew the heartbeat; a point that is written twice keeps its last value."""
         with self._write() as connection:
-            self._update(connection, experiment_id)  # it also makes a second writer of this run wait
+            self._update(connection, experiment_id, attempt)  # it also makes a second writer of this run wait
             put_history(connection, {experiment_id: rows})
 
-    def truncate_history(self, experiment_id: str, after_step: int) -> None:
+    def truncate_history(self, experiment_id: str, after_step: int, attempt: int | None = None) -> None:
         """Delete the points later than `after_step`: a resumed run writes them again."""
         with self._write() as connection:
-            self._update(connection, experiment_id)
+            self._update(connection, experiment_id, attempt)
             delete_history(connection, [experiment_id], after_step)
 
     def finish_experiment(self, experiment_id: str, metrics: dict[str, Any]) -> None:
         """Replace the run's metrics and set its status to "finished". Raises ConfigError for an unstorable metric."""
         self.finish_normalised(experiment_id, normal_metrics(metrics))
 
-    def finish_normalised(self, experiment_id: str, metrics: NormalMetrics) -> None:
+    def finish_normalised(self, experiment_id: str, metrics: NormalMetrics, attempt: int | None = None) -> None:
         """`finish_experiment` for metrics that `normal_metrics` has returned, here or in another process."""
         with self._write(durable=True) as connection:
-            self._update(connection, experiment_id, status="finished", error=None)
+            self._update(connection, experiment_id, attempt, status="finished", error=None)
             connection.execute(metrics_table.delete().where(metrics_table.c.experiment_id == experiment_id))
             _insert_metrics(connection, {experiment_id: metrics})
 

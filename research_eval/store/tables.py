@@ -20,11 +20,12 @@ import sqlalchemy as sa
 
 from research_eval.store.column_types import MetricValue, NanAsNull, Text, UtcDateTime
 
-SCHEMA_VERSION = "0005"  # the newest file in migrations/versions
+SCHEMA_VERSION = "0006"  # the newest file in migrations/versions
 VERSION_TABLE = "goe_schema_version"  # own name: Optuna keeps its `alembic_version` in the same database
 NUM_OLD_COLUMNS = 11  # `experiments` had this many columns before there was a schema version
 CONTINUES = "continues"  # key of `env_details_json`: the run of fewer epochs, the parent, that a run trained on from
 JSON_COLUMNS = ("full_config_json", "env_details_json")  # long, so lists of runs leave them out
+FIRST_ATTEMPT = 1
 CURATION = ("archived_at", "deleted_at", "tags", "note")  # columns that people change, not runs
 
 metadata = sa.MetaData()
@@ -53,6 +54,7 @@ experiments_table = sa.Table(
     sa.Column("deleted_at", UtcDateTime),
     sa.Column("tags", Text()),
     sa.Column("note", Text()),
+    sa.Column("attempt", sa.Integer),  # which process's turn it is: writes of an earlier one are refused
     sa.Index("ix_experiments_dataset_name_model_type", "dataset_name", "model_type"),
     # A covering index: a list of runs reads it alone, and not the rows with their long JSON.
     sa.Index(

@@ -37,7 +37,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 
 from research_eval.analysis.study_trials import TrialRecord, TrialRuns, TrialSettings
-from research_eval.errors import ConfigError
+from research_eval.errors import ConfigError, Superseded
 from research_eval.registry import MODEL_TYPE
 from research_eval.store.connection import database_url
 from research_eval.store.metrics import Direction
@@ -253,8 +253,16 @@ class StoredTrial:
         return self.frozen().user_attrs
 
     def set_attribute(self, name: str, value: Any) -> None:
-        """Store a value that JSON can hold with the trial."""
-        self._storage.set_trial_user_attr(self.trial_id, name, value)
+        """Store a value that JSON can hold with the trial. Raises Superseded if another worker has ended the trial."""
+        with self._unless_ended():
+            self._storage.set_trial_user_attr(self.trial_id, name, value)
+
+    @contextmanager
+    def _unless_ended(self) -> Iterator[None]:
+        try:
+            yield
+        except optuna.exceptions.UpdateFinishedTrialError as error:
+            raise Superseded(f"trial {self.number} has been ended by another worker") from error
 
     def enter_values(self, entries: Mapping[str, tuple[Any, BaseDistribution]]) -> None:
         """Store the values of parameters, by their stored names; those that the trial has already stay."""
@@ -265,8 +273,10 @@ class StoredTrial:
                 self._storage.set_trial_param(self.trial_id, name, internal, distribution)
 
     def report(self, epoch: int, score: float) -> None:
-        """Store the score of an epoch; a resumed run that reports an epoch again changes nothing."""
-        if epoch not in self.frozen().intermediate_values:
+        """Store the score of an epoch; a resumed run that reports an epoch again changes nothing. Raises Superseded."""
+        if epoch in self.frozen().intermediate_values:
+            return
+        with self._unless_ended():
             self._storage.set_trial_intermediate_value(self.trial_id, epoch, score)
 
     def should_stop(self) -> bool:

@@ -15,7 +15,7 @@ The life of a trial:
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -23,7 +23,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from research_eval.config.defaults import add_former_defaults
-from research_eval.errors import ConfigError
+from research_eval.errors import ConfigError, Superseded
 from research_eval.studies.adapter import StoredStudy, StoredTrial, study_lock
 from research_eval.studies.options import StudyOptions
 from research_eval.studies.pruning import make_pruner
@@ -84,17 +84,18 @@ class TrialQueue:
         """The trials that the budget counts: all but the past runs that teach the sampler."""
         return [trial for trial in self.stored.trials() if "warm_start" not in trial.user_attrs]
 
-    def claim(self, worker: str) -> StoredTrial | None:
+    def claim(self, worker: str, without: Collection[int] = ()) -> StoredTrial | None:
         """A trial that belongs to `worker` from now on; None if there is none to do.
 
-        Trials that another worker left come first, then waiting ones, then a new one if the budget allows it.
+        Trials that another worker left come first, then waiting ones, then a new one if the budget allows it. Trials
+        whose ids are in `without` are not claimed.
         """
         with self.lock():
             trials = self.own_trials()
             stale = self.stored.stale_ids()
             for trial in trials:
                 abandoned = self._abandoned(trial, stale)
-                if abandoned is not None:
+                if abandoned is not None and abandoned.trial_id not in without:
                     return self._assign(abandoned, worker, self._attempts_of(trial, stale))
             for trial in trials:
                 if trial.state == TrialState.WAITING:
@@ -145,11 +146,12 @@ class TrialQueue:
 
         If another worker had counted this one as dead and has finished the trial, that result stays.
         """
-        if trial.frozen().state.is_finished():
+        try:
+            trial.set_attribute("status", outcome.status)
+            if outcome.reason:
+                trial.set_attribute("reason", outcome.reason)
+        except Superseded:
             return
-        trial.set_attribute("status", outcome.status)
-        if outcome.reason:
-            trial.set_attribute("reason", outcome.reason)
         trial.end(outcome.status, None if outcome.values is None else list(outcome.values))
 
     def has_running_trials(self) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 from research_eval.config.check import stored_config
 from research_eval.config.sections import ExperimentConfig
+from research_eval.errors import RunIsBusy, Superseded
 from research_eval.experiment import TrialRun, run
 from research_eval.runs.folder import new_id
 from research_eval.store.store import Store
@@ -31,6 +32,8 @@ from research_eval.training.checkpointer import CHECKPOINT_FILE
 from research_eval.training.state import Pruned
 
 log = logging.getLogger(__name__)
+
+LEFT = "left"  # a trial that this worker does not end, because another process is at it
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ def train_trial(trial: StoredTrial, options: StudyOptions) -> Outcome:
 def train_config(trial: StoredTrial, options: StudyOptions, config: ExperimentConfig) -> Outcome:
     """Train the config with every seed; the values are the means over the seeds.
 
-    Any exception becomes the reason of a failed outcome, so that one bad trial does not end the study.
+    Any exception becomes the reason of a failed outcome, so that one bad trial does not end the study; but a trial that
+    belongs to another worker meanwhile, or whose run is at work, is "left".
     """
     try:
         trial.set_attribute("model_type", config.model_type)
@@ -74,6 +78,8 @@ def train_config(trial: StoredTrial, options: StudyOptions, config: ExperimentCo
         values = tuple(statistics.fmean(metrics[name] for metrics in results) for name in options.objectives)
         if not all(map(math.isfinite, values)):
             return Outcome("failed", reason=f"{', '.join(options.objectives)} = {values}: not finite")
+    except (Superseded, RunIsBusy) as problem:
+        return Outcome(LEFT, reason=str(problem))
     except Exception as problem:
         log.debug("trial failed", exc_info=True)
         return Outcome("failed", reason=f"{type(problem).__name__}: {problem}")

@@ -21,7 +21,7 @@ from research_eval.errors import ConfigError
 from research_eval.studies.adapter import trial_records
 from research_eval.studies.options import StudyOptions
 from research_eval.studies.queue import MAX_ATTEMPTS, TrialQueue
-from research_eval.studies.trials import train_trial
+from research_eval.studies.trials import LEFT, train_trial
 from research_eval.system.best_effort import best_effort_output
 from research_eval.system.progress import StudyProgress
 
@@ -44,11 +44,13 @@ def work(queue: TrialQueue, worker: str, progress: StudyProgress | None = None) 
     that stopped a run.
     """
     options, parent = queue.options, os.getppid()
+    left: set[int] = set()  # trials that another process is at: this worker looks at the other ones first
     while not options.is_time_up and os.getppid() == parent:
-        trial = queue.claim(worker)
+        trial = queue.claim(worker, left)
         if trial is None:
             if not queue.has_running_trials():
                 return 0
+            left.clear()
             time.sleep(POLL_SECONDS)  # the worker of a running trial may die, and then this one continues it
             continue
         with queue.heartbeat(trial):
@@ -56,6 +58,11 @@ def work(queue: TrialQueue, worker: str, progress: StudyProgress | None = None) 
         if outcome.status == "interrupted":
             queue.release(worker, died=False)
             return outcome.exit_code
+        if outcome.status == LEFT:
+            log.warning("trial %d: %s", trial.number, outcome.reason)
+            left.add(trial.trial_id)
+            queue.release(worker, died=False)
+            continue
         queue.finish(trial, outcome)
         if progress is not None:
             progress.update(trial_records(queue.study))
