@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -243,12 +244,15 @@ def news() -> None:
     write("test", made(60, 2000))
 
 
-def linear(rows: dict[str, Rows], name: str) -> float:
-    """The macro-F1 of the linear model, written down as its documentation says."""
-    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
-    features = vectorizer.fit_transform(rows["train"].texts)
+def linear(rows: dict[str, Rows], name: str, with_characters: bool = False) -> float:
+    """The macro-F1 of a linear model, written down as its documentation says."""
+    vectorizers = [TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)]
+    if with_characters:
+        letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, min_df=2)
+        vectorizers.append(letters)
+    features = scipy.sparse.hstack([one.fit_transform(rows["train"].texts) for one in vectorizers])
     model = LogisticRegression(C=10, max_iter=1000).fit(features, rows["train"].labels)
-    guesses = model.predict(vectorizer.transform(rows[name].texts))
+    guesses = model.predict(scipy.sparse.hstack([one.transform(rows[name].texts) for one in vectorizers]))
     return float(f1_score(rows[name].labels, guesses, average="macro"))
 
 
@@ -269,12 +273,17 @@ def test_the_linear_baseline_is_fitted_once_and_found_by_every_run(
     with Store(DB_FILE, read_only=True) as store:
         newest = max(store.experiments(), key=lambda row: row["timestamp"])
         completed = store.experiment(min(row["experiment_id"] for row in store.experiments()))
-    assert set(baselines_of(facts_of(completed["env_details_json"]))) == {"majority", "tfidf_logreg"}
-    majority, stored = baselines_of(facts_of(newest["env_details_json"])).values()
+    assert set(baselines_of(facts_of(completed["env_details_json"]))) == {
+        *("majority", "tfidf_logreg", "tfidf_char_logreg")
+    }
+    majority, stored, letters = baselines_of(facts_of(newest["env_details_json"])).values()
     assert stored["val_f1"] == pytest.approx(linear(rows, "validation"))
     assert stored["test_f1"] == pytest.approx(linear(rows, "test"))
+    assert letters["val_f1"] == pytest.approx(linear(rows, "validation", with_characters=True))
+    assert letters["test_f1"] == pytest.approx(linear(rows, "test", with_characters=True))
     lines = {line.split()[0]: line for line in again.out.splitlines() if line.startswith("  ")}
-    assert lines["final_val_f1"].endswith(f"(majority class {majority['val_f1']:.4f}, TF-IDF {value})")
+    linear_text = f"TF-IDF {value}, TF-IDF with characters {letters['val_f1']:.4f}"
+    assert lines["final_val_f1"].endswith(f"(majority class {majority['val_f1']:.4f}, {linear_text})")
     assert f"majority class {majority['val_acc']:.4f}" in lines["final_val_acc"]
     assert f"majority class {majority['test_f1']:.4f}" in lines["test_f1"]
     assert "(" not in lines["final_val_loss"]

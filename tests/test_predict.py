@@ -34,7 +34,7 @@ from research_eval.main import cli
 from research_eval.models.base_model import EvaluableModel
 from research_eval.registry import MODELS_MAP
 from research_eval.runs.folder import save_description
-from research_eval.runs.predict import Prediction, TrainedModel, predict, read_texts
+from research_eval.runs.predict import Prediction, TrainedModel, predict, read_config, read_texts
 from research_eval.schema import ExperimentConfig
 from research_eval.training.checkpoint import save_tensors
 from research_eval.training.fit import MODEL_FILE, fit
@@ -589,3 +589,36 @@ def test_standard_input_is_read_as_lines(routed_run: Trained, monkeypatch: pytes
     ended = ask(routed_run, "--file", "-")  # nothing is left
     assert (ended.code, ended.out, ended.err) == (0, "", "standard input: no texts\n")
     assert "can be read once" in ask(routed_run, "--file", "-", "-").err
+
+
+# ------------------------------------------------------------------------------------------------------------ ensembles
+
+
+@pytest.fixture(scope="module")
+def another_seed(text_run: Trained, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp("another")
+    texts = write_reviews(folder)
+    config = read_config(text_run.folder / text_run.result.folder)
+    return trained(folder, config.model_copy(update={"seed": 7}), texts)
+
+
+def test_an_ensemble_answers_with_the_mean_of_its_runs(text_run: Trained, another_seed: Trained) -> None:
+    folders = [run.folder / run.result.folder for run in (text_run, another_seed)]
+    texts = [*text_run.texts[:20], ""]
+    both = research_eval.load(folders)
+    first, second = (research_eval.load(folder).predict(texts) for folder in folders)
+    assert [one.probabilities for one in first] != [one.probabilities for one in second]
+    for mean, one, other in zip(both.predict(texts, batch_size=3), first, second, strict=True):
+        assert (mean.text, mean.label_names, mean.path) == (one.text, one.label_names, None)
+        assert mean.probabilities == pytest.approx(np.mean([one.probabilities, other.probabilities], 0).tolist())
+    ended = command(cli, "predict", "--run", *map(str, folders), "--text", texts[0], "--format", "jsonl")
+    assert (ended.code, json.loads(ended.out)["label"]) == (0, both.predict(texts[:1])[0].label)
+    assert research_eval.load([folders[0]]).predict(texts)[0].probabilities == first[0].probabilities
+
+
+def test_an_ensemble_is_of_one_task(text_run: Trained, routed_run: Trained) -> None:
+    folders = [run.folder / run.result.folder for run in (text_run, routed_run)]
+    ended = command(cli, "predict", "--run", *map(str, folders), "--text", "1 2")
+    assert (ended.code, "an ensemble needs runs on the same classes" in ended.err) == (2, True)
+    with pytest.raises(ConfigError, match="at least one run"):
+        research_eval.load([])

@@ -30,7 +30,12 @@ FORMATS = ("text", "jsonl", "csv")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `goe predict`. They have one spelling, because no name has an underscore."""
     parser.add_argument(
-        "--run", required=True, metavar="RUN", help="experiment id, the beginning of one, latest, or a run's folder"
+        "--run",
+        required=True,
+        nargs="+",
+        metavar="RUN",
+        help="experiment id, the beginning of one, latest, or a run's folder; of several runs, such as the seeds of a "
+        "config, the mean of their probabilities",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -59,12 +64,13 @@ def predict_command(arguments: argparse.Namespace) -> int:
     files = arguments.file or []
     out = None if arguments.out is None else output_file(arguments.out, files)
     check_files(files)
-    folder = find_folder(arguments.run, arguments.db)
+    folders = [find_folder(run, arguments.db) for run in arguments.run]
     import_torch()  # after what can be checked without it
     with phase("importing the program"):
+        from research_eval.runs.ensemble import Ensemble
         from research_eval.runs.predict import TrainedModel
 
-    model = TrainedModel(folder, arguments.device)
+    model = TrainedModel(folders[0], arguments.device) if len(folders) == 1 else Ensemble(folders, arguments.device)
     with phase("reading the texts"):
         given = [Input("", number, text) for number, text in enumerate(arguments.text or [], 1)]
         inputs = given or model.read_inputs(files)

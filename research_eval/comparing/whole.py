@@ -62,4 +62,4 @@ def _fit_baselines(base: ExperimentConfig) -> None:
     try:
         dataset_kind(base.dataset_type).fit_baselines(base.dataset_name, base.dataset_params)
     except ConfigError as problem:
-        log.warning("the table has no row for TF-IDF: %s", problem)
+        log.warning("the table has no rows for TF-IDF: %s", problem)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from research_eval.generation.sampling import SamplingSettings
 from research_eval.models.language.base import LanguageModel
 from research_eval.registry import NEXT_TOKEN
 from research_eval.routing.token_classes import TokenReport
+from research_eval.runs.ensemble import Ensemble
 from research_eval.runs.locate import find_folder
 from research_eval.runs.predict import (
     EXPERIMENT,
@@ -165,15 +166,23 @@ class TrainedLanguageModel:
         unfinished.rename(out)
 
 
-def load(run: str | Path, *, db: str | None = None, device: str = "auto") -> TrainedModel | TrainedLanguageModel:
+def load(
+    run: str | Path | Sequence[str | Path], *, db: str | None = None, device: str = "auto"
+) -> TrainedModel | TrainedLanguageModel | Ensemble:
     """The trained model of a run: `research_eval.load("runs/20260531-101500-0a1b2c3d")`.
 
     A classifier is a `TrainedModel`, which predicts; a language model is a `TrainedLanguageModel`, which generates.
+    Of several classifiers, such as the seeds of a config, it is an `Ensemble`: the mean of their probabilities.
+
     `run` is the folder of a run, which may be a copy without a database or the training data; an exported model; or an
     experiment id, a unique beginning of one, or "latest" (the run that started last). Ids are looked up in the results
     `db` (default: $GOE_DB, else experiment_results.db). `device` is auto, cpu, cuda, cuda:N or mps. No file is
     unpickled. Raises ConfigError for an unknown run, one without weights, or files that are damaged.
     """
+    if not isinstance(run, str | Path):
+        if not run:
+            raise ConfigError("load: expected at least one run, got none")
+        return Ensemble([find_folder(one, db) for one in run], device)
     folder = find_folder(run, db)
     is_language = read_description(folder)["task"] == NEXT_TOKEN
     return TrainedLanguageModel(folder, device) if is_language else TrainedModel(folder, device)

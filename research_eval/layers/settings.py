@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from research_eval.annotations import Choice, Count, Divides, Natural, Positive, Range, Share, When
+from research_eval.annotations import Choice, Count, Divides, Natural, Positive, Range, Share, When, Younger
 from research_eval.errors import ConfigError
 
 PositionalEncoding = Literal["sin", "none", "rope", "alibi", "random"]  # layers/text and layers/block implement them
@@ -45,6 +45,7 @@ class EncoderSettings:
     bigram_buckets: Natural = 0
     token_dropout: Share = 0.0
     embedding_scale: Positive = 1.0
+    char_ngram_buckets: Annotated[Natural, Younger()] = 0
 
     def feed_forward_width(self, default: float) -> int:
         """The inner width of the feed-forward part: as given, or `default` times `embed_dim`.

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from research_eval.layers.characters import CharacterNgrams
 from research_eval.layers.settings import EncoderSettings
 from research_eval.layers.settings import Pool as Pool
 from research_eval.layers.settings import PositionalEncoding as PositionalEncoding
@@ -67,8 +68,10 @@ class TokenEmbedding(nn.Module):
     """h_0 = Drop(LN(sqrt(D) Emb[x] + PE)), optionally with hashed bigrams added to each token.
 
     A bigram (previous token, token) is hashed into one of `bigram_buckets` additional rows, as in fastText (Joulin et
-    al., 2017). It adds word order for the price of a look-up. In training, `token_dropout` sets whole tokens to zero. A
-    small `embedding_scale` makes all tokens start alike, so that words that are too rare to be learnt add little noise.
+    al., 2017). It adds word order for the price of a look-up. `char_ngram_buckets` adds the mean of a word's hashed
+    character n-grams, so that words with common parts are alike from the beginning. In training, `token_dropout` sets
+    whole tokens to zero. A small `embedding_scale` makes all tokens start alike, so that words that are too rare to be
+    learnt add little noise.
     PE is zero if `positional_encoding` is "none", or if the attention implements it ("rope", "alibi").
     """
 
@@ -82,15 +85,19 @@ class TokenEmbedding(nn.Module):
         bigram_buckets: int = 0,
         token_dropout: float = 0.0,
         embedding_scale: float = 1.0,
+        char_ngram_buckets: int = 0,
     ) -> None:
         super().__init__()
         self.token = nn.Embedding(vocab_size, embed_dim, padding_idx=padding_idx)
         self.bigram = nn.Embedding(bigram_buckets, embed_dim) if bigram_buckets else None
-        for table in (self.token, self.bigram):
+        self.characters = CharacterNgrams(vocab_size, char_ngram_buckets, embed_dim) if char_ngram_buckets else None
+        for table in (self.token, self.bigram, None if self.characters is None else self.characters.table):
             if table is not None:
                 nn.init.normal_(table.weight, std=embedding_scale * embed_dim**-0.5)
         with torch.no_grad():
             self.token.weight[padding_idx].zero_()
+            if self.characters is not None:
+                self.characters.table.weight[0].zero_()
         self.norm = nn.LayerNorm(embed_dim)
         self.dropout = Dropout(dropout)
         self.token_dropout = Dropout(token_dropout)
@@ -109,6 +116,7 @@ class TokenEmbedding(nn.Module):
             settings.bigram_buckets,
             settings.token_dropout,
             settings.embedding_scale,
+            settings.char_ngram_buckets,
         )
 
     def forward(self, ids_BL: torch.Tensor, keep_BL: torch.Tensor) -> torch.Tensor:
@@ -120,6 +128,8 @@ class TokenEmbedding(nn.Module):
             # Two odd multipliers spread neighbouring ids; the shift uses the product's well-mixed upper bits.
             mixed_BL = (ids_BL * 0x9E3779B1 + previous_BL * 0x85EBCA77) >> 13
             h_BLD = h_BLD + self.bigram(mixed_BL % self.bigram.num_embeddings)
+        if self.characters is not None:
+            h_BLD = h_BLD + self.characters(ids_BL)
         if self.token_dropout.p:
             h_BLD = h_BLD * self.token_dropout(keep_BL.to(h_BLD.dtype)).unsqueeze(-1)
         h_BLD = h_BLD * math.sqrt(width)

@@ -13,9 +13,11 @@ from research_eval.config.construction import without_draws
 from research_eval.config.sections import ExperimentConfig
 from research_eval.config.signatures import context_arguments
 from research_eval.datasets.providers import load_splits
+from research_eval.datasets.text.tokenizer import words_of
 from research_eval.datasets.token_data import DataSplits
 from research_eval.errors import ConfigError
 from research_eval.layers.block import compile_blocks
+from research_eval.layers.characters import CharacterNgrams
 from research_eval.layers.dispatch import Execution, set_execution
 from research_eval.models.base_model import EvaluableModel, adapt
 from research_eval.models.language.base import LanguageModel
@@ -61,6 +63,7 @@ def prepare(config: ExperimentConfig, data: DataSplits | None = None) -> Prepare
         model = adapt(made, config.model_type)
         if isinstance(model, LanguageModel):
             model.learn_text(data.train.tokens, derive_seed(config.seed, "routes"))
+        _learn_words(model, data)
         _check_weighted_loss(config, model)
         set_execution(model, Execution(options.kernels, DISPATCHERS.get_or_explain(options.dispatcher)()))
         if options.compile:
@@ -79,6 +82,21 @@ def _check_options(config: ExperimentConfig, data: DataSplits) -> None:
             f"training_params.sample_during_training: {config.dataset_name!r} is no running text, so no model of it "
             "writes any. Leave the key out, or set it to 0."
         )
+
+
+def _learn_words(model: EvaluableModel, data: DataSplits) -> None:
+    """Give the words of the vocabulary to the parts that read letters. Raises ConfigError if tokens are no words."""
+    parts = [part for part in model.modules() if isinstance(part, CharacterNgrams)]
+    if not parts:
+        return
+    if data.tokenizer is None:
+        raise ConfigError(
+            "model_params.char_ngram_buckets: the tokens of these data are numbers and no words, so they have no "
+            "letters. Set it to 0."
+        )
+    words = words_of(data.tokenizer)
+    for part in parts:
+        part.learn(words)
 
 
 def _check_weighted_loss(config: ExperimentConfig, model: EvaluableModel) -> None:

@@ -22,10 +22,16 @@ NAME_LENGTH = 40  # characters of a class name
 BASELINES = {
     "majority": "majority class",
     "tfidf_logreg": "TF-IDF + logistic regression",
+    "tfidf_char_logreg": "TF-IDF with characters + logistic regression",
     "ngram": "Kneser-Ney n-grams",
 }
 
-SHORT_NAMES = {"majority": "majority class", "tfidf_logreg": "TF-IDF", "ngram": "n-grams"}
+SHORT_NAMES = {
+    "majority": "majority class",
+    "tfidf_logreg": "TF-IDF",
+    "tfidf_char_logreg": "TF-IDF with characters",
+    "ngram": "n-grams",
+}
 FACTS = (  # keys that the table and the notes show
     *("rows", "class_rows", "num_classes", "classes_without_training_row", "read_from", "baselines", "blank_texts"),
     *("repeated_texts", "shared_texts", "texts_with_two_labels", "token_lengths", "truncated_share", "unknown_share"),

@@ -1,7 +1,7 @@
-"""The linear baseline of a text set: TF-IDF of words and word pairs with logistic regression.
+"""The linear baselines of a text set: logistic regression on TF-IDF of words and word pairs, and of characters too.
 
-It takes seconds to minutes, so it is fitted on request only. Its scores stay in the cache under the hash of the rows,
-and every later run on these rows has them.
+They take seconds to minutes, so they are fitted on request only. Their scores stay in the cache under the hash of the
+rows, and every later run on these rows has them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ PREFIXES = {"validation": "val", "test": "test"}
 SCORES = {f"{prefix}_{score}" for prefix in PREFIXES.values() for score in ("acc", "f1")}
 VECTORS = 25  # arrays of the size of the weights that the optimiser (L-BFGS) holds
 MAX_BYTES = 10_000  # of a file with scores
+WORDS, WITH_CHARACTERS = "tfidf_logreg", "tfidf_char_logreg"  # names in the facts of the data
+FILES = {WORDS: "tfidf", WITH_CHARACTERS: "tfidf_char"}  # the beginnings of the names of the files with scores
+CHARACTERS = (2, 5)  # lengths of character n-grams, within words
 
 
 def stored_scores(path: Path) -> dict[str, float]:
@@ -45,14 +48,14 @@ def _is_share(value: Any) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value) and 0 <= value <= 1
 
 
-def fit_linear_baseline(rows: Mapping[str, Rows], path: Path) -> dict[str, float]:
+def fit_linear_baseline(rows: Mapping[str, Rows], path: Path, baseline: str = WORDS) -> dict[str, float]:
     """Fit the baseline to the training rows and store its scores at `path`, unless they are there already.
 
     Raises ConfigError as `linear_scores` does, and if the folder cannot be written.
     """
     scores = stored_scores(path)
     if not scores:
-        scores = linear_scores(rows)
+        scores = linear_scores(rows, baseline)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(scores).encode())
@@ -61,7 +64,7 @@ def fit_linear_baseline(rows: Mapping[str, Rows], path: Path) -> dict[str, float
     return scores
 
 
-def linear_scores(rows: Mapping[str, Rows]) -> dict[str, float]:
+def linear_scores(rows: Mapping[str, Rows], baseline: str = WORDS) -> dict[str, float]:
     """Accuracy and macro-F1 on validation and test: `val_acc`, `val_f1`, `test_acc`, `test_f1`; one core, no seed.
 
     Raises ConfigError if scikit-learn is not installed, if no text has a word, and if there is not enough memory.
@@ -74,8 +77,9 @@ def linear_scores(rows: Mapping[str, Rows]) -> dict[str, float]:
             "--baselines: TF-IDF + logistic regression needs scikit-learn: pip install scikit-learn"
         ) from error
     train = rows["train"]
-    log.info("fitting TF-IDF + logistic regression to %s texts", f"{len(train.texts):,}")
-    vectorizer, features = _features(train.texts)
+    what = " of words and characters" if baseline == WITH_CHARACTERS else ""
+    log.info("fitting TF-IDF%s + logistic regression to %s texts", what, f"{len(train.texts):,}")
+    vectorizer, features = _features(train.texts, baseline)
     num_classes = len(set(train.labels.tolist()))
     num_bytes = 8 * VECTORS * num_classes * features.shape[1]
     check_fits(num_bytes, f"--baselines: logistic regression of {num_classes:,} classes")
@@ -89,12 +93,16 @@ def linear_scores(rows: Mapping[str, Rows]) -> dict[str, float]:
     return scores
 
 
-def _features(texts: list[str]) -> tuple[Any, Any]:
+def _features(texts: list[str], baseline: str) -> tuple[Any, Any]:
     """A fitted vectorizer and the features of the texts. A word has to be in two texts, unless no word is."""
     from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.pipeline import make_union
 
     for fewest in (2, 1):
         vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=fewest)
+        if baseline == WITH_CHARACTERS:
+            letters = TfidfVectorizer(analyzer="char_wb", ngram_range=CHARACTERS, sublinear_tf=True, min_df=fewest)
+            vectorizer = make_union(vectorizer, letters)
         try:
             return vectorizer, vectorizer.fit_transform(texts)
         except ValueError:

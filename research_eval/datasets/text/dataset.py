@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from research_eval.annotations import Choice, accept_flat_options
 from research_eval.datasets.label_facts import length_facts
 from research_eval.datasets.text.advice import tokenizer_advice
-from research_eval.datasets.text.baselines import fit_linear_baseline, stored_scores
+from research_eval.datasets.text.baselines import FILES, fit_linear_baseline, stored_scores
 from research_eval.datasets.text.cache import (
     Arrays,
     cached_arrays,
@@ -138,7 +138,8 @@ class TextDataset:
         facts = text_facts(rows)
         warn_of(facts, {name: len(part.texts) for name, part in rows.items()}, self.dataset_name)
         hashes = _hashes(rows)
-        linear = stored_scores(self._baseline_path(hashes))
+        linear = {name: stored_scores(self._baseline_path(hashes, name)) for name in FILES}
+        fitted = {name: scores for name, scores in linear.items() if scores}
         return DataSplits(
             train=data["train"],
             validation=data["validation"],
@@ -163,18 +164,19 @@ class TextDataset:
                     name: round(float((lengths > self.max_length).mean()), 6) for name, lengths in full_lengths.items()
                 },
                 "unknown_share": unknown,
-                **({"baselines": {"tfidf_logreg": linear}} if linear else {}),
+                **({"baselines": fitted} if fitted else {}),
             },
         )
 
     def fit_baselines(self) -> None:
-        """Fit the linear baseline, whose scores are in the fingerprint from then on. Raises ConfigError."""
+        """Fit the linear baselines, whose scores are in the fingerprint from then on. Raises ConfigError."""
         rows, _, _ = self._rows()
-        fit_linear_baseline(rows, self._baseline_path(_hashes(rows)))
+        for name in FILES:
+            fit_linear_baseline(rows, self._baseline_path(_hashes(rows), name), name)
 
-    def _baseline_path(self, hashes: dict[str, str]) -> Path:
-        """Where the scores of the linear baseline on rows with these hashes are stored."""
-        return self.cache / f"tfidf-{digest(json.dumps(hashes))}.json"
+    def _baseline_path(self, hashes: dict[str, str], name: str) -> Path:
+        """Where the scores of a linear baseline on rows with these hashes are stored."""
+        return self.cache / f"{FILES[name]}-{digest(json.dumps(hashes))}.json"
 
     def _rows(self) -> tuple[dict[str, Rows], list[str], dict[str, NDArray[np.int64]]]:
         """The rows of every split, the class names, and for a mix the source number of each row by split."""

@@ -117,6 +117,14 @@ def _alphabet(texts: Sequence[str], normalizer: normalizers.Normalizer, limit: i
     return sorted(by_frequency[:limit])
 
 
+def words_of(tokenizer: Tokenizer) -> list[str | None]:
+    """The word, or the part of one, of every id; None for padding and unknown words."""
+    words: list[str | None] = [None] * tokenizer.get_vocab_size()
+    for piece, number in tokenizer.get_vocab().items():
+        words[number] = None if number <= UNK_ID else piece.removeprefix("##").removesuffix("</w>")
+    return words
+
+
 class EncodedTexts(NamedTuple):
     """`tokens` [S]; sample i is `tokens[offsets[i]:offsets[i + 1]]`, of the `full_lengths[i]` tokens of its text."""
 
