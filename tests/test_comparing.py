@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -249,20 +250,59 @@ def test_a_longer_training_is_longer_in_its_own_unit() -> None:
 # ------------------------------------------------------------------------------------------------------------- verdicts
 
 
-def test_equal_arms_are_seldom_called_different() -> None:
-    """500 comparisons of three arms that are equal, tuned by noisy validation scores: at most 5 % make any claim.
+class Noisy:
+    """Stands for trainings of equal arms, whose best rates differ: the score falls with the distance to the best one.
 
-    Each arm tries eight settings, which are equal too; the reported seeds are fresh.
+    Every declared setting has the same effect on all arms.
     """
-    rng = np.random.default_rng(0)
-    wrong = 0
+
+    def __init__(self, rng: np.random.Generator, arms: Sequence[Arm], curvature: float, effect: float) -> None:
+        self.rng, self.curvature, self.effect = rng, curvature, effect
+        self.best = {arm.name: 2e-3 * 2 ** rng.uniform(-1, 1) for arm in arms}
+
+    def quality(self, arm: Arm, changes: Changes) -> float:
+        distance = math.log2(changes[RATE] / self.best[arm.name])
+        return 0.7 - self.curvature * distance**2 + self.effect * (len(changes) - 1)
+
+    def scores(self, arm: Arm, changes: Changes, count: int) -> list[float]:
+        return (self.quality(arm, changes) + self.rng.normal(0, 0.02, count)).tolist()
+
+    def __call__(self, wanted: Sequence[tuple[Arm, Changes]]) -> None:
+        for arm, changes in wanted:
+            (value,) = self.scores(arm, changes, 1)
+            arm.trials.append(Trial(changes, value, value))
+
+
+@pytest.mark.parametrize(
+    ("curvature", "effect"), [(0.0, 0.0), (0.01, 0.0), (0.01, -0.01), (0.03, -0.03)], ids=lambda value: str(value)
+)
+def test_equal_arms_are_seldom_called_different(curvature: float, effect: float) -> None:
+    """500 comparisons of three equal arms, each tuned by eight noisy trials: at most 5 % make any claim."""
+    rng, wrong = np.random.default_rng(0), 0
+    config = small_config(model_type="goe_original", optimizer_params={"lr": 2e-3})
     for _ in range(500):
-        scores = {}
-        for name in ("a", "b", "c"):
-            rng.normal(0.7, 0.02, 8).argmax()  # the tuning: a choice that changes nothing
-            scores[name] = rng.normal(0.7, 0.02, 5).tolist()
-        wrong += any("better" in one.text for one in verdicts(scores))
-    assert wrong <= 0.05 * 500 + 2 * math.sqrt(500 * 0.05 * 0.95)
+        arms = [Arm(name, config) for name in ("a", "b", "c")]
+        made = Noisy(rng, arms, curvature, effect)
+        tune(arms, 8, made)
+        scores, noise = {}, {}
+        for arm in arms:
+            scores[arm.name] = made.scores(arm, arm.best.changes, 5)
+            noise[arm.name] = float(np.std(made.scores(arm, arm.best.changes, 5), ddof=1))
+        wrong += any("better" in one.text for one in verdicts(scores, noise=noise))
+    assert wrong <= 0.05 * 500
+
+
+def test_luck_in_the_tuning_widens_the_tests() -> None:
+    scores = {"a": [0.9, 0.91, 0.92, 0.9, 0.91], "b": [0.7, 0.72, 0.69, 0.71, 0.7]}
+    (exact,), (wide,) = verdicts(scores), verdicts(scores, noise={"a": 0.04, "b": 0.03})
+    assert exact.difference.interval is not None and wide.difference.interval is not None
+    assert exact.difference.p_value is not None and wide.difference.p_value is not None
+    error = np.std(np.subtract(scores["a"], scores["b"]), ddof=1) / math.sqrt(5)
+    factor = math.sqrt(error**2 + 0.35**2 * (0.04**2 + 0.03**2)) / error
+    widths = [one.high - one.low for one in (exact.difference.interval, wide.difference.interval)]
+    assert widths[1] == pytest.approx(factor * widths[0])
+    t = exact.difference.mean / error / factor
+    assert wide.difference.p_value == pytest.approx(2 * scipy.stats.t.sf(t, 4))
 
 
 @settings(max_examples=30)

@@ -25,7 +25,14 @@ from support import command, run_in, small_config
 
 from research_eval.analysis import samples
 from research_eval.analysis.runs import Group
-from research_eval.analysis.samples import SampleError, SampleTest, corrected, sample_error, sample_test
+from research_eval.analysis.samples import (
+    SampleError,
+    SampleTest,
+    corrected,
+    sample_error,
+    sample_test,
+    seed_and_sample_interval,
+)
 from research_eval.analysis.statistics import mcnemar, median_interval, share_interval, wilson_interval
 from research_eval.datasets.providers import load_splits
 from research_eval.datasets.token_data import Batches
@@ -109,6 +116,42 @@ def test_the_interval_of_the_median_covers_it_exactly(count: int) -> None:
 def test_the_accuracy_of_one_run_has_wilsons_interval(here: Path) -> None:
     one = group("dense", [0, 1] * 50, [[0, 1] * 40 + [1, 0] * 10])
     assert sample_error(one, "test_acc", 0.95) == SampleError(pytest.approx(wilson_interval(80, 100)), 100)
+
+
+def joint(one: Group, metric: str = "test_acc") -> tuple[float, float]:
+    found = seed_and_sample_interval([run.experiment_id for run in one.runs], metric)
+    assert found is not None
+    return found
+
+
+def test_the_joint_interval_is_that_of_the_samples_if_seeds_do_not_differ(here: Path) -> None:
+    labels, answers = [0, 1] * 200, [0, 1] * 160 + [1, 0] * 40
+    same = group("dense", labels, [answers] * 3)
+    assert joint(same) == pytest.approx(wilson_interval(320, 400), abs=0.012)
+    expected = sample_error(same, "test_f1", 0.95).interval
+    assert joint(same, "test_f1") == pytest.approx(expected, abs=0.006)
+    assert seed_and_sample_interval([same.runs[0].experiment_id], "test_acc") is None
+    assert seed_and_sample_interval(["unknown", "too"], "test_acc") is None
+
+
+def test_the_joint_interval_covers_the_mean_over_seeds_and_samples(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds of 0.8 on average and a deviation of 0.05, 300 samples that they share or not."""
+    monkeypatch.setattr(samples, "DRAWS", 400)
+    rng, labels_N = np.random.default_rng(3), np.arange(300) % 2
+    for splits in ("aaaaa", "abcde"):
+        covered, widths = 0, []
+        for number in range(120):
+            rates = np.clip(rng.normal(0.2, 0.05, 5), 0, 1)
+            hard_N = rng.random(300)  # samples that are hard for one seed are hard for the others
+            answers = [
+                np.where((hard_N if splits == "aaaaa" else rng.random(300)) < rate, 1 - labels_N, labels_N)
+                for rate in rates
+            ]
+            low, high = joint(group(f"{splits}{number}", labels_N, answers, splits))
+            covered += low <= 0.8 <= high
+            widths.append(high - low)
+        assert covered >= 104, (splits, covered)  # 0.95 of 120 is 114; percentiles of five seeds are a little narrow
+        assert np.mean(widths) < 0.16
 
 
 def test_runs_on_the_same_samples_add_no_samples_and_runs_on_their_own_do(here: Path) -> None:

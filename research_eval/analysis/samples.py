@@ -118,6 +118,31 @@ def sample_test(first: Group, second: Group, seeds: Sequence[Seed], metric: str,
     return SampleTest(difference, interval, size, p_value, None, "bootstrap")
 
 
+def seed_and_sample_interval(experiment_ids: Sequence[str], metric: str, confidence: float = 0.95) -> Interval | None:
+    """The interval of a mean test score over other seeds *and* other test samples: the bootstrap over both.
+
+    Each draw takes seeds and samples with replacement; seeds that share the test split take the same samples. The
+    deviations of the R seeds from their mean are widened by sqrt(R / (R - 1)), because a bootstrap of few seeds is too
+    narrow by this factor. None for fewer than two seeds, for other scores than accuracy and macro-F1, and without the
+    answers of all runs.
+    """
+    if len(experiment_ids) < 2 or metric not in ("test_f1", "test_acc"):
+        return None
+    found = []
+    for experiment_id in experiment_ids:
+        one = read_predictions(experiment_id)
+        if one is None or one.labels_N is None or one.predictions_N is None or one.task != "classification":
+            return None
+        found.append(one)
+    rng, scores = np.random.default_rng(0), _macro_f1 if metric == "test_f1" else _accuracy
+    draws_RD = np.concatenate([_draws(runs, scores, rng) for runs in _by_split(found)])
+    size = len(draws_RD)
+    means_R = draws_RD.mean(1)
+    weights_DR = rng.multinomial(size, np.full(size, 1 / size), DRAWS) / size
+    widened = (math.sqrt(size / (size - 1)) - 1) * weights_DR @ (means_R - means_R.mean())
+    return _percentiles((weights_DR * draws_RD.T).sum(1) + widened, confidence)
+
+
 def corrected(tests: Sequence[SampleTest]) -> list[SampleTest]:
     """The tests with Holm's correction over all of them."""
     adjusted = iter(holm([one.p_value for one in tests if one.p_value is not None]))
@@ -190,7 +215,12 @@ def _score(one: Predictions, metric: str) -> float:
 def _mean_draws(
     runs: Sequence[Predictions], signs: Sequence[int], scores: Scores, rng: np.random.Generator
 ) -> NDArray[np.float64]:
-    """For each draw of test samples with replacement, the mean over the runs of sign times score; [D].
+    """For each draw of test samples with replacement, the mean over the runs of sign times score; [D]."""
+    return np.array(signs) @ _draws(runs, scores, rng) / len(runs)
+
+
+def _draws(runs: Sequence[Predictions], scores: Scores, rng: np.random.Generator) -> NDArray[np.float64]:
+    """The score of each run on each draw of the test samples, with replacement; [R, D].
 
     Samples with the same label and the same answers of all runs are exchangeable, so that a draw is a number of samples
     for each of these cells.
@@ -200,10 +230,8 @@ def _mean_draws(
     step = max(1, MAX_CELLS // len(counts_K))
     for start in range(0, DRAWS, step):
         drawn_DK = rng.multinomial(size, counts_K / size, min(step, DRAWS - start))
-        found.append(
-            sum(sign * scores(table_XK[0], row_K, drawn_DK) for sign, row_K in zip(signs, table_XK[1:], strict=True))
-        )
-    return np.concatenate(found) / len(runs)
+        found.append([scores(table_XK[0], row_K, drawn_DK) for row_K in table_XK[1:]])
+    return np.concatenate(found, axis=1)
 
 
 def _accuracy(

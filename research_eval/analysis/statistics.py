@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from statistics import NormalDist, fmean, stdev
+from statistics import NormalDist, fmean, stdev, variance
 from typing import NamedTuple
 
 CONFIDENCE = 0.95
@@ -159,10 +159,12 @@ def paired_difference(
     second: Sequence[float],
     confidence: float = CONFIDENCE,
     bounds: Interval | None = None,
+    extra_variance: float = 0.0,
 ) -> PairedDifference:
     """Compare two sequences whose values form pairs, such as the scores of two configs with equal seeds.
 
     With `bounds` that hold all scores, the t-interval is cut where no difference of such scores can be.
+    `extra_variance` is that of what all pairs share, such as a choice of settings; it is added to that of the mean.
     """
     differences = [a - b for a, b in zip(first, second, strict=True)]
     pairs = len(differences)
@@ -175,7 +177,10 @@ def paired_difference(
         return PairedDifference(pairs, mean, note="every seed has the same difference: no interval, no test")
     freedom = pairs - 1
     effect = mean / stdev(differences)
+    widened = math.sqrt(1 + extra_variance * pairs / variance(differences))
     interval = mean_interval(differences, confidence)
+    if interval is not None and extra_variance:
+        interval = Interval(*(mean + widened * (end - mean) for end in interval))
     if interval is not None and bounds is not None and _is_within((*first, *second), bounds):
         width = bounds.high - bounds.low
         interval = Interval(max(interval.low, -width), min(interval.high, width))
@@ -184,20 +189,22 @@ def paired_difference(
         mean,
         interval,
         effect * _hedges(freedom),
-        2 * _t_tail(abs(effect) * math.sqrt(pairs), freedom),
+        2 * _t_tail(abs(effect) * math.sqrt(pairs) / widened, freedom),
     )
 
 
-def equivalence(first: Sequence[float], second: Sequence[float], margin: float) -> float | None:
+def equivalence(
+    first: Sequence[float], second: Sequence[float], margin: float, extra_variance: float = 0.0
+) -> float | None:
     """The p-value of "the mean difference of the pairs is at least `margin`": the larger one of two one-sided t-tests.
 
     A small value says that the two are equal within the margin (TOST, Schuirmann, 1987). None for fewer than `FEWEST`
-    pairs, or for pairs without spread.
+    pairs, or for pairs without spread. `extra_variance` is as in `paired_difference`.
     """
     differences = [a - b for a, b in zip(first, second, strict=True)]
     if len(differences) < FEWEST or no_spread(differences, max(map(abs, (*first, *second)))):
         return None
-    error = stdev(differences) / math.sqrt(len(differences))
+    error = math.sqrt(variance(differences) / len(differences) + extra_variance)
     return _upper_tail((margin - abs(fmean(differences))) / error, len(differences) - 1)
 
 

@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from research_eval.annotations import options_of
@@ -89,6 +89,12 @@ class Outcome:
     def scores(self, arm: Arm) -> list[float]:
         """The test score of each seed; NaN for a run that did not finish."""
         return [float(found.metrics.get(self.test_metric, math.nan)) for found in self.results[arm.name]]
+
+    def noise(self, arm: Arm) -> float:
+        """The standard deviation of the score of one trial: that of the validation scores over the reported seeds."""
+        values = [found.metrics.get(self.metric, math.nan) for found in self.results[arm.name]]
+        finite = [value for value in values if math.isfinite(value)]
+        return stdev(finite) / math.sqrt(self.plan.tuning_seeds) if len(finite) > 1 else 0.0
 
     def baselines(self) -> Baselines:
         """The scores of simple models on the same data."""

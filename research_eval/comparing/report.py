@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -13,15 +14,19 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from research_eval.analysis.comparison import p_text
+from research_eval.analysis.samples import seed_and_sample_interval
 from research_eval.analysis.statistics import SHARE, Interval, mean_interval, wilson_interval
 from research_eval.analysis.tables import Table, bounds_of, interval_text, metric_text, short_number
 from research_eval.comparing.certificate import certificate
 from research_eval.comparing.protocol import Outcome
 from research_eval.comparing.tuning import RATE, Arm
 from research_eval.comparing.verdicts import Verdict
+from research_eval.errors import ConfigError
 from research_eval.files import file_stem, write_atomically
 from research_eval.store.data_facts import BASELINES, baseline_score
 from research_eval.store.store import Store
+
+log = logging.getLogger(__name__)
 
 ROUTED = 0.75  # of the total parameters are active at most, or a model does not count as routed
 PERCENT = "95 %"
@@ -31,7 +36,7 @@ def summary(outcome: Outcome, solved_at: float) -> Table:
     """A row for each arm and for each simple baseline."""
     metric, plan = outcome.test_metric, outcome.plan
     further = further_metrics(outcome)
-    columns = ["arm", metric, f"{PERCENT} interval", "solved", *further, "seeds", outcome.metric]
+    columns = ["arm", metric, f"{PERCENT} interval", "seeds × samples", "solved", *further, "seeds", outcome.metric]
     columns += ["parameters", "active"]
     columns += ["MFLOPs", "latency ms", f"{plan.axis} / base", "trials", "rate", "remark"]
     rows = [_row(outcome, arm, solved_at) for arm in outcome.arms]
@@ -64,6 +69,7 @@ def _row(outcome: Outcome, arm: Arm, solved_at: float) -> list[str]:
         arm.name,
         metric_text(mean, metric) if mean is not None else "",
         interval_text(interval, metric),
+        interval_text(_joint_interval(outcome, arm) if is_complete else None, metric),
         solved_text(finite, len(scores), solved_at, metric),
         *(_mean_text(runs, name) for name in further_metrics(outcome)),
         str(len(scores)),
@@ -77,6 +83,16 @@ def _row(outcome: Outcome, arm: Arm, solved_at: float) -> list[str]:
         f"{arm.best.changes[RATE]:g}",
         "; ".join(remarks(outcome, arm)),
     ]
+
+
+def _joint_interval(outcome: Outcome, arm: Arm) -> Interval | None:
+    """The interval over other seeds and other test samples; None if the answers of a run are not there."""
+    try:
+        ids = [run.experiment_id for run in outcome.results[arm.name]]
+        return seed_and_sample_interval(ids, outcome.test_metric)
+    except ConfigError as problem:  # a damaged file
+        log.warning("%s: %s", arm.name, problem)
+        return None
 
 
 def further_metrics(outcome: Outcome) -> list[str]:
@@ -125,6 +141,8 @@ def _notes(outcome: Outcome, solved_at: float) -> list[str]:
     notes = [
         f"Each arm had {trials} trials of {plan.tuning_seeds} seed(s) on validation rows; the seeds of the table are "
         f"others, and their runs scored the test split once.",
+        f"{PERCENT} interval: over other seeds. seeds × samples: over other seeds and other test samples, by a "
+        "bootstrap over both.",
         f"solved: seeds with at least {solved_at:g}, with Wilson's interval.",
         "Latency depends on the load of the machine; FLOPs are those of a forward pass over one sample.",
     ]
@@ -153,6 +171,7 @@ def pairs_table(outcome: Outcome, found: Sequence[Verdict], margin: float) -> Ta
         )
     notes = [
         "p: paired t-test over seeds, two-sided; Holm: adjusted for all pairs. A claim needs a value below 0.05.",
+        "Tests and intervals allow for luck in the tuning: all seeds of an arm share the settings that it has chosen.",
         f"p (equal): of a difference of {margin:g} or more (two one-sided tests).",
         "The tests are about other seeds, and not about other test samples.",
     ]

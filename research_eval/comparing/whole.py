@@ -50,7 +50,10 @@ def compare_and_report(
     _fit_baselines(base)
     outcome = compare(base, plan, data, db)
     scores = {arm.name: outcome.scores(arm) for arm in outcome.arms}
-    found = verdicts(scores, sign=outcome.sign, margin=report.margin, bounds=bounds_of(outcome.test_metric))
+    noise = {arm.name: outcome.noise(arm) for arm in outcome.arms}
+    found = verdicts(
+        scores, sign=outcome.sign, margin=report.margin, bounds=bounds_of(outcome.test_metric), noise=noise
+    )
     paths = write_files(report.folder, outcome, found, db, report.solved_at, report.margin)
     return [summary(outcome, report.solved_at), pairs_table(outcome, found, report.margin)], paths
 
