@@ -30,7 +30,15 @@ def lines_of(name: str, **params: Any) -> dict[str, list[str]]:
     }
 
 
-SIZES = {"addition_text": 3, "reversal": 3, "sorting": 3, "mqar": 4, "induction": 8}  # of all others 24
+SIZES = {
+    "addition_text": 3,
+    "reversal": 3,
+    "sorting": 3,
+    "mqar": 4,
+    "noisy_recall": 4,
+    "fuzzy_recall": 4,
+    "induction": 8,
+}  # of all others 24
 
 
 @pytest.mark.parametrize("name", LINE_TASKS)

@@ -67,6 +67,14 @@ def test_generators_agree_with_the_slow_solution_on_every_split(name: str, seed:
         assert data.labels.tolist() == [solve(data.sample(row)) for row in range(len(data))]
 
 
+@pytest.mark.parametrize("name", SOLUTIONS)
+def test_ten_thousand_samples_agree_with_the_slow_solution(name: str) -> None:
+    params, solve = SOLUTIONS[name]
+    data = synthetic_splits(name, {"num_samples": 12_500, "seq_len": 40, **params}, 0).train
+    assert len(data) == 10_000
+    assert data.labels.tolist() == [solve(data.sample(row)) for row in range(len(data))]
+
+
 @pytest.mark.parametrize("name", REGULAR)
 @settings(max_examples=15, deadline=None)
 @given(st.data())

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +31,8 @@ from research_eval.config.check import config_from_dict
 from research_eval.db_utils import DB_FILE, Store
 from research_eval.errors import ConfigError
 from research_eval.main import cli
-from tests.support import command, small_settings
+from research_eval.registry import MODELS_MAP
+from tests.support import command, environment, python, small_settings
 
 SAME = {"code": "1", "config": "2", "data": "3"}
 
@@ -216,3 +223,96 @@ def test_a_suite_of_two_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     refused = command(cli, "benchmark", "mine.json")
     assert refused.code == 2
     assert "first: another config" in refused.err
+
+
+MODEL = """
+from torch import nn
+from research_eval.annotations import Count
+from research_eval.models.base_model import EvaluableModel
+from research_eval.registry import MODELS_MAP
+
+@MODELS_MAP.register("last_word")
+class LastWord(EvaluableModel):
+    {options}
+
+    def __init__(self, *, vocab_size: int, num_classes: int, width: Count = 4) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.output = nn.Linear(width, num_classes)
+
+    def forward(self, input_ids, attention_mask=None):
+        last = attention_mask.sum(1, keepdim=True) - 1
+        return self.output(self.embedding(input_ids.gather(1, last).squeeze(1)))
+"""
+
+
+@pytest.mark.parametrize("options", ["size_options = ('width',)", ""], ids=["sizes", "no sizes"])
+def test_a_new_model_file_adds_its_row(options: str, tmp_path: Path) -> None:
+    """Without `models` in the suite, and without a word about the new one in any other file."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "last_word.py").write_text(MODEL.format(options=options))
+    small = {key: value for key, value in small_settings(epochs=1).items() if key != "model_type"}
+    suite = {
+        "name": "all",
+        "exclude": [name for name in MODELS_MAP if name != "dense"],
+        "axis": "total_params",
+        "seeds": 1,
+        "tuning": 3,
+        "max_lengthened": 0,
+        "tasks": [{"name": "first", "family": "parity", "config": small}],
+    }
+    (tmp_path / "all.json").write_text(json.dumps(suite))
+    program = "from research_eval.main import cli; raise SystemExit(cli(['benchmark', 'all.json', '--quiet']))"
+    ended = python("-c", program, folder=tmp_path, GOE_EXTENSIONS="mine")
+    assert ended.code == 0, ended.err
+    rows = [
+        line for line in (tmp_path / "benchmarks/all/first/table.md").read_text().splitlines() if "last_word" in line
+    ]
+    assert rows and ("NOT MATCHED" in rows[0]) == (not options), rows
+    assert "last_word" in (tmp_path / "benchmarks" / "all" / "table.md").read_text()
+
+
+def test_a_suite_that_is_killed_goes_on(tmp_path: Path) -> None:
+    """SIGKILL of the whole process group in the second task: no cell is lost or trained twice."""
+    small = {key: value for key, value in small_settings(epochs=1).items() if key != "model_type"}
+    suite = {
+        "name": "killed",
+        "models": ["dense", "lstm"],
+        "seeds": 2,
+        "tuning": 3,
+        "max_lengthened": 0,
+        "tasks": [{"name": name, "family": "one", "config": {**small, "dataset_name": name}} for name in TWO_TASKS],
+    }
+    (tmp_path / "killed.json").write_text(json.dumps(suite))
+    program = "from research_eval.main import cli; raise SystemExit(cli(['benchmark', 'killed.json', '--quiet']))"
+    for wanted in (13, math.inf):  # of 20 runs: each task has three trials and two seeds of two models
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], cwd=tmp_path, env=environment(), start_new_session=True
+        )
+        while process.poll() is None and finished(tmp_path) < wanted:
+            time.sleep(0.02)
+        if wanted < math.inf:
+            assert process.poll() is None, "it was done before it could be killed"
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert process.returncode == 0
+    with Store(str(tmp_path / DB_FILE), read_only=True) as store:
+        rows = store.experiments()
+        configs = [store.experiment(row["experiment_id"])["full_config_json"] for row in rows]
+    assert {row["status"] for row in rows} == {"finished"}
+    assert len(set(configs)) == len(configs)
+    for name in TWO_TASKS:
+        found = json.loads((tmp_path / "benchmarks" / "killed" / name / "certificate.json").read_text())
+        assert [len(arm["cells"]) for arm in found["arms"]] == [2, 2]
+
+
+TWO_TASKS = ("parity", "majority")
+
+
+def finished(folder: Path) -> int:
+    """The runs that have ended; 0 while there is no database."""
+    try:
+        with Store(str(folder / DB_FILE), read_only=True) as store:
+            return sum(status == "finished" for status in store.statuses().values())
+    except (ConfigError, OSError):
+        return 0

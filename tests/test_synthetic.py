@@ -44,6 +44,13 @@ def answers(dataset: Any, data: TokenData) -> list[int]:
     return [solve(data.sample(index)) for index in range(len(data))]
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_ten_thousand_samples_agree_with_the_slow_solution(name: str) -> None:
+    data = synthetic_splits(name, {"num_samples": 12_500}, 0).train
+    assert len(data) == 10_000
+    assert data.labels.tolist() == answers(build(name), data)
+
+
 def inputs(data: TokenData) -> list[tuple[int, ...]]:
     return [tuple(data.sample(index)) for index in range(len(data))]
 

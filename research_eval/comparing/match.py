@@ -6,6 +6,7 @@ which is fast, and corrects it by the executed count.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
@@ -33,6 +34,8 @@ from research_eval.wording import hint
 AXES = ("total_params", "active_params", "flops", "latency")
 CORRECTIONS = 4  # of a formula by what was executed
 REPETITIONS = 15  # of both models in turn, for a latency
+log = logging.getLogger(__name__)
+
 DEPTH_OPTIONS = ("num_loops", "max_path_len", "num_layers")  # of a class with several, the first one
 DEPTHS = (0, 1, -1)  # blocks more than the base has
 
@@ -150,13 +153,14 @@ def _searched(
     tol: float,
     fixed: Mapping[str, Any],
 ) -> Found:
-    """The sizes that `start` needs for this cost. Raises ConfigError if it has none that may change."""
+    """The sizes that `start` needs for this cost; a model that has none that may change stays as it is."""
     cls = models_for(start.task_name).get_or_explain(start.model_type)
     options = options_of(cls)
     names = [name for name in getattr(cls, "size_options", EvaluableModel.size_options) if name in options]
     names = [name for name in names if name not in fixed]
     if not names:
-        raise ConfigError(f"{start.model_type}: it has no size that may change, so it cannot be matched")
+        log.warning("%s has none of its `size_options`: it is compared as it is", start.model_type)
+        return Found({}, measure(start))
 
     def cost(sizes: Sizes) -> float | None:
         try:
