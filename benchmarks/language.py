@@ -9,9 +9,11 @@ second call continues.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,41 +25,95 @@ from research_eval.schema import config_from_dict
 
 TUNING_SEED = 100
 RATES = (0.02, 0.04, 0.08)  # of muon; the parameters that it leaves to AdamW have 3e-3 in every arm
-STEPS, TUNING_STEPS, BLOCK, BATCH = 800, 400, 64, 32
+STEPS, TUNING_SHARE, BLOCK, BATCH = 800, 0.5, 64, 32
 WIDTH = {"embed_dim": 64, "num_heads": 2}
-# Each arm: model type, its parameters beside WIDTH, parameters of the optimiser, share of the steps.
-ARMS: dict[str, tuple[str, dict[str, Any], dict[str, Any], float]] = {
-    "dense": ("dense", {}, {}, 1.0),
-    "goe, bigram table": ("goe", {"route": "bigram"}, {}, 1.0),
-    "goe, learned from features": ("goe", {}, {}, 1.0),
-    "moe, learned from states": ("moe", {}, {}, 1.0),
-    "moe, bigram table": ("moe", {"route": "bigram"}, {}, 1.0),
-    "dense, hashed bigrams": ("dense", {"bigram_buckets": 2048}, {}, 1.0),
-    "dense, as many parameters": ("dense", {"dim_feedforward": 1024}, {}, 1.0),
-    "dense, more steps": ("dense", {}, {}, 1.35),
-    "goe, router that never learns": ("goe", {}, {"router_lr_mult": 0.0}, 1.0),
-    "goe, hash of four tokens": ("goe", {"route": "random"}, {}, 1.0),
-    "goe, learned from states": ("goe", {"router_input": "state"}, {}, 1.0),
-    "goe, learned bigram table": (
-        "goe",
-        {"route": "bigram", "learned_table": True, "straight_through": True},
-        {},
-        1.0,
+ADAMW = {"name": "adamw", "adam_beta2": 0.95}
+ADAMW_RATES = (0.003, 0.006, 0.012)
+POOL = 32  # experts of the arms whose active parameters are less than a quarter of all
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one arm has beside WIDTH. `rate_of` is the arm whose rate it takes, instead of a choice of its own."""
+
+    model_type: str
+    params: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    steps: int = STEPS
+    rates: tuple[float, ...] = RATES
+    rate_of: str | None = None
+
+
+BIGRAM, HASHED = {"route": "bigram"}, {"bigram_buckets": 2048}
+STATE, FROZEN = {"router_input": "state"}, {"router_lr_mult": 0.0}
+ARMS: dict[str, Arm] = {
+    "dense": Arm("dense"),
+    "goe, bigram table": Arm("goe", BIGRAM),
+    "goe, learned from features": Arm("goe"),
+    "moe, learned from states": Arm("moe"),
+    "moe, bigram table": Arm("moe", BIGRAM),
+    "dense, hashed bigrams": Arm("dense", HASHED),
+    "dense, as many parameters": Arm("dense", {"dim_feedforward": 1024}),
+    "dense, more steps": Arm("dense", steps=round(1.35 * STEPS)),
+    "goe, router that never learns": Arm("goe", optimizer=FROZEN),
+    "goe, hash of four tokens": Arm("goe", {"route": "random"}),
+    "goe, learned from states": Arm("goe", STATE),
+    "goe, learned bigram table": Arm("goe", BIGRAM | {"learned_table": True, "straight_through": True}),
+    "goe, trigram table": Arm("goe", {"route": "trigram"}),
+    "goe, bigram table, hashed bigrams": Arm("goe", BIGRAM | HASHED),
+    "looped": Arm("looped"),
+    "lstm": Arm("lstm", {"num_heads": None}),
+    # One change each of the learned routes.
+    "goe, learned bigram table, gate 2 p": Arm("goe", BIGRAM | {"learned_table": True}),
+    "goe, learned from states, slow router": Arm("goe", STATE, {"router_lr_mult": 0.2}),
+    "goe, learned from states, two experts": Arm("goe", STATE | {"top_k_experts": 2, "dim_feedforward": 128}),
+    "dense, AdamW": Arm("dense", optimizer=ADAMW, rates=ADAMW_RATES),
+    "goe, bigram table, AdamW": Arm("goe", BIGRAM, ADAMW, rates=ADAMW_RATES),
+    "goe_original, bigram table, exits": Arm("goe_original", BIGRAM | {"halt": "confidence"}),
+    "goe, queries and outputs too, bigram table": Arm("goe", BIGRAM | {"routed_parts": "qo_ffn"}),
+    # The pool of 32.
+    **{
+        f"{name}, pool of {POOL}": Arm(
+            ARM.model_type,
+            ARM.params | ({"num_experts": POOL // 4} if ARM.model_type == "moe" else {"num_total_experts": POOL}),
+            ARM.optimizer,
+            rate_of=name,
+        )
+        for name, ARM in {
+            "goe, bigram table": Arm("goe", BIGRAM),
+            "goe, learned from states": Arm("goe", STATE),
+            "goe, hash of four tokens": Arm("goe", {"route": "random"}),
+            "moe, learned from states": Arm("moe"),
+        }.items()
+    },
+    f"goe, states, router that never learns, pool of {POOL}": Arm(
+        "goe", STATE | {"num_total_experts": POOL}, FROZEN, rate_of="goe, learned from states"
     ),
-    "goe, trigram table": ("goe", {"route": "trigram"}, {}, 1.0),
-    "goe, bigram table, hashed bigrams": ("goe", {"route": "bigram", "bigram_buckets": 2048}, {}, 1.0),
-    "looped": ("looped", {}, {}, 1.0),
-    "lstm": ("lstm", {"num_heads": None}, {}, 1.0),
+    "dense, deep": Arm("dense", {"num_layers": 12}),
+}
+# The same arms with half and double of the steps, at the same rates.
+CURVE = (
+    "dense, hashed bigrams",
+    *(f"{name}, pool of {POOL}" for name in ("moe, learned from states", "goe, learned from states")),
+    *(f"{name}, pool of {POOL}" for name in ("goe, states, router that never learns", "goe, bigram table")),
+)
+ARMS |= {
+    f"{name}, {steps} steps": dataclasses.replace(ARMS[name], steps=steps, rate_of=ARMS[name].rate_of or name)
+    for name in CURVE
+    for steps in (STEPS // 2, STEPS * 2)
 }
 
 
-def config_of(arm: str, seed: int, rate: float, data_dir: Path, steps: int) -> dict[str, Any]:
-    """The config of one run of an arm."""
-    model_type, params, optimizer, share = ARMS[arm]
-    params = {name: value for name, value in {**WIDTH, **params}.items() if value is not None}
-    total = round(steps * share)
+def config_of(arm: str, seed: int, rate: float, data_dir: Path, share: float = 1.0) -> dict[str, Any]:
+    """The config of one run of an arm, with this share of its steps."""
+    one = ARMS[arm]
+    params = {name: value for name, value in {**WIDTH, **one.params}.items() if value is not None}
+    optimizer = {"name": "muon", "lr": rate, **one.optimizer}
+    if optimizer["name"] == "muon":
+        optimizer["adam_lr"] = 3e-3
+    total = round(one.steps * share)
     return {
-        "model_type": model_type,
+        "model_type": one.model_type,
         "dataset_type": "language_modeling",
         "dataset_name": data_dir.name,
         "experiment_name": f"lm_{arm}",
@@ -65,7 +121,7 @@ def config_of(arm: str, seed: int, rate: float, data_dir: Path, steps: int) -> d
         "seed": seed,
         "dataset_params": {"data_dir": str(data_dir), "block_size": BLOCK, "ngram_baseline": False},
         "model_params": params,
-        "optimizer_params": {"name": "muon", "lr": rate, "adam_lr": 3e-3, **optimizer},
+        "optimizer_params": optimizer,
         "scheduler_params": {
             "name": "wsd",
             "warmup_factor": 0.0625,
@@ -96,17 +152,28 @@ def metrics(config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def chosen_rate(arm: str, tuning: Path) -> tuple[float, dict[float, float]]:
+    """The rate with the lowest loss, and the losses of all rates. The grid is widened while its edge is the best."""
+    tried: dict[float, float] = {}
+    wanted = set(ARMS[arm].rates)
+    while wanted:
+        for rate in sorted(wanted):
+            tried[rate] = metrics(config_of(arm, TUNING_SEED, rate, tuning, TUNING_SHARE))["final_val_loss"]
+        best = min(tried, key=tried.__getitem__)
+        wanted = {{min(tried): min(tried) / 2, max(tried): max(tried) * 2}.get(best, best)} - set(tried)
+    return best, tried
+
+
 def cell(arm: str, seeds: list[int], source: Path, tuning: Path) -> dict[str, Any]:
     """Choose the rate of an arm, then train the reported seeds."""
-    tried = {rate: metrics(config_of(arm, TUNING_SEED, rate, tuning, TUNING_STEPS))["final_val_loss"] for rate in RATES}
-    rate = min(tried, key=tried.__getitem__)
-    runs = [metrics(config_of(arm, seed, rate, source, STEPS)) for seed in seeds]
+    rate, tried = chosen_rate(ARMS[arm].rate_of or arm, tuning)
+    runs = [metrics(config_of(arm, seed, rate, source)) for seed in seeds]
     return {
         "arm": arm,
         "rate": rate,
-        "at_the_edge": rate in (RATES[0], RATES[-1]),
         "tuning": tried,
         "seeds": seeds,
+        "steps": ARMS[arm].steps,
         "losses": [found["final_val_loss"] for found in runs],
         "bits_per_byte": [found["final_val_bits_per_byte"] for found in runs],
         "parameters": runs[0]["param_count"],
@@ -119,7 +186,7 @@ def cell(arm: str, seeds: list[int], source: Path, tuning: Path) -> dict[str, An
 def table(cells: list[dict[str, Any]]) -> str:
     """Markdown: a row per arm, with the difference to dense over the seeds that both have."""
     lines = [
-        "| arm | nats per character | minus dense | rate | MFLOPs per token | parameters | tokens/s |",
+        "| arm | seeds | nats per character | minus dense | rate | MFLOPs per token | parameters |",
         "|---|---|---|---|---|---|---|",
     ]
     base = next(entry for entry in cells if entry["arm"] == "dense")
@@ -128,12 +195,9 @@ def table(cells: list[dict[str, Any]]) -> str:
         losses = entry["losses"]
         gaps = [loss - dense[seed] for seed, loss in zip(entry["seeds"], losses, strict=True) if seed in dense]
         gap = "" if entry is base else f"{statistics.mean(gaps):+.3f} ± {interval(gaps):.3f}"
-        edge = " (edge)" if entry["at_the_edge"] else ""
         lines.append(
-            f"| {entry['arm']} | {statistics.mean(losses):.3f} ± {interval(losses):.3f} | {gap} "
-            f"| {entry['rate']:g}{edge} "
-            f"| {entry['flops_per_token'] / 1e6:.3f} | {entry['parameters'] / 1e3:,.0f} k "
-            f"| {entry['tokens_per_second']:,.0f} |"
+            f"| {entry['arm']} | {len(losses)} | {statistics.mean(losses):.3f} ± {interval(losses):.3f} | {gap} "
+            f"| {entry['rate']:g} | {entry['flops_per_token'] / 1e6:.3f} | {entry['parameters'] / 1e3:,.0f} k |"
         )
     return "\n".join(lines)
 

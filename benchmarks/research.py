@@ -33,11 +33,21 @@ from research_eval.schema import ExperimentConfig, load_config
 SEEDS_PER_GROUP = 100
 TUNING_SEED = 100
 LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
+FEWER_RATES = (2e-3, 4e-3, 8e-3)
 TASKS_WITH_SEED = ("tables", "planted_paths")
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "examples" / "research"
 BEGIN, END = "<!-- begin {} -->", "<!-- end {} -->"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One setting over several values: the arms that are trained with each of them, at their own learning rates."""
+
+    key: str  # of the config
+    values: dict[int, str]  # value: name in the table
+    arms: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,9 @@ class Study:
     seeds: dict[str, int] = field(default_factory=dict)  # arms with another number of seeds than the rest
     needs_data: bool = False
     tuned: tuple[str, ...] = ()  # arms whose learning rate `--tune` chooses
+    rates: tuple[float, ...] = LEARNING_RATES  # the grid; it is widened for an arm whose best rate is at its edge
     equal_flops: tuple[str, ...] = ()  # arms that are meant to have the same forward FLOPs per sample
+    curves: dict[str, Curve] = field(default_factory=dict)  # name: curve of the first compared metric
 
 
 def against(arm: str, *others: str) -> list[tuple[str, str]]:
@@ -65,6 +77,16 @@ TABLES = (
     *("dense_flops", "dense_params", "dense_bigrams", "dense_bigrams_wide", "dense_flops_4x_steps", "looped", "moe"),
     *("token", "hash", "published", "state_router", "goe", "goe_frozen_router", "goe_bigrams"),
 )
+# The arms with 16 experts, and everything without a learned router that may explain their scores.
+TABLES_WIDE = (
+    *("dense_flops", "dense_wide", "dense_deep", "dense_bigrams", "looped", "moe"),
+    *("random", "hash", "goe_frozen_router", "goe", "goe_bigrams"),
+)
+PLANTED_TUNED = (
+    *("dense_flops", "dense_params", "dense_deep", "dense_bigrams", "looped", "moe"),
+    *("hash", "goe_frozen_router", "goe_pooled", "goe_cursor"),
+)
+EXPOSURES = {120_000: "half", 240_000: "as above", 480_000: "double"}
 STUDIES = {
     "tables": Study(
         list(TABLES),
@@ -78,18 +100,54 @@ STUDIES = {
         tuned=TABLES,
         equal_flops=tuple(arm for arm in TABLES if arm != "dense_params"),
     ),
-    "planted": Study(
-        ["dense_flops", "dense_params", "random", "oracle", "goe_pooled", "goe_cursor"],
+    "tables_wide": Study(
+        list(TABLES_WIDE),
         [
-            *against("goe_cursor", "dense_flops", "dense_params", "oracle"),
+            *against("goe", "dense_flops", "dense_wide", "dense_deep", "dense_bigrams", "looped", "moe"),
+            *against("goe", "random", "hash", "goe_frozen_router"),
+            *against("goe_bigrams", "dense_bigrams"),
+        ],
+        tuned=TABLES_WIDE,
+        rates=FEWER_RATES,
+        equal_flops=tuple(arm for arm in TABLES_WIDE if arm not in ("dense_wide", "dense_deep")),
+        curves={
+            "exposures": Curve(
+                "dataset_params.num_samples", EXPOSURES, ("dense_bigrams", "moe", "goe_frozen_router", "goe")
+            ),
+            "pool": Curve(
+                "model_params.num_total_experts",
+                {size: f"{size} experts" for size in (4, 8, 16, 32)},
+                ("goe_frozen_router", "goe"),
+            ),
+        },
+    ),
+    "planted": Study(
+        [
+            *("dense_flops", "dense_params", "dense_deep", "dense_bigrams", "looped", "moe", "random", "hash"),
+            *("oracle", "goe_frozen_router", "goe_pooled", "goe_cursor"),
+        ],
+        [
+            *against("goe_cursor", "dense_flops", "dense_params", "dense_deep", "dense_bigrams", "looped", "moe"),
+            *against("goe_cursor", "hash", "goe_frozen_router", "oracle"),
             *against("goe_pooled", "dense_flops", "dense_params", "oracle"),
         ],
         {"test_acc": "accuracy", "test_unseen_acc": "unseen", "planted_step_recovery": "recovery"}
         | {"router_regret": "regret", "test_unseen_router_regret": "regret, unseen"},
         compared=("test_acc", "test_unseen_acc"),
-        seeds={"random": 2, "oracle": 3, "goe_pooled": 3},
-        tuned=("dense_flops", "dense_params", "goe_pooled", "goe_cursor"),
-        equal_flops=("dense_flops", "random", "goe_pooled", "goe_cursor"),
+        tuned=PLANTED_TUNED,
+        rates=FEWER_RATES,
+        equal_flops=(
+            *("dense_flops", "dense_bigrams", "looped", "moe", "random", "hash"),
+            *("goe_frozen_router", "goe_pooled", "goe_cursor"),
+        ),
+        curves={
+            "exposures": Curve("dataset_params.num_samples", EXPOSURES, ("dense_bigrams", "moe", "goe_cursor")),
+            "pool": Curve(
+                "model_params.num_total_experts",
+                {size: f"{size} experts" for size in (8, 16, 32)},
+                ("goe_frozen_router", "goe_cursor"),
+            ),
+        },
     ),
     "hop": Study(
         ["dense", "loop", "loop_confidence", "goe_confidence"],
@@ -151,10 +209,15 @@ def value(run: dict[str, Any], name: str) -> float | None:
 
 
 def config_of(
-    study: str, arm: str, seed: int, data_dir: Path | None, learning_rate: float | None = None
+    study: str,
+    arm: str,
+    seed: int,
+    data_dir: Path | None,
+    learning_rate: float | None = None,
+    changed: dict[str, Any] | None = None,
 ) -> ExperimentConfig:
     """The config of an arm with a seed. The seed's group decides which instance of the task it gets."""
-    overrides: dict[str, Any] = {"seed": seed}
+    overrides: dict[str, Any] = {"seed": seed, **(changed or {})}
     if STUDIES[study].needs_data and data_dir is not None:
         overrides["dataset_params.sources"] = [str(data_dir / source) for source in TEXT_SOURCES]
     if learning_rate is not None:
@@ -202,22 +265,34 @@ def metrics_of(config: ExperimentConfig, store: Store) -> dict[str, Any]:
     return store.metrics(known["experiment_id"])
 
 
-def tune(study: str, arguments: argparse.Namespace) -> tuple[str, dict[str, list[float]]]:
+def tune(study: str, arguments: argparse.Namespace) -> tuple[str, dict[str, list[float | None]]]:
     """Train the tuned arms with every learning rate; the table of their validation accuracy, and its numbers."""
-    grid = [(arm, rate) for arm in STUDIES[study].tuned for rate in LEARNING_RATES]
-    configs = [config_of(study, arm, TUNING_SEED, arguments.data_dir, rate) for arm, rate in grid]
-    train_all(configs, arguments)
-    with Store(arguments.db, read_only=True) as store:
-        scores = [float(metrics_of(config, store)["final_val_acc"]) for config in configs]
-    found: dict[str, list[float]] = {}
-    for (arm, _), score in zip(grid, scores, strict=True):
-        found.setdefault(arm, []).append(score)
-    lines = [f"| arm | {' | '.join(f'{rate:g}' for rate in LEARNING_RATES)} | taken |"]
-    lines.append("|---" * (2 + len(LEARNING_RATES)) + "|")
-    for arm, row in found.items():
-        taken = LEARNING_RATES[int(np.argmax(row))]
-        lines.append(f"| {arm} | {' | '.join(f'{score:.3f}' for score in row)} | {taken:g} |")
-    return "\n".join(lines), found
+    found: dict[str, dict[float, float]] = {arm: {} for arm in STUDIES[study].tuned}
+    wanted = [(arm, rate) for arm in found for rate in STUDIES[study].rates]
+    while wanted:
+        configs = [config_of(study, arm, TUNING_SEED, arguments.data_dir, rate) for arm, rate in wanted]
+        train_all(configs, arguments)
+        with Store(arguments.db, read_only=True) as store:
+            for (arm, rate), config in zip(wanted, configs, strict=True):
+                found[arm][rate] = float(metrics_of(config, store)["final_val_acc"])
+        wanted = [(arm, further) for arm, scores in found.items() if (further := beyond(scores))]
+    rates = sorted({rate for scores in found.values() for rate in scores})
+    lines = [f"| arm | {' | '.join(f'{rate:g}' for rate in rates)} | taken |"]
+    lines.append("|---" * (2 + len(rates)) + "|")
+    for arm, scores in found.items():
+        cells = [f"{scores[rate]:.3f}" if rate in scores else "" for rate in rates]
+        lines.append(f"| {arm} | {' | '.join(cells)} | {best(scores):g} |")
+    return "\n".join(lines), {arm: [scores.get(rate) for rate in rates] for arm, scores in found.items()}
+
+
+def best(scores: dict[float, float]) -> float:
+    """The rate with the highest score, the lowest one if several have it."""
+    return max(sorted(scores), key=scores.__getitem__)
+
+
+def beyond(scores: dict[float, float]) -> float | None:
+    """The next rate behind the edge of the grid; None if the best one is inside."""
+    return {min(scores): min(scores) / 2, max(scores): max(scores) * 2}.get(best(scores))
 
 
 def tables(study: str, runs: dict[str, list[dict[str, Any]]]) -> str:
@@ -301,9 +376,22 @@ def reported_texts(chosen: list[str], arguments: argparse.Namespace) -> tuple[di
         for arm in STUDIES[study].arms
         if seed < STUDIES[study].seeds.get(arm, arguments.seeds)
     ]
+    curves = {
+        f"{study} {name}": curve_configs(study, curve, arguments.seeds)
+        for study in chosen
+        for name, curve in STUDIES[study].curves.items()
+    }
+    configs += [config for points in curves.values() for point in points.values() for config in point]
     train_all(configs, arguments)
     with Store(arguments.db, read_only=True) as store:
         runs = {study: collect(study, arguments.seeds, store, arguments.data_dir) for study in chosen}
+        scores = {
+            title: {
+                point: [float(metrics_of(config, store)["test_acc"]) for config in found]
+                for point, found in points.items()
+            }
+            for title, points in curves.items()
+        }
     figures = {
         study: {
             arm: {name: [value(run, name) for run in results] for name in (*STUDIES[study].metrics, *COSTS)}
@@ -311,7 +399,29 @@ def reported_texts(chosen: list[str], arguments: argparse.Namespace) -> tuple[di
         }
         for study, arms in runs.items()
     }
-    return {study: tables(study, runs[study]) for study in chosen}, figures
+    texts = {study: tables(study, runs[study]) for study in chosen}
+    texts |= {title: curve_table(points) for title, points in scores.items()}
+    points = {title: {" | ".join(point): found for point, found in points.items()} for title, points in scores.items()}
+    return texts, figures | points
+
+
+def curve_configs(study: str, curve: Curve, seeds: int) -> dict[tuple[str, str], list[ExperimentConfig]]:
+    """The configs of every arm and value of a curve, over the seeds."""
+    return {
+        (arm, name): [config_of(study, arm, seed, None, changed={curve.key: value}) for seed in range(seeds)]
+        for arm in curve.arms
+        for value, name in curve.values.items()
+    }
+
+
+def curve_table(points: dict[tuple[str, str], list[float]]) -> str:
+    """Markdown: a row per arm, a column per value, the mean score and its interval."""
+    names = list(dict.fromkeys(name for _, name in points))
+    lines = [f"| arm | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+    for arm in dict.fromkeys(arm for arm, _ in points):
+        cells = [f"{statistics.mean(points[arm, name]):.3f}{interval_text(points[arm, name])}" for name in names]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:

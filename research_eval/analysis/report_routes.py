@@ -17,6 +17,7 @@ from research_eval.analysis.runs import Results
 from research_eval.analysis.summary import Options, Row
 from research_eval.files import RUNS_FOLDER, SAMPLES_FILE, file_stem
 from research_eval.store.metrics import gain_sign
+from research_eval.system.untrusted import read_limited
 
 if TYPE_CHECKING:
     from research_eval.store.records import RunRow
@@ -30,6 +31,7 @@ PICTURES = {
     "automaton.png": "The automaton that the scan experts have learned.",
 }
 ROUTED = ("router_entropy", "mean_path_length")  # only models with routes have these metrics
+MAX_SAMPLES = 20_000_000  # bytes of a file of samples
 WRITTEN_EXPERTS = 24  # in a table of more experts, cells have no numbers, only colours
 MORE, LESS = (0, 114, 178), (213, 94, 0)  # colours of more and less than expected: blue and vermilion
 
@@ -92,6 +94,8 @@ def written_texts(results: Results, rows: Sequence[Row], options: Options) -> li
     """What the best run of each best config wrote during its training, if it is a language model that did so."""
     parts = []
     for row in rows:
+        if not row.group.values(options.metric):
+            continue
         run = _best_run(row, options)
         samples = read_samples(_folder_of(run))
         if samples:
@@ -102,9 +106,9 @@ def written_texts(results: Results, rows: Sequence[Row], options: Options) -> li
 def read_samples(folder: Path) -> list[Sample]:
     """The samples in a run's folder; empty if there are none, or damaged ones."""
     try:
-        lines = (folder / SAMPLES_FILE).read_text(encoding="utf-8").splitlines()
+        lines = read_limited(folder / SAMPLES_FILE, MAX_SAMPLES, "a file of samples").splitlines()
         return [pydantic.TypeAdapter(Sample).validate_json(line) for line in lines]
-    except (OSError, ValueError):
+    except ValueError:
         return []
 
 

@@ -45,7 +45,7 @@ class TrainingSamples:
             log.info("a sample after %d steps:\n%s", step, "\n".join(map(printable, text.split("\n"))))
             known = self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else []
             lines = [line for line in known if json.loads(line)["step"] < step]
-            lines.append(json.dumps({"step": step, "text": text}, ensure_ascii=False))
+            lines.append(json.dumps({"step": step, "text": text}))
             write_atomically(self._file, "".join(f"{line}\n" for line in lines).encode())
 
     def _sample(self, model: EvaluableModel) -> str:
