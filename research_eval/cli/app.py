@@ -54,12 +54,14 @@ def commands() -> tuple[Command, ...]:
         routes,
         runs,
         suggest,
+        worker,
     )
 
     return (
         Command("run", run.add_arguments, run.run_command, run.DESCRIPTION),
         Command("tune", tune.add_arguments, tune.tune_command, tune.DESCRIPTION),
         Command("analyze", analyze.add_arguments, analyze.analyze_command, analyze.DESCRIPTION),
+        Command("worker", worker.add_arguments, worker.worker_command, worker.DESCRIPTION),
         Command("suggest", suggest.add_arguments, suggest.suggest_command, suggest.DESCRIPTION),
         Command("runs", runs.add_arguments, runs.runs_command, runs.DESCRIPTION),
         Command("export", export.add_arguments, export.export_command, export.DESCRIPTION),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,9 @@ DESCRIPTION = "a study: many experiments whose settings a sampler chooses"
 SAMPLERS = ("tpe", "random", "gp", "nsga2", "cmaes", "grid")
 PRUNERS = ("median", "hyperband", "none")
 DEFAULT_STORAGE = "sqlite:///optuna_studies.db"
+STORAGE_VARIABLE = "GOE_STORAGE"
+# What a study does not remember of its flags: where it lies, how long this command works, and what it prints.
+NOT_STORED = ("storage", "db", "n_trials", "more_trials", "n_jobs", "timeout", "dry_run", "quiet")
 # Model types of a study that does not name any: the four that the project compares.
 DEFAULT_TYPES = ("dense", "moe", "goe", "goe_original")
 DEFAULTS = {"n_trials": 100, "n_jobs": 1, "seeds_per_trial": 1, "epochs": 10, "batch_size": 32}  # at least 1 each
@@ -69,7 +73,12 @@ def add_study_arguments(parser: argparse._ActionsContainer, required: bool = Fal
     add_flag(parser, "dataset_name", metavar="D", required=required, help="such as parity, addition or ag_news")
     add_flag(parser, "dataset_type", metavar="T", help="such as synthetic or real_world; default: what the name says")
     add_flag(parser, "study_name", metavar="S", help="default: type and name of the data set")
-    add_flag(parser, "storage", metavar="URL", help=f"Optuna's database (default: {DEFAULT_STORAGE})")
+    add_flag(
+        parser,
+        "storage",
+        metavar="URL",
+        help=f"Optuna's database (default: ${STORAGE_VARIABLE}, else {DEFAULT_STORAGE})",
+    )
     add_flag(
         parser, "n_trials", type=int, metavar="N", help="trials of the whole study, over all workers (default 100)"
     )
@@ -135,7 +144,9 @@ def study_options(arguments: argparse.Namespace) -> StudyOptions:
         from research_eval.studies.options import Budget, Method, StudyOptions
         from research_eval.studies.space import build_space, read_search_space
     base = _base(arguments, whole)
-    narrowing = read_search_space(given("search_space")) if given("search_space") is not None else {}
+    found = given("search_space", {})
+    narrowing = dict(found) if isinstance(found, dict) else read_search_space(found)  # a worker has the content
+    flags = _flags(arguments, narrowing)
     sets = _narrowing_of(arguments)
     for name, values in sets.items():  # a value of --set replaces that of the file
         known = narrowing.get(name)
@@ -167,7 +178,7 @@ def study_options(arguments: argparse.Namespace) -> StudyOptions:
             raise ConfigError(f"--{name}: expected a number above 0, got {value}")
     return StudyOptions(
         study_name=base["experiment_name"],
-        storage=storage_url(given("storage", DEFAULT_STORAGE)),
+        storage=storage_url(given("storage", default_storage())),
         space=space,
         budget=Budget(
             n_trials=whole["n_trials"],
@@ -181,7 +192,24 @@ def study_options(arguments: argparse.Namespace) -> StudyOptions:
         n_jobs=whole["n_jobs"],
         seed=base["seed"],
         db=given("db"),
+        flags=flags,
     )
+
+
+def default_storage() -> str:
+    """The storage of a command without --storage."""
+    return os.environ.get(STORAGE_VARIABLE) or DEFAULT_STORAGE
+
+
+def _flags(arguments: argparse.Namespace, search_space: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that a worker on another machine needs, with the content of the file of the search space."""
+    given = {
+        name: value
+        for name, value in vars(arguments).items()
+        if name not in NOT_STORED and isinstance(value, str | int | float | list) and value is not False
+    }
+    given.pop("search_space", None)
+    return given | ({"search_space": dict(search_space)} if search_space else {})
 
 
 def _narrowing_of(arguments: argparse.Namespace) -> dict[str, Any]:

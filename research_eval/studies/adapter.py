@@ -26,6 +26,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import filelock
@@ -147,6 +148,31 @@ def study_lock(url: str, study_name: str) -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------------------------------------- studies
+
+
+def study_names(url: str) -> list[str]:
+    """The studies in a storage, which has to exist. Raises ConfigError."""
+    address = make_url(url)
+    if address.drivername == "sqlite" and not Path(address.database or "").is_file():
+        raise ConfigError(f"--storage: there is no file {address.database}")
+    with _opened(url) as storage:
+        return sorted(optuna.get_all_study_names(storage))
+
+
+def study_attributes(url: str, study_name: str) -> dict[str, Any]:
+    """What commands have stored with a study. Raises ConfigError."""
+    with _opened(url) as storage:
+        return storage.get_study_user_attrs(storage.get_study_id_from_name(study_name))
+
+
+@contextmanager
+def _opened(url: str) -> Iterator[RDBStorage]:
+    storage = _open_storage(url)
+    try:
+        yield storage
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
 
 
 class StoredStudy:

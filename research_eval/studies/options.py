@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from research_eval.store.metrics import DEFAULT_METRIC, FLOPS_VERSION, Direction, direction
@@ -50,6 +50,7 @@ class StudyOptions:
     n_jobs: int = 1
     seed: int = 0
     db: str | None = None  # the results store
+    flags: dict[str, Any] = field(default_factory=dict)  # what makes these options again, for workers elsewhere
 
     @property
     def directions(self) -> list[Direction]:

@@ -24,11 +24,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from research_eval.config.defaults import add_former_defaults
 from research_eval.errors import ConfigError, Superseded
-from research_eval.studies.adapter import StoredStudy, StoredTrial, study_lock
+from research_eval.studies.adapter import StoredStudy, StoredTrial, study_attributes, study_lock, study_names
 from research_eval.studies.options import StudyOptions
 from research_eval.studies.pruning import make_pruner
 from research_eval.studies.trials import Outcome
-from research_eval.wording import shown
+from research_eval.wording import hint, shown
 
 MAX_ATTEMPTS = 3  # a trial fails after so many workers died while they trained it
 SHOWN_SETTING = 200  # characters of a setting in a message
@@ -79,6 +79,11 @@ class TrialQueue:
                 f"--study_name: study {self.options.study_name!r} was begun with other settings. Give the same ones "
                 "to continue it, or another name to begin a new one:\n" + "\n".join(lines)
             )
+
+    def open_to_workers(self) -> None:
+        """Store what `goe worker` needs to take part: the flags, and the number of trials."""
+        self.study.set_user_attr("flags", self.options.flags)
+        self.study.set_user_attr("n_trials", self.options.budget.n_trials)
 
     def own_trials(self) -> list[FrozenTrial]:
         """The trials that the budget counts: all but the past runs that teach the sampler."""
@@ -161,6 +166,22 @@ class TrialQueue:
     def heartbeat(self, trial: StoredTrial) -> AbstractContextManager[None]:
         """Show to the others that this worker trains the trial, as long as the block runs."""
         return self.stored.heartbeat(trial)
+
+
+def stored_flags(storage: str, study_name: str) -> tuple[dict[str, Any], int]:
+    """The flags of a study, and its number of trials. Raises ConfigError for a study that `goe tune` has not begun."""
+    names = study_names(storage)
+    if study_name not in names:
+        known = f" It has {', '.join(names[:10])}.{hint(study_name, names)}" if names else " It has none."
+        raise ConfigError(f"--study: there is no study {shown(study_name)} in this storage.{known}")
+    attributes = study_attributes(storage, study_name)
+    flags, n_trials = attributes.get("flags"), attributes.get("n_trials")
+    if not isinstance(flags, dict) or not isinstance(n_trials, int):
+        raise ConfigError(
+            f"--study: {study_name!r} does not say how it was begun: give its `goe tune` command once more, and start "
+            "workers then"
+        )
+    return flags, n_trials
 
 
 def _with_former_defaults(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -100,6 +100,7 @@ def _run_study(queue: TrialQueue, quiet: bool) -> int:
     elif queue.options.budget.more_trials is not None:
         add_trials(queue)
     options = queue.options  # with another budget after a small grid, and with more trials
+    queue.open_to_workers()
     trials = queue.own_trials()
     if len(trials) >= options.budget.n_trials and all(trial.state.is_finished() for trial in trials):
         log.warning(
@@ -124,6 +125,26 @@ def _run_study(queue: TrialQueue, quiet: bool) -> int:
     return 0 if any(record.status == "finished" for record in records) or options.is_time_up else 1
 
 
+def work_alone(options: StudyOptions, timeout: float | None, max_trials: int | None, quiet: bool = False) -> int:
+    """Train trials of a study that another command has begun and looks after: it fills the queue and writes the files.
+
+    Returns exit code 0, or 128 + the number of a signal. Raises ConfigError.
+    """
+    if timeout is not None:
+        options = options.with_budget(deadline=time.time() + timeout)
+    config = check_feasible(options)
+    queue = TrialQueue(options)
+    try:
+        check_present_data(queue, config)
+        with quiet_runs(), _signals_raise(), _progress(options, quiet) as progress:
+            progress.update(trial_records(queue.study))
+            return _run_here(queue, progress, max_trials)
+    except Stopped as stopped:
+        return 128 + stopped.number
+    finally:
+        queue.close()
+
+
 def _progress(options: StudyOptions, quiet: bool) -> StudyProgress:
     """A line per finished trial on stderr, and a bar on a terminal."""
     largest_is_best = options.directions[0] == "maximize"
@@ -136,8 +157,11 @@ def files_of(options: StudyOptions) -> StudyFiles:
     return StudyFiles.of(options.study_name, base["dataset_type"], base["dataset_name"])
 
 
-def _run_here(queue: TrialQueue, progress: StudyProgress) -> int:
-    """Run one worker in this process. At the deadline a signal stops its run, which writes a checkpoint."""
+def _run_here(queue: TrialQueue, progress: StudyProgress, max_trials: int | None = None) -> int:
+    """Run one worker in this process, for so many trials at most.
+
+    At the deadline a signal stops its run, which writes a checkpoint.
+    """
     worker = new_worker_name()
     deadline = queue.options.budget.deadline
     alarm = threading.Timer(max(0.0, (deadline or 0) - time.time()), os.kill, (os.getpid(), signal.SIGTERM))
@@ -145,7 +169,7 @@ def _run_here(queue: TrialQueue, progress: StudyProgress) -> int:
     if deadline is not None:
         alarm.start()
     try:
-        code = work(queue, worker, progress)
+        code = work(queue, worker, progress, max_trials)
     except Stopped:
         queue.release(worker, died=False)
         if not queue.options.is_time_up:

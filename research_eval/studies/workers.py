@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import random
 import secrets
 import signal
 import sys
@@ -28,6 +29,8 @@ from research_eval.system.progress import StudyProgress
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5  # between two looks at the queue or at the workers
+MOST_POLLS = 10  # so many times as long an idle worker waits at most
+JITTER = random.SystemRandom()  # of pauses alone: no number of a study depends on it
 STOP_SECONDS = 30.0  # for workers to write their checkpoints
 SINGLE_RUN_LOGGERS = ("experiment", "runs", "training", "datasets", "system.phases")
 
@@ -37,22 +40,27 @@ def new_worker_name() -> str:
     return secrets.token_hex(8)
 
 
-def work(queue: TrialQueue, worker: str, progress: StudyProgress | None = None) -> int:
-    """Train trials until all are done or the time is up.
+def work(queue: TrialQueue, worker: str, progress: StudyProgress | None = None, max_trials: int | None = None) -> int:
+    """Train trials until all are done, the time is up, or this worker has ended `max_trials` of them.
 
     A worker also stops if the process that started it is gone. Returns exit code 0, or 128 + the number of a signal
     that stopped a run.
     """
     options, parent = queue.options, os.getppid()
     left: set[int] = set()  # trials that another process is at: this worker looks at the other ones first
-    while not options.is_time_up and os.getppid() == parent:
+    ended, pause = 0, POLL_SECONDS
+    while not options.is_time_up and os.getppid() == parent and ended != max_trials:
         trial = queue.claim(worker, left)
         if trial is None:
             if not queue.has_running_trials():
                 return 0
             left.clear()
-            time.sleep(POLL_SECONDS)  # the worker of a running trial may die, and then this one continues it
+            # The worker of a running trial may die, and then this one continues it. Many idle workers ask at other
+            # times, and less and less often.
+            time.sleep(pause * JITTER.uniform(0.5, 1.0))
+            pause = min(2 * pause, MOST_POLLS * POLL_SECONDS)
             continue
+        pause = POLL_SECONDS
         with queue.heartbeat(trial):
             outcome = train_trial(trial, options)
         if outcome.status == "interrupted":
@@ -64,6 +72,7 @@ def work(queue: TrialQueue, worker: str, progress: StudyProgress | None = None) 
             queue.release(worker, died=False)
             continue
         queue.finish(trial, outcome)
+        ended += 1
         if progress is not None:
             progress.update(trial_records(queue.study))
     return 0

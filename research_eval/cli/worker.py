@@ -1,0 +1,50 @@
+"""`goe worker`: train trials of a study that `goe tune` has begun, on this machine or on another one.
+
+    goe worker --study parity_study --storage postgresql://... --db postgresql://...
+
+The flags of the study lie in its storage, so that a worker needs none of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from research_eval.cli import tune
+from research_eval.cli.common import DB_HELP
+from research_eval.errors import ConfigError
+from research_eval.system.phases import import_torch, phase
+
+DESCRIPTION = "train trials of a study that `goe tune` has begun, also on another machine"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `goe worker`."""
+    parser.add_argument("--study", required=True, metavar="NAME", help="name of the study (--study_name of goe tune)")
+    parser.add_argument(
+        "--storage", metavar="URL", help=f"its database (default: $GOE_STORAGE, else {tune.DEFAULT_STORAGE})"
+    )
+    parser.add_argument("--db", metavar="URL_OR_PATH", help=DB_HELP)
+    parser.add_argument("--max_trials", type=int, metavar="K", help="stop after so many trials")
+    parser.add_argument("--max_seconds", type=float, metavar="S", help="stop after this time, with a checkpoint")
+    parser.add_argument("--quiet", action="store_true", help="show warnings and errors only")
+
+
+def worker_command(arguments: argparse.Namespace) -> int:
+    """Work until the study has all its trials, or one of the limits is reached."""
+    seconds = arguments.max_seconds
+    if arguments.max_trials is not None and arguments.max_trials < 1:
+        raise ConfigError(f"--max_trials: expected at least 1, got {arguments.max_trials}")
+    if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
+        raise ConfigError(f"--max_seconds: expected a number above 0, got {seconds}")
+    import_torch()  # after what can be checked without it
+    with phase("importing the program"):
+        from research_eval.studies.adapter import storage_url
+        from research_eval.studies.queue import stored_flags
+        from research_eval.studies.tune import work_alone
+
+    storage = storage_url(arguments.storage or tune.default_storage())
+    flags, n_trials = stored_flags(storage, arguments.study)
+    given = {**flags, "storage": storage, "db": arguments.db, "n_trials": n_trials}
+    options = tune.study_options(argparse.Namespace(**given))
+    return work_alone(options, seconds, arguments.max_trials, arguments.quiet)
