@@ -9,7 +9,6 @@ second call continues.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import statistics
@@ -90,17 +89,6 @@ ARMS: dict[str, Arm] = {
         "goe", STATE | {"num_total_experts": POOL}, FROZEN, rate_of="goe, learned from states"
     ),
     "dense, deep": Arm("dense", {"num_layers": 12}),
-}
-# The same arms with half and double of the steps, at the same rates.
-CURVE = (
-    "dense, hashed bigrams",
-    *(f"{name}, pool of {POOL}" for name in ("moe, learned from states", "goe, learned from states")),
-    *(f"{name}, pool of {POOL}" for name in ("goe, states, router that never learns", "goe, bigram table")),
-)
-ARMS |= {
-    f"{name}, {steps} steps": dataclasses.replace(ARMS[name], steps=steps, rate_of=ARMS[name].rate_of or name)
-    for name in CURVE
-    for steps in (STEPS // 2, STEPS * 2)
 }
 
 

@@ -63,7 +63,8 @@ class Study:
     tuned: tuple[str, ...] = ()  # arms whose learning rate `--tune` chooses
     rates: tuple[float, ...] = LEARNING_RATES  # the grid; it is widened for an arm whose best rate is at its edge
     equal_flops: tuple[str, ...] = ()  # arms that are meant to have the same forward FLOPs per sample
-    curves: dict[str, Curve] = field(default_factory=dict)  # name: curve of the first compared metric
+    curves: dict[str, Curve] = field(default_factory=dict)  # name: curve of the accuracy on the test split
+    curve_seeds: int = 3
 
 
 def against(arm: str, *others: str) -> list[tuple[str, str]]:
@@ -140,14 +141,6 @@ STUDIES = {
             *("dense_flops", "dense_bigrams", "looped", "moe", "random", "hash"),
             *("goe_frozen_router", "goe_pooled", "goe_cursor"),
         ),
-        curves={
-            "exposures": Curve("dataset_params.num_samples", EXPOSURES, ("dense_bigrams", "moe", "goe_cursor")),
-            "pool": Curve(
-                "model_params.num_total_experts",
-                {size: f"{size} experts" for size in (8, 16, 32)},
-                ("goe_frozen_router", "goe_cursor"),
-            ),
-        },
     ),
     "hop": Study(
         ["dense", "loop", "loop_confidence", "goe_confidence"],
@@ -377,7 +370,7 @@ def reported_texts(chosen: list[str], arguments: argparse.Namespace) -> tuple[di
         if seed < STUDIES[study].seeds.get(arm, arguments.seeds)
     ]
     curves = {
-        f"{study} {name}": curve_configs(study, curve, arguments.seeds)
+        f"{study} {name}": curve_configs(study, curve, STUDIES[study].curve_seeds)
         for study in chosen
         for name, curve in STUDIES[study].curves.items()
     }
