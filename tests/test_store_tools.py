@@ -77,6 +77,7 @@ def row(experiment_id: str, **changes: Any) -> dict[str, Any]:
         "deleted_at": None,
         "tags": None,
         "note": None,
+        "attempt": None,
     } | changes
 
 

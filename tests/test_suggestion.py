@@ -24,6 +24,7 @@ from research_eval.db_utils import DB_FILE, Store, canonical_json
 from research_eval.errors import ConfigError
 from research_eval.registry import MODELS_MAP
 from research_eval.schema import ExperimentConfig, config_from_dict, load_config
+from research_eval.store.tables import experiments_table
 from research_eval.studies.distributions import random_pick
 from research_eval.studies.novelty import rehearse
 from research_eval.studies.past_runs import identity
@@ -72,8 +73,10 @@ def enter(
     )
     if status == "finished" or value is not None:
         store.finish_experiment(run_id, {} if value is None else {metric: value})
-    if status != "finished":
-        store.set_status(run_id, status)
+    if status != "finished":  # also for a run with metrics, whose status no method of the store changes
+        with store._engine.begin() as connection:
+            changed = experiments_table.update().where(experiments_table.c.experiment_id == run_id)
+            connection.execute(changed.values(status=status))
     return run_id
 
 
