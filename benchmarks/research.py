@@ -42,15 +42,6 @@ BEGIN, END = "<!-- begin {} -->", "<!-- end {} -->"
 
 
 @dataclass(frozen=True)
-class Curve:
-    """One setting over several values: the arms that are trained with each of them, at their own learning rates."""
-
-    key: str  # of the config
-    values: dict[int, str]  # value: name in the table
-    arms: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Study:
     """A question: its arms in the order of the table, which differences are asked for, and what else to show."""
 
@@ -63,8 +54,6 @@ class Study:
     tuned: tuple[str, ...] = ()  # arms whose learning rate `--tune` chooses
     rates: tuple[float, ...] = LEARNING_RATES  # the grid; it is widened for an arm whose best rate is at its edge
     equal_flops: tuple[str, ...] = ()  # arms that are meant to have the same forward FLOPs per sample
-    curves: dict[str, Curve] = field(default_factory=dict)  # name: curve of the accuracy on the test split
-    curve_seeds: int = 3
 
 
 def against(arm: str, *others: str) -> list[tuple[str, str]]:
@@ -87,7 +76,6 @@ PLANTED_TUNED = (
     *("dense_flops", "dense_params", "dense_deep", "dense_bigrams", "looped", "moe"),
     *("hash", "goe_frozen_router", "goe_pooled", "goe_cursor"),
 )
-EXPOSURES = {120_000: "half", 240_000: "as above", 480_000: "double"}
 STUDIES = {
     "tables": Study(
         list(TABLES),
@@ -111,16 +99,6 @@ STUDIES = {
         tuned=TABLES_WIDE,
         rates=FEWER_RATES,
         equal_flops=tuple(arm for arm in TABLES_WIDE if arm not in ("dense_wide", "dense_deep")),
-        curves={
-            "exposures": Curve(
-                "dataset_params.num_samples", EXPOSURES, ("dense_bigrams", "moe", "goe_frozen_router", "goe")
-            ),
-            "pool": Curve(
-                "model_params.num_total_experts",
-                {size: f"{size} experts" for size in (4, 8, 16, 32)},
-                ("goe_frozen_router", "goe"),
-            ),
-        },
     ),
     "planted": Study(
         [
@@ -202,15 +180,10 @@ def value(run: dict[str, Any], name: str) -> float | None:
 
 
 def config_of(
-    study: str,
-    arm: str,
-    seed: int,
-    data_dir: Path | None,
-    learning_rate: float | None = None,
-    changed: dict[str, Any] | None = None,
+    study: str, arm: str, seed: int, data_dir: Path | None, learning_rate: float | None = None
 ) -> ExperimentConfig:
     """The config of an arm with a seed. The seed's group decides which instance of the task it gets."""
-    overrides: dict[str, Any] = {"seed": seed, **(changed or {})}
+    overrides: dict[str, Any] = {"seed": seed}
     if STUDIES[study].needs_data and data_dir is not None:
         overrides["dataset_params.sources"] = [str(data_dir / source) for source in TEXT_SOURCES]
     if learning_rate is not None:
@@ -369,22 +342,9 @@ def reported_texts(chosen: list[str], arguments: argparse.Namespace) -> tuple[di
         for arm in STUDIES[study].arms
         if seed < STUDIES[study].seeds.get(arm, arguments.seeds)
     ]
-    curves = {
-        f"{study} {name}": curve_configs(study, curve, STUDIES[study].curve_seeds)
-        for study in chosen
-        for name, curve in STUDIES[study].curves.items()
-    }
-    configs += [config for points in curves.values() for point in points.values() for config in point]
     train_all(configs, arguments)
     with Store(arguments.db, read_only=True) as store:
         runs = {study: collect(study, arguments.seeds, store, arguments.data_dir) for study in chosen}
-        scores = {
-            title: {
-                point: [float(metrics_of(config, store)["test_acc"]) for config in found]
-                for point, found in points.items()
-            }
-            for title, points in curves.items()
-        }
     figures = {
         study: {
             arm: {name: [value(run, name) for run in results] for name in (*STUDIES[study].metrics, *COSTS)}
@@ -392,29 +352,7 @@ def reported_texts(chosen: list[str], arguments: argparse.Namespace) -> tuple[di
         }
         for study, arms in runs.items()
     }
-    texts = {study: tables(study, runs[study]) for study in chosen}
-    texts |= {title: curve_table(points) for title, points in scores.items()}
-    points = {title: {" | ".join(point): found for point, found in points.items()} for title, points in scores.items()}
-    return texts, figures | points
-
-
-def curve_configs(study: str, curve: Curve, seeds: int) -> dict[tuple[str, str], list[ExperimentConfig]]:
-    """The configs of every arm and value of a curve, over the seeds."""
-    return {
-        (arm, name): [config_of(study, arm, seed, None, changed={curve.key: value}) for seed in range(seeds)]
-        for arm in curve.arms
-        for value, name in curve.values.items()
-    }
-
-
-def curve_table(points: dict[tuple[str, str], list[float]]) -> str:
-    """Markdown: a row per arm, a column per value, the mean score and its interval."""
-    names = list(dict.fromkeys(name for _, name in points))
-    lines = [f"| arm | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
-    for arm in dict.fromkeys(arm for arm, _ in points):
-        cells = [f"{statistics.mean(points[arm, name]):.3f}{interval_text(points[arm, name])}" for name in names]
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return {study: tables(study, runs[study]) for study in chosen}, figures
 
 
 def main() -> None:
