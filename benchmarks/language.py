@@ -12,11 +12,12 @@ import argparse
 import json
 import os
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pyarrow import parquet
+from rates import best, beyond
 
 from research_eval.analysis.statistics import half_width as interval
 from research_eval.experiment import run
@@ -70,26 +71,15 @@ ARMS: dict[str, Arm] = {
     "goe, bigram table, AdamW": Arm("goe", BIGRAM, ADAMW, rates=ADAMW_RATES),
     "goe_original, bigram table, exits": Arm("goe_original", BIGRAM | {"halt": "confidence"}),
     "goe, queries and outputs too, bigram table": Arm("goe", BIGRAM | {"routed_parts": "qo_ffn"}),
-    # The pool of 32.
-    **{
-        f"{name}, pool of {POOL}": Arm(
-            ARM.model_type,
-            ARM.params | ({"num_experts": POOL // 4} if ARM.model_type == "moe" else {"num_total_experts": POOL}),
-            ARM.optimizer,
-            rate_of=name,
-        )
-        for name, ARM in {
-            "goe, bigram table": Arm("goe", BIGRAM),
-            "goe, learned from states": Arm("goe", STATE),
-            "goe, hash of four tokens": Arm("goe", {"route": "random"}),
-            "moe, learned from states": Arm("moe"),
-        }.items()
-    },
-    f"goe, states, router that never learns, pool of {POOL}": Arm(
-        "goe", STATE | {"num_total_experts": POOL}, FROZEN, rate_of="goe, learned from states"
-    ),
     "dense, deep": Arm("dense", {"num_layers": 12}),
 }
+# The pool of 32, at the rates of the pool of 16.
+for NAME in ("goe, bigram table", "goe, learned from states", "goe, hash of four tokens", "moe, learned from states"):
+    SIZE = {"num_experts": POOL // 4} if ARMS[NAME].model_type == "moe" else {"num_total_experts": POOL}
+    ARMS[f"{NAME}, pool of {POOL}"] = replace(ARMS[NAME], params=ARMS[NAME].params | SIZE, rate_of=NAME)
+ARMS[f"goe, states, router that never learns, pool of {POOL}"] = replace(
+    ARMS[f"goe, learned from states, pool of {POOL}"], optimizer=FROZEN
+)
 
 
 def config_of(arm: str, seed: int, rate: float, data_dir: Path, share: float = 1.0) -> dict[str, Any]:
@@ -141,15 +131,15 @@ def metrics(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def chosen_rate(arm: str, tuning: Path) -> tuple[float, dict[float, float]]:
-    """The rate with the lowest loss, and the losses of all rates. The grid is widened while its edge is the best."""
-    tried: dict[float, float] = {}
-    wanted = set(ARMS[arm].rates)
+    """The rate with the lowest loss, and the losses of all rates."""
+    losses: dict[float, float] = {}
+    wanted = list(ARMS[arm].rates)
     while wanted:
-        for rate in sorted(wanted):
-            tried[rate] = metrics(config_of(arm, TUNING_SEED, rate, tuning, TUNING_SHARE))["final_val_loss"]
-        best = min(tried, key=tried.__getitem__)
-        wanted = {{min(tried): min(tried) / 2, max(tried): max(tried) * 2}.get(best, best)} - set(tried)
-    return best, tried
+        for rate in wanted:
+            losses[rate] = metrics(config_of(arm, TUNING_SEED, rate, tuning, TUNING_SHARE))["final_val_loss"]
+        scores = {rate: -loss for rate, loss in losses.items()}
+        wanted = [rate for rate in (beyond(scores),) if rate is not None]
+    return best(scores), losses
 
 
 def cell(arm: str, seeds: list[int], source: Path, tuning: Path) -> dict[str, Any]:

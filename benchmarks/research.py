@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rates import best, beyond
 
 from research_eval.analysis.statistics import SHARE, mean_interval
 from research_eval.analysis.statistics import half_width as interval
@@ -249,16 +250,6 @@ def tune(study: str, arguments: argparse.Namespace) -> tuple[str, dict[str, list
         cells = [f"{scores[rate]:.3f}" if rate in scores else "" for rate in rates]
         lines.append(f"| {arm} | {' | '.join(cells)} | {best(scores):g} |")
     return "\n".join(lines), {arm: [scores.get(rate) for rate in rates] for arm, scores in found.items()}
-
-
-def best(scores: dict[float, float]) -> float:
-    """The rate with the highest score, the lowest one if several have it."""
-    return max(sorted(scores), key=scores.__getitem__)
-
-
-def beyond(scores: dict[float, float]) -> float | None:
-    """The next rate behind the edge of the grid; None if the best one is inside."""
-    return {min(scores): min(scores) / 2, max(scores): max(scores) * 2}.get(best(scores))
 
 
 def tables(study: str, runs: dict[str, list[dict[str, Any]]]) -> str:

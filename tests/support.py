@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import io
 import json
 import logging
@@ -19,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,16 @@ from research_eval.schema import ExperimentConfig, config_from_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ["dense", "moe", "goe", "goe_original"]
+
+
+def benchmark(name: str) -> ModuleType:
+    """A file of benchmarks/, which are scripts and not a package."""
+    folder = str(ROOT / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(folder)
 
 
 def small_settings(**changes: Any) -> dict[str, Any]:

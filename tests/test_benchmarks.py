@@ -10,26 +10,16 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import ROOT, executed_with, python
+from support import ROOT, benchmark, executed_with, python
 from torch.nn import functional as F
 
 BENCHMARKS = ROOT / "benchmarks"
-
-
-def benchmark(name: str) -> ModuleType:
-    """A file of benchmarks/, which are scripts and not a package."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.fixture(autouse=True, scope="module")

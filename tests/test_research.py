@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT
+from support import ROOT, benchmark
 
 from research_eval.datasets.providers import load_splits
 from research_eval.schema import load_config
 
-spec = importlib.util.spec_from_file_location("research", ROOT / "benchmarks" / "research.py")
-assert spec is not None and spec.loader is not None
-research: Any = importlib.util.module_from_spec(spec)
-sys.modules["research"] = research
-spec.loader.exec_module(research)
+research: Any = benchmark("research")
 
 
 def run_of(accuracy: float, **more: Any) -> dict[str, Any]:

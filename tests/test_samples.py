@@ -119,7 +119,7 @@ def test_the_accuracy_of_one_run_has_wilsons_interval(here: Path) -> None:
 
 
 def joint(one: Group, metric: str = "test_acc") -> tuple[float, float]:
-    found = seed_and_sample_interval([run.experiment_id for run in one.runs], metric)
+    found = seed_and_sample_interval(one.runs, metric)
     assert found is not None
     return found
 
@@ -130,8 +130,10 @@ def test_the_joint_interval_is_that_of_the_samples_if_seeds_do_not_differ(here: 
     assert joint(same) == pytest.approx(wilson_interval(320, 400), abs=0.012)
     expected = sample_error(same, "test_f1", 0.95).interval
     assert joint(same, "test_f1") == pytest.approx(expected, abs=0.006)
-    assert seed_and_sample_interval([same.runs[0].experiment_id], "test_acc") is None
-    assert seed_and_sample_interval(["unknown", "too"], "test_acc") is None
+    assert seed_and_sample_interval(same.runs[:1], "test_acc") is None
+    wrong = [run._replace(metrics={"test_acc": 0.5}) for run in same.runs]
+    assert seed_and_sample_interval(wrong, "test_acc") is None, "the answers are of other runs"
+    assert seed_and_sample_interval([run._replace(experiment_id="gone") for run in same.runs], "test_acc") is None
 
 
 def test_the_joint_interval_covers_the_mean_over_seeds_and_samples(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

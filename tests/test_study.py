@@ -415,6 +415,18 @@ def test_a_trial_whose_worker_died_is_given_to_the_next_until_it_has_killed_thre
     assert trial.user_attrs["reason"] == "its worker died 3 times"
 
 
+def test_a_trial_that_was_released_waits_as_long_as_it_has_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its run may be at work in a folder that others share: nobody has died."""
+    queue = TrialQueue(study_options_of(n_trials=1))
+    trial = queue.claim("first")
+    assert trial is not None
+    monkeypatch.setattr(queue.stored, "stale_ids", lambda: {trial.trial_id})
+    for number in range(10):
+        queue.release("first" if number == 0 else f"w{number - 1}", died=False)
+        assert queue.claim(f"w{number}") == trial
+    assert trial.attributes["attempts"] == 1
+
+
 def test_a_heartbeat_keeps_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter, "HEARTBEAT_SECONDS", 1)
     monkeypatch.setattr(adapter, "GRACE_SECONDS", 3)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from research_eval.errors import ConfigError
 from research_eval.main import cli
 from research_eval.registry import MODELS_MAP
 from tests.support import command, environment, python, small_settings
+from tests.test_new_files import FILES
 
 SAME = {"code": "1", "config": "2", "data": "3"}
 
@@ -187,23 +189,19 @@ def test_an_unknown_suite_is_answered_with_the_known_ones() -> None:
 # -------------------------------------------------------------------------------------------------------- whole command
 
 
+def write_suite(folder: Path, name: str, *tasks: str, **settings: Any) -> dict[str, Any]:
+    """A suite of small generated tasks, in the file NAME.json."""
+    small = {key: value for key, value in small_settings(epochs=1).items() if key != "model_type"}
+    listed = [{"name": task, "family": task, "config": {**small, "dataset_name": task}} for task in tasks]
+    suite = {"name": name, "tuning": 3, "max_lengthened": 0, "tasks": listed, **settings}
+    (folder / f"{name}.json").write_text(json.dumps(suite))
+    return suite
+
+
 def test_a_suite_of_two_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GOE_DB", raising=False)
-    small = {key: value for key, value in small_settings(epochs=1).items() if key != "model_type"}
-    tasks = [
-        {"name": "first", "family": "parity", "config": small},
-        {"name": "second", "family": "majority", "config": {**small, "dataset_name": "majority"}},
-    ]
-    suite = {
-        "name": "mine",
-        "models": ["dense", "looped"],
-        "seeds": 3,
-        "tuning": 3,
-        "max_lengthened": 0,
-        "tasks": tasks,
-    }
-    Path("mine.json").write_text(json.dumps(suite))
+    suite = write_suite(tmp_path, "mine", "parity", "majority", models=["dense", "looped"], seeds=3)
     first = command(cli, "benchmark", "mine.json", "--quiet")
     assert first.code == 0, first.err
     folder = tmp_path / "benchmarks" / "mine"
@@ -222,48 +220,20 @@ def test_a_suite_of_two_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     Path("mine.json").write_text(json.dumps(suite))
     refused = command(cli, "benchmark", "mine.json")
     assert refused.code == 2
-    assert "first: another config" in refused.err
-
-
-MODEL = """
-from torch import nn
-from research_eval.annotations import Count
-from research_eval.models.base_model import EvaluableModel
-from research_eval.registry import MODELS_MAP
-
-@MODELS_MAP.register("last_word")
-class LastWord(EvaluableModel):
-    def __init__(self, *, vocab_size: int, num_classes: int, width: Count = 4) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(vocab_size, width)
-        self.output = nn.Linear(width, num_classes)
-
-    def forward(self, input_ids, attention_mask=None):
-        last = attention_mask.sum(1, keepdim=True) - 1
-        return self.output(self.embedding(input_ids.gather(1, last).squeeze(1)))
-"""
+    assert "parity: another config" in refused.err
 
 
 def test_a_new_model_file_adds_its_row(tmp_path: Path) -> None:
     """Without `models` in the suite, without a word about the new one in any other file, and without known sizes."""
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "last_word.py").write_text(MODEL)
-    small = {key: value for key, value in small_settings(epochs=1).items() if key != "model_type"}
-    suite = {
-        "name": "all",
-        "exclude": [name for name in MODELS_MAP if name != "dense"],
-        "axis": "total_params",
-        "seeds": 1,
-        "tuning": 3,
-        "max_lengthened": 0,
-        "tasks": [{"name": "first", "family": "parity", "config": small}],
-    }
-    (tmp_path / "all.json").write_text(json.dumps(suite))
+    (tmp_path / "mine" / "last_word.py").write_text(textwrap.dedent(FILES["a_model"]))
+    others = [name for name in MODELS_MAP if name != "dense"]
+    write_suite(tmp_path, "all", "parity", exclude=others, axis="total_params", seeds=1)
     program = "from research_eval.main import cli; raise SystemExit(cli(['benchmark', 'all.json', '--quiet']))"
     ended = python("-c", program, folder=tmp_path, GOE_EXTENSIONS="mine")
     assert ended.code == 0, ended.err
     rows = [
-        line for line in (tmp_path / "benchmarks/all/first/table.md").read_text().splitlines() if "last_word" in line
+        line for line in (tmp_path / "benchmarks/all/parity/table.md").read_text().splitlines() if "last_word" in line
     ]
     assert rows and "NOT MATCHED" in rows[0]
     assert "last_word" in (tmp_path / "benchmarks" / "all" / "table.md").read_text()
@@ -271,16 +241,7 @@ def test_a_new_model_file_adds_its_row(tmp_path: Path) -> None:
 
 def test_a_suite_that_is_killed_goes_on(tmp_path: Path) -> None:
     """SIGKILL of the whole process group in the second task: no cell is lost or trained twice."""
-    small = {key: value for key, value in small_settings(epochs=1).items() if key != "model_type"}
-    suite = {
-        "name": "killed",
-        "models": ["dense", "lstm"],
-        "seeds": 2,
-        "tuning": 3,
-        "max_lengthened": 0,
-        "tasks": [{"name": name, "family": "one", "config": {**small, "dataset_name": name}} for name in TWO_TASKS],
-    }
-    (tmp_path / "killed.json").write_text(json.dumps(suite))
+    write_suite(tmp_path, "killed", *TWO_TASKS, models=["dense", "lstm"], seeds=2)
     program = "from research_eval.main import cli; raise SystemExit(cli(['benchmark', 'killed.json', '--quiet']))"
     for wanted in (13, math.inf):  # of 20 runs: each task has three trials and two seeds of two models
         process = subprocess.Popen(

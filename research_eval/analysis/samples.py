@@ -10,10 +10,10 @@ P pairs of a label and the prediction of one run  D draws  C classes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +23,24 @@ from research_eval.analysis.statistics import Interval, holm, mcnemar, normal_in
 from research_eval.errors import ConfigError
 from research_eval.store.predictions import TEST_FILE, Predictions, read_predictions
 
+if TYPE_CHECKING:
+    from research_eval.store.records import RunRow
+
 DRAWS = 2000
 MAX_CELLS = 4_000_000  # draws times cells in memory at once
 TOLERANCE = 1e-6  # between a stored score and the one that follows from the file: it was written by this run
 
 Scores = Callable[[NDArray[np.int64], NDArray[np.int64], NDArray[Any]], NDArray[np.float64]]
 Seed = int | str
+
+
+class Run(Protocol):
+    """A finished run."""
+
+    @property
+    def experiment_id(self) -> str: ...
+    @property
+    def metrics(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,7 @@ def sample_error(group: Group, metric: str, confidence: float) -> SampleError:
     seeds = list(group.scores(metric))
     if not seeds or metric not in ("test_f1", "test_acc", "test_loss"):
         return SampleError()
-    found, reason = _predictions(group, metric, seeds)
+    found, reason = _predictions(_of_seeds(group, seeds), metric)
     if reason:
         return SampleError(reason=reason)
     splits = _by_split(found)
@@ -94,7 +106,7 @@ def sample_test(first: Group, second: Group, seeds: Sequence[Seed], metric: str,
         return SampleTest()
     sides = []
     for group in (first, second):
-        found, reason = _predictions(group, metric, seeds)
+        found, reason = _predictions(_of_seeds(group, seeds), metric)
         if reason:
             return SampleTest(reason=reason)
         sides.append(found)
@@ -118,7 +130,7 @@ def sample_test(first: Group, second: Group, seeds: Sequence[Seed], metric: str,
     return SampleTest(difference, interval, size, p_value, None, "bootstrap")
 
 
-def seed_and_sample_interval(experiment_ids: Sequence[str], metric: str, confidence: float = 0.95) -> Interval | None:
+def seed_and_sample_interval(runs: Sequence[Run], metric: str, confidence: float = 0.95) -> Interval | None:
     """The interval of a mean test score over other seeds *and* other test samples: the bootstrap over both.
 
     Each draw takes seeds and samples with replacement; seeds that share the test split take the same samples. The
@@ -126,16 +138,13 @@ def seed_and_sample_interval(experiment_ids: Sequence[str], metric: str, confide
     narrow by this factor. None for fewer than two seeds, for other scores than accuracy and macro-F1, and without the
     answers of all runs.
     """
-    if len(experiment_ids) < 2 or metric not in ("test_f1", "test_acc"):
+    if len(runs) < 2 or metric not in ("test_f1", "test_acc"):
         return None
-    found = []
-    for experiment_id in experiment_ids:
-        one = read_predictions(experiment_id)
-        if one is None or one.labels_N is None or one.predictions_N is None or one.task != "classification":
-            return None
-        found.append(one)
+    found, reason = _predictions(runs, metric)
+    if reason:
+        return None
     rng, scores = np.random.default_rng(0), _macro_f1 if metric == "test_f1" else _accuracy
-    draws_RD = np.concatenate([_draws(runs, scores, rng) for runs in _by_split(found)])
+    draws_RD = np.concatenate([_draws(split, scores, rng) for split in _by_split(found)])
     size = len(draws_RD)
     means_R = draws_RD.mean(1)
     weights_DR = rng.multinomial(size, np.full(size, 1 / size), DRAWS) / size
@@ -152,10 +161,15 @@ def corrected(tests: Sequence[SampleTest]) -> list[SampleTest]:
 # -------------------------------------------------------------------------------------------------- reading the files
 
 
-def _predictions(group: Group, metric: str, seeds: Sequence[Seed]) -> tuple[list[Predictions], str]:
-    """The answers of the runs of these seeds, or the reason why one of them has none that can be used."""
-    runs, found = group.by_seed(), []
-    for run in (runs[seed] for seed in seeds):
+def _of_seeds(group: Group, seeds: Sequence[Seed]) -> list[RunRow]:
+    runs = group.by_seed()
+    return [runs[seed] for seed in seeds]
+
+
+def _predictions(runs: Sequence[Run], metric: str) -> tuple[list[Predictions], str]:
+    """The answers of these runs, or the reason why one of them has none that can be used."""
+    found = []
+    for run in runs:
         where = f"runs/{run.experiment_id}/{TEST_FILE}"
         try:
             one = read_predictions(run.experiment_id)

@@ -164,7 +164,8 @@ def paired_difference(
     """Compare two sequences whose values form pairs, such as the scores of two configs with equal seeds.
 
     With `bounds` that hold all scores, the t-interval is cut where no difference of such scores can be.
-    `extra_variance` is that of what all pairs share, such as a choice of settings; it is added to that of the mean.
+    `extra_variance` is added to the variance of the mean difference. It is that of an error which all pairs have in
+    common, so that their spread does not show it; for example an unlucky choice of settings.
     """
     differences = [a - b for a, b in zip(first, second, strict=True)]
     pairs = len(differences)

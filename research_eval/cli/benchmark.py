@@ -34,7 +34,7 @@ CERTIFICATE = "certificate.json"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `goe benchmark`."""
     parser.add_argument("name", metavar="NAME", help="a suite of the program, such as smoke, or a suite file")
-    parser.add_argument("--models", nargs="+", metavar="MODEL", help="compare these models, and not those of the suite")
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help="models to compare, in place of the suite's own")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks of the suite")
     parser.add_argument("--out", metavar="DIR", help=f"folder for the results (default: {FOLDER}/NAME)")
     add_flag(parser, "data_dir", metavar="PATH", help="folder with the data sets of tasks that need files")

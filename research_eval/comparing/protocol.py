@@ -91,7 +91,11 @@ class Outcome:
         return [float(found.metrics.get(self.test_metric, math.nan)) for found in self.results[arm.name]]
 
     def noise(self, arm: Arm) -> float:
-        """The standard deviation of the score of one trial: that of the validation scores over the reported seeds."""
+        """How much the score of one trial of the tuning varies by chance.
+
+        It is the standard deviation of the validation score over the reported seeds, divided by the root of the number
+        of tuning seeds.
+        """
         values = [found.metrics.get(self.metric, math.nan) for found in self.results[arm.name]]
         finite = [value for value in values if math.isfinite(value)]
         return stdev(finite) / math.sqrt(self.plan.tuning_seeds) if len(finite) > 1 else 0.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import logging
 import math
 import re
 from collections.abc import Sequence
@@ -21,12 +20,9 @@ from research_eval.comparing.certificate import certificate
 from research_eval.comparing.protocol import Outcome
 from research_eval.comparing.tuning import RATE, Arm
 from research_eval.comparing.verdicts import Verdict
-from research_eval.errors import ConfigError
 from research_eval.files import file_stem, write_atomically
 from research_eval.store.data_facts import BASELINES, baseline_score
 from research_eval.store.store import Store
-
-log = logging.getLogger(__name__)
 
 ROUTED = 0.75  # of the total parameters are active at most, or a model does not count as routed
 PERCENT = "95 %"
@@ -69,7 +65,7 @@ def _row(outcome: Outcome, arm: Arm, solved_at: float) -> list[str]:
         arm.name,
         metric_text(mean, metric) if mean is not None else "",
         interval_text(interval, metric),
-        interval_text(_joint_interval(outcome, arm) if is_complete else None, metric),
+        interval_text(seed_and_sample_interval(outcome.results[arm.name], metric) if is_complete else None, metric),
         solved_text(finite, len(scores), solved_at, metric),
         *(_mean_text(runs, name) for name in further_metrics(outcome)),
         str(len(scores)),
@@ -83,16 +79,6 @@ def _row(outcome: Outcome, arm: Arm, solved_at: float) -> list[str]:
         f"{arm.best.changes[RATE]:g}",
         "; ".join(remarks(outcome, arm)),
     ]
-
-
-def _joint_interval(outcome: Outcome, arm: Arm) -> Interval | None:
-    """The interval over other seeds and other test samples; None if the answers of a run are not there."""
-    try:
-        ids = [run.experiment_id for run in outcome.results[arm.name]]
-        return seed_and_sample_interval(ids, outcome.test_metric)
-    except ConfigError as problem:  # a damaged file
-        log.warning("%s: %s", arm.name, problem)
-        return None
 
 
 def further_metrics(outcome: Outcome) -> list[str]:

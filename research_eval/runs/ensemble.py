@@ -23,9 +23,7 @@ class Ensemble:
         self.models = [TrainedModel(folder, device) for folder in folders]
         first = self.models[0]
         for model in self.models[1:]:
-            if (model.task.name, model.label_names, model.num_outputs) != (
-                *(first.task.name, first.label_names, first.num_outputs),
-            ):
+            if _answers_of(model) != _answers_of(first):
                 raise ConfigError(
                     f"run {model.folder.name} answers with other classes than run {first.folder.name}: an ensemble "
                     "needs runs on the same classes"
@@ -43,6 +41,11 @@ class Ensemble:
     def read_inputs(self, paths: Sequence[str]) -> list[Input]:
         """The texts of files, as the first of the runs reads them."""
         return self.models[0].read_inputs(paths)
+
+
+def _answers_of(model: TrainedModel) -> tuple[str, list[str], int]:
+    """What the answers of a model are about."""
+    return model.task.name, model.label_names, model.num_outputs
 
 
 def _means(answers: Sequence[Iterable[Prediction]]) -> Iterator[Prediction]:

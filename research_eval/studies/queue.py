@@ -126,9 +126,13 @@ class TrialQueue:
         return stored
 
     def _attempts_of(self, trial: FrozenTrial, stale: set[int]) -> int:
-        """Which attempt at the trial the next one is. A stale trial costs one, because its worker died."""
+        """Which attempt at the trial the next one is. A stale trial costs one, because its worker died.
+
+        A trial that was released has no worker that could have died, however long nobody has claimed it.
+        """
         begun: int = trial.user_attrs.get("attempts", 1)
-        return begun + (self.stored.stored(trial).trial_id in stale)
+        has_worker = trial.user_attrs.get("worker") is not None
+        return begun + (has_worker and self.stored.stored(trial).trial_id in stale)
 
     def _assign(self, trial: StoredTrial, worker: str, attempts: int) -> StoredTrial:
         """Enter the worker. The heartbeat comes first, so that the trial does not look stale in between."""

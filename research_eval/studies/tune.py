@@ -78,15 +78,25 @@ def tune(options: StudyOptions, timeout: float | None = None, quiet: bool = Fals
     `timeout` is in seconds. Returns exit code 0; 1 if no trial was finished; 128 + the number of a signal that stopped
     the study. Raises ConfigError.
     """
+    with _checked_queue(options, timeout) as (queue, config):
+        show_present_data(config)
+        with quiet_runs():
+            return _run_study(queue, quiet)
+
+
+@contextmanager
+def _checked_queue(options: StudyOptions, timeout: float | None) -> Iterator[tuple[TrialQueue, ExperimentConfig]]:
+    """The queue of a study that can be trained on the present data, and a config of its space.
+
+    `timeout` is in seconds. Raises ConfigError.
+    """
     if timeout is not None:
         options = options.with_budget(deadline=time.time() + timeout)
     config = check_feasible(options)
     queue = TrialQueue(options)
     try:
         check_present_data(queue, config)
-        show_present_data(config)
-        with quiet_runs():
-            return _run_study(queue, quiet)
+        yield queue, config
     finally:
         queue.close()
 
@@ -130,19 +140,17 @@ def work_alone(options: StudyOptions, timeout: float | None, max_trials: int | N
 
     Returns exit code 0, or 128 + the number of a signal. Raises ConfigError.
     """
-    if timeout is not None:
-        options = options.with_budget(deadline=time.time() + timeout)
-    config = check_feasible(options)
-    queue = TrialQueue(options)
     try:
-        check_present_data(queue, config)
-        with quiet_runs(), _signals_raise(), _progress(options, quiet) as progress:
+        with (
+            _checked_queue(options, timeout) as (queue, _),
+            quiet_runs(),
+            _signals_raise(),
+            _progress(queue.options, quiet) as progress,
+        ):
             progress.update(trial_records(queue.study))
             return _run_here(queue, progress, max_trials)
     except Stopped as stopped:
         return 128 + stopped.number
-    finally:
-        queue.close()
 
 
 def _progress(options: StudyOptions, quiet: bool) -> StudyProgress:
