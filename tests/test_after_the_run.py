@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from support import ROOT, Ended, command, environment, python, results, run_in, small_config, write_config
 from test_crash_safety import in_child
-from test_db_utils import db, postgresql_server  # noqa: F401 - fixtures
+from test_db_utils import db  # noqa: F401 - a fixture
 
 from research_eval import experiment
 from research_eval.analysis import study_plots

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import run_in, small_config, stop_at
 from test_analyze_results import Lab, lab  # noqa: F401 - a fixture
-from test_db_utils import db, postgresql_server, raw, start  # noqa: F401 - fixtures
+from test_db_utils import db, raw, start  # noqa: F401 - fixtures
 from test_store_tools import fill, goe, listed, record
 
 from research_eval.analysis.runs import load_results

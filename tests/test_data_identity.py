@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import Ended, command, results, small_config, stop_at
-from test_db_utils import db, postgresql_server  # noqa: F401 - fixtures
+from test_db_utils import db  # noqa: F401 - a fixture
 from tokenizers import Regex, normalizers, pre_tokenizers
 
 from research_eval.analysis.runs import load_results

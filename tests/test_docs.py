@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 import command_server
 import pytest
+import yaml
 from command_server import CLIENT
 from pydantic import BaseModel
 from support import MODELS, ROOT, without_phases
@@ -63,6 +64,7 @@ PACKAGE = ROOT / "research_eval"
 DOCS = ROOT / "docs"
 PAGES = sorted(path for path in [*ROOT.glob("*.md"), *DOCS.glob("*.md")])
 
+SERVER = "GOE_STORAGE=postgresql://goe@localhost/goe GOE_DB=postgresql://goe@localhost/goe"
 # What cannot be run as it stands: (the whole command, what is run instead, why).
 REWRITES = [
     (r"git clone .*|cd [\w-]+", ":", "the sandbox is the clone"),
@@ -79,6 +81,7 @@ REWRITES = [
     (r"goe compare majority --models dense,moe .*", "goe compare --help", "comparing.md has one that is run"),
     (r"(goe compare .*--seeds) 3(.*)", r"\1 1\2", "takes half a minute"),
     (r"goe benchmark smoke.*", "goe benchmark --help", "takes minutes; test_suites.py has a smaller suite"),
+    (r"goe tune .*--launcher (?:submitit|ray).*", rf"{SERVER} \g<0> --dry_run", "test_launchers.py has the engines"),
     (r"(.*)postgresql://\S+(.*)", r"\1sqlite:///cluster.db\2", "test_db_utils.py has a server"),
     (r"(.*--device) cuda\S*(.*)", r"\1 cpu\2", "not every machine has a GPU"),
 ]
@@ -274,16 +277,14 @@ def run_sql(database: Path, query: str) -> None:
         assert connection.execute(query).fetchall(), f"found nothing:\n{query}"
 
 
-# Pages that change the source between commands: every command needs a new process.
-NEW_PROCESSES = ("extending.md",)
+CHANGE_THE_SOURCE = ("extending.md",)  # pages whose commands find another source than those before
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_everything_on_the_page_works(page: Path, sandbox: Path) -> None:
-    with contextlib.ExitStack() as stack:
-        if page.name not in NEW_PROCESSES:
-            stack.enter_context(command_server.commands(sandbox.parent / "server", environment_of(sandbox)))
+    changes = page.name in CHANGE_THE_SOURCE
+    with command_server.commands(sandbox.parent / "server", environment_of(sandbox), changes):
         everything_works(page, sandbox)
 
 
@@ -308,12 +309,37 @@ def everything_works(page: Path, sandbox: Path) -> None:
                 parse_config(text, page.name)
             else:
                 json.loads(text)
+        elif language == "yaml":
+            for command in commands_of_manifest(list(yaml.safe_load_all(text))):
+                run_bash(sandbox, command)
         elif language != "sql":
             assert language in ("", "text"), f"nobody checks a block of {language}"
             assert not re.search(r"^\s*(\$|python|goe|make|pip) ", text, re.MULTILINE), f"a command in:\n{text}"
     for language, text in found:
         if language == "sql":
             run_sql(sandbox / DB_FILE, text)
+
+
+def commands_of_manifest(part: Any) -> list[str]:
+    """The command lines of a manifest for a cluster: lists or texts that begin with `goe`."""
+    if isinstance(part, dict):
+        part = list(part.values())
+    if isinstance(part, str):
+        return [part] if part.startswith("goe ") else []
+    if not isinstance(part, list):
+        return []
+    if part[:1] == ["goe"]:
+        return [shlex.join(part)]
+    return [command for one in part for command in commands_of_manifest(one)]
+
+
+def test_manifests_tell_their_commands() -> None:
+    found = [c for _, text in blocks_of("yaml") for c in commands_of_manifest(list(yaml.safe_load_all(text)))]
+    assert found == ["goe worker --study shared"] * len(blocks_of("yaml")) and found
+
+
+def blocks_of(language: str) -> list[Block]:
+    return [block for page in PAGES for block in blocks(page) if block.language == language]
 
 
 def test_a_command_that_fails_or_is_skipped_is_noticed(sandbox: Path) -> None:

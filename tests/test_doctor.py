@@ -18,7 +18,6 @@ import pytest
 import sqlalchemy as sa
 import torch
 from support import Ended, command, python, run_in, small_config, stop_at
-from test_db_utils import postgresql_server  # noqa: F401 - a fixture
 
 from research_eval.db_utils import DB_FILE, HistoryRow, Store, back_up, database_url
 from research_eval.errors import ConfigError

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState
 from support import history, small_config
-from test_study import TINY, study_options_of
+from test_study import TINY, fall_silent, study_options_of
 
 from research_eval.db_utils import DB_FILE, HistoryRow, Store
 from research_eval.errors import Superseded
@@ -131,8 +131,7 @@ def test_a_trial_of_a_frozen_worker_is_finished_once(
 
     def work_of_the_other() -> None:
         (tmp_path / "another").mkdir()
-        stale = {trial._trial_id for trial in frozen.own_trials()}
-        monkeypatch.setattr(other.stored, "stale_ids", lambda: stale)
+        fall_silent(storage)
         with contextlib.chdir(tmp_path / "another" if folder == "another" else tmp_path):
             if folder == "another":
                 assert work(other, "other") == 0

@@ -38,6 +38,7 @@ ROUTES: dict[str, dict[str, Any]] = {
     "prefix": {"lm_routing": "prefix", "segment_length": 4},
 }
 PARTS = ("ffn", "qo_ffn", "block", "block_query_kv")
+SHARED = {"shared_expert_dim": 7}
 EXITS = {"halt": "confidence", "exit_threshold": 0.3, "min_path_len": 1}  # in the middle of the range of these models
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -57,6 +58,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"goe, {part}": ("goe", {**POOL, "routed_parts": part, "router_input": "state"}) for part in PARTS},
     **{f"goe_original, {part}, exits": ("goe_original", {**POOL, "routed_parts": part, **EXITS}) for part in PARTS},
     "goe_original, table, exits": ("goe_original", {**POOL, "route": "bigram", **EXITS}),
+    "moe, shared": ("moe", {**SIZES, "num_layers": 2, "num_experts": 3, **SHARED}),
+    "goe, shared": ("goe", {**POOL, **SHARED}),
+    "goe_original, shared, exits": ("goe_original", {**POOL, **SHARED, **EXITS}),
+    "goe, home": ("goe", {**POOL, "home_bias": 3.0}),
 }
 
 
@@ -377,6 +382,24 @@ def test_a_learned_table_starts_as_the_table() -> None:
     assert torch.allclose(logits(fixed, ids(LENGTH)), logits(learned, ids(LENGTH)), atol=1e-6)
 
 
+def test_a_large_home_bias_keeps_every_step_in_its_share_of_the_pool() -> None:
+    model = made("goe, features", num_total_experts=6, home_bias=100.0).eval()
+    walk = model.pass_over(ids(LENGTH)).details
+    assert torch.stack(walk.experts, 1).floor_divide(2).unique(dim=0).tolist() == [[0, 1, 2]]
+
+
+def test_a_shared_expert_is_added_to_that_of_the_route() -> None:
+    """Without its output matrix the model is the one without a shared expert."""
+    plain, shared = made("goe, features").eval(), made("goe, shared").eval()
+    shared.load_state_dict(plain.state_dict(), strict=False)
+    apart = (logits(plain, ids(LENGTH)) - logits(shared, ids(LENGTH))).abs().amax()
+    with torch.no_grad():
+        for part in shared.shared:
+            part.contract.weight.zero_()
+    assert apart > 1e-3
+    assert torch.equal(logits(plain, ids(LENGTH)), logits(shared, ids(LENGTH)))
+
+
 def test_long_ngrams_are_hashed_and_stay_causal() -> None:
     table = NgramTable(1000, 3, 4, 1)
     table.learn(np.arange(1, 999, dtype=np.int32), np.random.default_rng(0))
@@ -406,6 +429,9 @@ def test_a_segment_reads_the_segment_before_it() -> None:
         ({"lm_routing": "segment", "route": "bigram"}, "needs a learned route"),
         ({"top_k_experts": 2, "routed_parts": "block"}, "needs routed_parts='ffn'"),
         ({"learned_table": True}, "needs a route by a table"),
+        ({"shared_expert_dim": 4, "routed_parts": "block"}, "needs routed_parts='ffn'"),
+        ({"home_bias": 1.0, "route": "bigram"}, "needs a learned route"),
+        ({"home_bias": 1.0, "router_per_step": False}, "needs a learned route"),
         ({"top_k_experts": 9}, "is more than num_total_experts"),
         ({"num_heads": 3}, "does not divide"),
         ({"embed_dim": 6, "num_heads": 2}, "has to be even"),

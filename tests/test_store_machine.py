@@ -23,7 +23,6 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from test_db_utils import postgresql_server  # noqa: F401 - a fixture
 
 from research_eval.db_utils import COMPARISONS, STATUSES, HistoryRow, RunFilter, Store, database_url, metadata
 from research_eval.errors import ConfigError, Superseded

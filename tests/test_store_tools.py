@@ -24,7 +24,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import Ended, command, environment, run_in, small_config
-from test_db_utils import db, postgresql_server  # noqa: F401 - fixtures
+from test_db_utils import db  # noqa: F401 - a fixture
 
 from research_eval.db_utils import STATUSES, HistoryRow, RunFilter, RunRecord, Store, canonical_json
 from research_eval.errors import ConfigError

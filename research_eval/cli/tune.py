@@ -20,9 +20,11 @@ from research_eval.cli.run import add_common_arguments, parse_sets
 from research_eval.errors import ConfigError
 from research_eval.files import MAX_NAME
 from research_eval.store.metrics import check_selectable, check_spelling
+from research_eval.studies.launchers import LAUNCHERS, STORAGE_VARIABLE, LauncherName, LaunchOptions
 from research_eval.system.best_effort import print_product
 from research_eval.system.environment import usable_cores
 from research_eval.system.phases import import_torch, phase
+from research_eval.system.untrusted import parse_json, read_limited, user_path
 from research_eval.wording import hint
 
 if TYPE_CHECKING:
@@ -32,9 +34,9 @@ DESCRIPTION = "a study: many experiments whose settings a sampler chooses"
 SAMPLERS = ("tpe", "random", "gp", "nsga2", "cmaes", "grid")
 PRUNERS = ("median", "hyperband", "none")
 DEFAULT_STORAGE = "sqlite:///optuna_studies.db"
-STORAGE_VARIABLE = "GOE_STORAGE"
 # What a study does not remember of its flags: where it lies, how long this command works, and what it prints.
-NOT_STORED = ("storage", "db", "n_trials", "more_trials", "n_jobs", "timeout", "dry_run", "quiet")
+LAUNCH_FLAGS = ("launcher", "workers", "worker_cpus", "worker_gpus", "launcher_options", "ray_insecure")
+NOT_STORED = ("storage", "db", "n_trials", "more_trials", "n_jobs", "timeout", "dry_run", "quiet", *LAUNCH_FLAGS)
 # Model types of a study that does not name any: the four that the project compares.
 DEFAULT_TYPES = ("dense", "moe", "goe", "goe_original")
 DEFAULTS = {"n_trials": 100, "n_jobs": 1, "seeds_per_trial": 1, "epochs": 10, "batch_size": 32}  # at least 1 each
@@ -60,11 +62,13 @@ FIXED_BY = {
     "training_params.precision": "precision",
     **{f"dataset_params.{parameter}": flag for flag, (_, parameter) in DATA_FLAGS.items()},
 }
+MAX_OPTIONS_BYTES = 10**6
 STUDY_ONLY = (  # flags that one experiment does not have
     *("study_name", "storage", "n_trials", "more_trials", "dataset_type", "dataset_name", "model_types", "sampler"),
     "pruner",
     *("objectives", "max_params", "max_flops", "n_jobs", "timeout", "seeds_per_trial", "search_space", "warm_start"),
     *(name for name in DATA_FLAGS if name != "data_dir"),
+    *LAUNCH_FLAGS,
 )
 
 
@@ -104,6 +108,7 @@ def add_study_arguments(parser: argparse._ActionsContainer, required: bool = Fal
         parser, "max_flops", type=float, metavar="N", help="no model with more forward FLOPs per sample is trained"
     )
     add_flag(parser, "n_jobs", type=int, metavar="N", help="worker processes (default 1; -1: one per core)")
+    add_launch_flags(parser)
     add_flag(parser, "timeout", type=float, metavar="SECONDS", help="stop after this time; the same command continues")
     add_flag(parser, "seeds_per_trial", type=int, metavar="N", help="runs per trial, whose mean counts (default 1)")
     add_flag(parser, "search_space", metavar="FILE", help="JSON that narrows or fixes what is searched")
@@ -111,6 +116,50 @@ def add_study_arguments(parser: argparse._ActionsContainer, required: bool = Fal
     for name, (dataset_type, parameter) in DATA_FLAGS.items():
         if name != "data_dir":
             add_flag(parser, name, type=int, metavar="N", help=f"{parameter} of {dataset_type} data; not searched then")
+
+
+def add_launch_flags(parser: argparse._ActionsContainer) -> None:
+    """Add the flags that say where workers run."""
+    add_flag(parser, "launcher", choices=LAUNCHERS, help="where workers run: here (local), as Slurm jobs, or on Ray")
+    add_flag(parser, "workers", type=int, metavar="N", help="workers of the launcher; of local it is --n_jobs")
+    add_flag(parser, "worker_cpus", type=float, metavar="N", help="cores of one worker (default 1)")
+    add_flag(parser, "worker_gpus", type=float, metavar="N", help="GPUs of one worker (default 0)")
+    add_flag(
+        parser,
+        "launcher_options",
+        metavar="FILE",
+        help="JSON with options of the engine: parameters of submitit's AutoExecutor (and cluster), or of ray.init",
+    )
+    add_flag(parser, "ray_insecure", action="store_true", help="use a Ray cluster that takes programs from anyone")
+
+
+def launch_options(arguments: argparse.Namespace) -> LaunchOptions:
+    """Where workers run. Raises ConfigError."""
+    name: LauncherName = getattr(arguments, "launcher", None) or "local"
+    given = {flag: getattr(arguments, flag, None) for flag in LAUNCH_FLAGS}
+    elsewhere = [flag for flag in LAUNCH_FLAGS[2:] if given[flag]]
+    if name == "local" and elsewhere:
+        raise ConfigError(f"--{elsewhere[0]}: is for --launcher submitit or ray")
+    if given["workers"] is not None and getattr(arguments, "n_jobs", None) is not None:
+        raise ConfigError("--n_jobs and --workers: give one of them")
+    for flag, least in {"worker_cpus": 0.0, "worker_gpus": 0.0}.items():
+        value = given[flag]
+        if value is not None and not (math.isfinite(value) and value >= least):
+            raise ConfigError(f"--{flag}: expected a number of at least 0, got {value}")
+    options: Any = {}
+    if given["launcher_options"] is not None:
+        path = user_path(given["launcher_options"])
+        options = parse_json(read_limited(path, MAX_OPTIONS_BYTES, "--launcher_options"), str(path))
+        if not isinstance(options, dict):
+            raise ConfigError(f"--launcher_options: {path} has to hold a JSON object")
+    return LaunchOptions(
+        name,
+        _at_least("workers", 1 if given["workers"] is None else given["workers"], 1),
+        1 if given["worker_cpus"] is None else given["worker_cpus"],
+        given["worker_gpus"] or 0,
+        options,
+        bool(given["ray_insecure"]),
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,15 +183,16 @@ def study_options(arguments: argparse.Namespace) -> StudyOptions:
     more_trials = given("more_trials")
     if more_trials is not None and given("n_trials") is not None:
         raise ConfigError("--n_trials counts all trials of a study, and --more_trials those to be added: give one")
-    whole["n_jobs"] = _num_workers(given("n_jobs", DEFAULTS["n_jobs"]))
+    launch = launch_options(arguments)
+    whole["n_jobs"] = _num_workers(given("n_jobs", launch.workers if launch.name == "local" else 1))
     from research_eval.config.check import check_data_paths
 
     check_data_paths("dataset_params.data_dir", given("data_dir"))
     import_torch()  # after what can be checked without it
     with phase("importing the program"):
-        from research_eval.studies.adapter import storage_url
         from research_eval.studies.options import Budget, Method, StudyOptions
         from research_eval.studies.space import build_space, read_search_space
+        from research_eval.studies.storage import storage_url
     base = _base(arguments, whole)
     found = given("search_space", {})
     narrowing = dict(found) if isinstance(found, dict) else read_search_space(found)  # a worker has the content
@@ -176,9 +226,14 @@ def study_options(arguments: argparse.Namespace) -> StudyOptions:
     for name, value in {"timeout": given("timeout"), "max_flops": max_flops}.items():
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ConfigError(f"--{name}: expected a number above 0, got {value}")
+    from research_eval.store.connection import database_url
+
+    storage = storage_url(given("storage", default_storage()))
+    launch.check(storage, database_url(given("db")))
     return StudyOptions(
         study_name=base["experiment_name"],
-        storage=storage_url(given("storage", default_storage())),
+        storage=storage,
+        launch=launch,
         space=space,
         budget=Budget(
             n_trials=whole["n_trials"],

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import signal
+import threading
 
 from research_eval.cli import tune
 from research_eval.cli.common import DB_HELP
@@ -27,6 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--db", metavar="URL_OR_PATH", help=DB_HELP)
     parser.add_argument("--max_trials", type=int, metavar="K", help="stop after so many trials")
     parser.add_argument("--max_seconds", type=float, metavar="S", help="stop after this time, with a checkpoint")
+    parser.add_argument("--slot", metavar="TEXT", help="a name for this worker, which the study shows with its trials")
+    parser.add_argument(
+        "--end_with_stdin", action="store_true", help="stop, with a checkpoint, when the standard input ends"
+    )
     parser.add_argument("--quiet", action="store_true", help="show warnings and errors only")
 
 
@@ -39,12 +46,21 @@ def worker_command(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--max_seconds: expected a number above 0, got {seconds}")
     import_torch()  # after what can be checked without it
     with phase("importing the program"):
-        from research_eval.studies.adapter import storage_url
         from research_eval.studies.queue import stored_flags
+        from research_eval.studies.storage import storage_url
         from research_eval.studies.tune import work_alone
 
     storage = storage_url(arguments.storage or tune.default_storage())
     flags, n_trials = stored_flags(storage, arguments.study)
     given = {**flags, "storage": storage, "db": arguments.db, "n_trials": n_trials}
     options = tune.study_options(argparse.Namespace(**given))
-    return work_alone(options, seconds, arguments.max_trials, arguments.quiet)
+    if arguments.end_with_stdin:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
+    return work_alone(options, seconds, arguments.max_trials, arguments.quiet, arguments.slot)
+
+
+def _end_with_stdin() -> None:
+    """Stop this process when whoever started it is gone, also if that was killed."""
+    while os.read(0, 1024):  # `sys.stdin` would hold a lock that the end of this program needs
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, make_url
@@ -16,6 +17,7 @@ from research_eval.system.untrusted import check_regular_file, user_path
 
 DB_FILE = "experiment_results.db"
 DB_VARIABLE = "GOE_DB"
+MOST_CONNECTIONS = 4  # of a process to one server; a worker never needs more than two at once
 BUSY_SECONDS = 30.0  # how long a writer of a SQLite file waits for another one
 
 _SQLITE_MAGIC = b"SQLite format 3\0"
@@ -112,17 +114,47 @@ def sqlite_engine(path: Path, read_only: bool) -> sa.Engine:
     return engine
 
 
-def postgresql_engine(url: URL, read_only: bool) -> sa.Engine:
-    """Connections to a server. They notice within a minute that the server has disappeared."""
-    # Minutes may pass between two writes of a run: `pool_pre_ping` asks first whether the connection still lives.
-    # Without these timeouts libpq would wait for hours for a server that disappeared without closing the connection.
-    timeouts = {"connect_timeout": 10, "keepalives_idle": 30, "tcp_user_timeout": 60_000}
-    return sa.create_engine(
-        url,
-        pool_pre_ping=True,
-        connect_args={name: value for name, value in timeouts.items() if name not in make_url(url).query},
-        execution_options={"postgresql_readonly": read_only},
-    )
+class ServerConnections:
+    """The connections of this process to one server: all that use the same URL share them, and give them back.
+
+    So a worker has one or two, whatever it does, and hundreds of workers fit a server. A server that disappeared is
+    noticed within a minute.
+    """
+
+    _lent: ClassVar[dict[tuple[int, str], ServerConnections]] = {}  # by process, because a fork cannot use them
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, url: str) -> None:
+        self._users = 0
+        # Minutes may pass between two writes of a run: `pool_pre_ping` asks first whether the connection still lives.
+        # Without the timeouts libpq would wait for hours for a server that disappeared without closing the connection.
+        given = make_url(url).query
+        timeouts = {"connect_timeout": 10, "keepalives_idle": 30, "tcp_user_timeout": 60_000}
+        arguments: dict[str, Any] = {name: value for name, value in timeouts.items() if name not in given}
+        # A pooler between this program and the server gives every transaction another session, in which statements
+        # that were prepared before do not exist.
+        arguments["prepare_threshold"] = None
+        self.engine = sa.create_engine(
+            url, pool_pre_ping=True, pool_size=1, max_overflow=MOST_CONNECTIONS - 1, connect_args=arguments
+        )
+
+    @classmethod
+    def lend(cls, url: str) -> ServerConnections:
+        """The connections to this URL; `give_back` has to follow."""
+        with cls._lock:
+            shared = cls._lent.get((os.getpid(), url)) or cls(url)
+            cls._lent[os.getpid(), url] = shared
+            shared._users += 1
+            return shared
+
+    def give_back(self) -> None:
+        """Close the connections if nothing else uses them."""
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                for key in [key for key, shared in self._lent.items() if shared is self]:
+                    del self._lent[key]
+                self.engine.dispose()
 
 
 def writer_of(engine: sa.Engine) -> sa.Engine:

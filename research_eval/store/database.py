@@ -14,9 +14,9 @@ from sqlalchemy.engine import Connection, make_url
 
 from research_eval.errors import ConfigError
 from research_eval.store.connection import (
+    ServerConnections,
     StoreUnavailable,
     database_url,
-    postgresql_engine,
     sqlite_engine,
     writer_of,
 )
@@ -40,8 +40,10 @@ class Database:
         self._file = Path(url.database) if url.drivername == "sqlite" and url.database else None
         self._on_sqlite = self._file is not None
         self.location = str(self._file or url.render_as_string(hide_password=True))
+        self._shared: ServerConnections | None = None
         if self._file is None:
-            self._engine = postgresql_engine(url, read_only)
+            self._shared = ServerConnections.lend(url.render_as_string(hide_password=False))
+            self._engine: sa.Engine = self._shared.engine.execution_options(postgresql_readonly=read_only)
         elif read_only and not self._file.exists():
             raise self._no_results()
         else:
@@ -58,7 +60,11 @@ class Database:
 
     def close(self) -> None:
         """Give all connections back; the object cannot be used afterwards."""
-        self._engine.dispose()
+        shared, self._shared = self._shared, None
+        if shared is not None:
+            shared.give_back()
+        elif self._on_sqlite:
+            self._engine.dispose()
 
     def __enter__(self) -> Self:
         return self

@@ -1,8 +1,8 @@
-"""The border to Optuna: its storage, its locks, its trials.
+"""The border to Optuna: its studies and trials.
 
 Optuna has no public interface for workers that share one queue of trials, continue the trials of workers that died and
-know the ids of trials. This is the only file that uses Optuna's storage directly, and private attributes of Optuna.
-The version of Optuna is therefore pinned.
+know the ids of trials. Only this file, `storage` and `ledger` use Optuna's storage directly, and private attributes of
+Optuna. The version of Optuna is therefore pinned.
 
 Workers store these user attributes with a trial (`StoredTrial.set_attribute`); they are part of the users' databases:
 
@@ -20,49 +20,36 @@ The study itself has the attribute `settings` (`StudyOptions.settings`).
 from __future__ import annotations
 
 import logging
+import math
 import threading
-import warnings
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import filelock
 import optuna
 import sqlalchemy as sa
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.engine import make_url
 
 from research_eval.analysis.study_trials import TrialRecord, TrialRuns, TrialSettings
-from research_eval.errors import ConfigError, Superseded
+from research_eval.errors import Superseded
 from research_eval.registry import MODEL_TYPE
-from research_eval.store.connection import database_url
 from research_eval.store.metrics import Direction
-from research_eval.store.migrate import foreign_table
+from research_eval.studies import storage
+from research_eval.studies.ledger import Ledger
 from research_eval.studies.names import plain_name
 from research_eval.studies.space import SECTIONS
+from research_eval.studies.storage import StudyStorage
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_SECONDS = 10
-GRACE_SECONDS = 60  # a trial without a heartbeat for so long is stale: its worker counts as dead
-LOCK_SECONDS = 120  # longest wait for another process that holds the lock of a study
-SQLITE_SECONDS = 60  # longest wait for another process that writes into a SQLite file
+LOST_SECONDS = 45.0  # a worker whose heartbeats fail for so long stops its run
 # The status of a trial by Optuna's state. Optuna has one state for failed and for diverged trials.
 STATUSES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running", "WAITING": "waiting"}
 STATES = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED}  # any other status becomes FAIL
-
-
-@contextmanager
-def experimental() -> Iterator[None]:
-    """Hide the warnings of Optuna's experimental parts: its version is pinned, and tests cover these parts."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        yield
 
 
 def suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> Any:
@@ -76,103 +63,7 @@ def suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> A
     return trial.suggest_float(name, low, high, step=step, log=log_scale)
 
 
-# -------------------------------------------------------------------------------------------------------- storage
-
-
-def storage_url(storage: str) -> str:
-    """The URL of a study storage: a path, sqlite:///path or postgresql://... Raises ConfigError."""
-    try:
-        return database_url(storage)
-    except ConfigError as error:
-        raise ConfigError(f"--storage: {error}") from error
-
-
-def _open_storage(url: str) -> RDBStorage:
-    """Open the storage; create it if it does not exist. Raises ConfigError.
-
-    A SQLite file is in WAL mode, in which readers do not block writers.
-    """
-    is_file = make_url(url).drivername == "sqlite"
-    try:
-        if is_file:
-            _check_ours(url)
-        with experimental():
-            storage = RDBStorage(
-                url,
-                engine_kwargs={"connect_args": {"timeout": SQLITE_SECONDS}} if is_file else {"pool_pre_ping": True},
-                heartbeat_interval=HEARTBEAT_SECONDS,
-                grace_period=GRACE_SECONDS,
-            )
-        if is_file:
-            sa.event.listen(storage.engine, "connect", _set_up_sqlite)
-            storage.engine.dispose()  # Optuna has made connections already; new ones get the settings
-    except (sa.exc.SQLAlchemyError, RuntimeError) as error:
-        raise ConfigError(f"--storage: {str(getattr(error, 'orig', error)).strip()}") from error
-    return storage
-
-
-def _check_ours(url: str) -> None:
-    """Raise ConfigError if the file is the database of another program."""
-    engine = sa.create_engine(url, poolclass=sa.NullPool)
-    with engine.connect() as connection:
-        foreign = foreign_table(connection)
-    if foreign is not None:
-        raise ConfigError(
-            f"--storage: {make_url(url).database} belongs to another program (it has a table {foreign!r}); it was left "
-            "alone. Give another name."
-        )
-
-
-def _set_up_sqlite(connection: Any, _record: Any) -> None:
-    """Set up a new connection.
-
-    With synchronous=NORMAL a power failure may cost the last writes, but it never damages the file.
-    """
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=NORMAL")
-
-
-@contextmanager
-def study_lock(url: str, study_name: str) -> Iterator[None]:
-    """Hold the lock of a study. One process at a time holds it, on any machine that uses the storage."""
-    address = make_url(url)
-    if address.drivername == "sqlite":
-        with filelock.FileLock(f"{address.database}.study.lock", timeout=LOCK_SECONDS):
-            yield
-        return
-    # PostgreSQL releases an advisory lock at the end of its transaction, also if this process dies.
-    engine = sa.create_engine(url, poolclass=sa.NullPool)
-    with engine.begin() as connection:
-        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(zlib.crc32(study_name.encode()))))
-        yield
-
-
 # --------------------------------------------------------------------------------------------------------- studies
-
-
-def study_names(url: str) -> list[str]:
-    """The studies in a storage, which has to exist. Raises ConfigError."""
-    address = make_url(url)
-    if address.drivername == "sqlite" and not Path(address.database or "").is_file():
-        raise ConfigError(f"--storage: there is no file {address.database}")
-    with _opened(url) as storage:
-        return sorted(optuna.get_all_study_names(storage))
-
-
-def study_attributes(url: str, study_name: str) -> dict[str, Any]:
-    """What commands have stored with a study. Raises ConfigError."""
-    with _opened(url) as storage:
-        return storage.get_study_user_attrs(storage.get_study_id_from_name(study_name))
-
-
-@contextmanager
-def _opened(url: str) -> Iterator[RDBStorage]:
-    storage = _open_storage(url)
-    try:
-        yield storage
-    finally:
-        storage.remove_session()
-        storage.engine.dispose()
 
 
 class StoredStudy:
@@ -185,7 +76,7 @@ class StoredStudy:
     def __init__(
         self, url: str, study_name: str, directions: Sequence[Direction], pruner: optuna.pruners.BasePruner
     ) -> None:
-        self._storage = _open_storage(url)
+        self._storage = StudyStorage(url)
         self.study = optuna.create_study(
             study_name=study_name,
             storage=self._storage,
@@ -197,45 +88,45 @@ class StoredStudy:
 
     def close(self) -> None:
         """Give back the connections to the storage."""
-        self._storage.remove_session()
-        self._storage.engine.dispose()
+        self._storage.close()
 
     def trials(self) -> list[FrozenTrial]:
         """All trials as they are now, past runs included. The caller must not change them."""
         return self.study.get_trials(deepcopy=False)
 
-    def stale_ids(self) -> set[int]:
-        """The ids of the running trials whose workers have sent no heartbeat for `GRACE_SECONDS`."""
-        return set(self._storage._get_stale_trial_ids(self._study_id))
+    @contextmanager
+    def ledger(self) -> Iterator[Ledger]:
+        """A transaction that claims trials, under the lock of the study."""
+        with self._storage.locked(self.study.study_name) as connection:
+            yield Ledger(connection, self._study_id, storage.GRACE_SECONDS)
 
-    def stored(self, trial: FrozenTrial) -> StoredTrial:
+    def stored(self, trial_id: int) -> StoredTrial:
         """The trial of this study that can be changed."""
-        return StoredTrial(trial._trial_id, self.study, self._storage)
-
-    def create_trial(self) -> StoredTrial:
-        """A new trial, which is running and has no values yet."""
-        return StoredTrial(self._storage.create_new_trial(self._study_id), self.study, self._storage)
-
-    def start(self, trial: FrozenTrial) -> StoredTrial:
-        """Turn a waiting trial into a running one."""
-        self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
-        return self.stored(trial)
+        return StoredTrial(trial_id, self.study, self._storage)
 
     def beat(self, trial: StoredTrial) -> None:
         """Say that a worker trains the trial."""
         self._storage.record_heartbeat(trial.trial_id)
 
     @contextmanager
-    def heartbeat(self, trial: StoredTrial) -> Iterator[None]:
-        """Record a heartbeat of the trial every few seconds, as long as the block runs."""
+    def heartbeat(self, trial: StoredTrial, lost: Callable[[], None]) -> Iterator[None]:
+        """Record a heartbeat of the trial every few seconds, as long as the block runs.
+
+        If none could be recorded for LOST_SECONDS, `lost` is called once: soon another worker may take the trial.
+        """
         done = threading.Event()
 
         def beat_until_done() -> None:
-            while not done.wait(HEARTBEAT_SECONDS):
+            last, is_lost = time.monotonic(), False
+            while not done.wait(storage.HEARTBEAT_SECONDS):
                 try:
                     self.beat(trial)
+                    last = time.monotonic()
                 except (sa.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError):
                     log.debug("no heartbeat", exc_info=True)  # the grace period allows to miss several
+                if time.monotonic() - last > LOST_SECONDS and not is_lost and not done.is_set():
+                    is_lost = True
+                    lost()
 
         thread = threading.Thread(target=beat_until_done, daemon=True)
         thread.start()
@@ -310,9 +201,17 @@ class StoredTrial:
         return self.study.pruner.prune(self.study, self.frozen())
 
     def end(self, status: str, values: Sequence[float] | None) -> None:
-        """Store how the trial ended; a trial that has ended already stays as it is."""
+        """Store how the trial ended; a trial that has ended already stays as it is.
+
+        The value of a pruned trial is its last score, as `optuna.Study.tell` has it, which takes three times as long.
+        """
         state = STATES.get(status, TrialState.FAIL)
-        self.study.tell(self.number, values=values, state=state, skip_if_finished=True)
+        if state == TrialState.PRUNED and values is None:
+            scores = self.frozen().intermediate_values
+            last = scores[max(scores)] if scores else math.nan
+            values = None if math.isnan(last) else [last]
+        with suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self._storage.set_trial_state_values(self.trial_id, state, values)
 
 
 # --------------------------------------------------------------------------------------------------------- records

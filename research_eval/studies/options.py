@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from research_eval.store.metrics import DEFAULT_METRIC, FLOPS_VERSION, Direction, direction
+from research_eval.studies.launchers import LaunchOptions
 from research_eval.studies.space import SearchSpace
 
 
@@ -50,6 +51,7 @@ class StudyOptions:
     n_jobs: int = 1
     seed: int = 0
     db: str | None = None  # the results store
+    launch: LaunchOptions = field(default_factory=LaunchOptions)
     flags: dict[str, Any] = field(default_factory=dict)  # what makes these options again, for workers elsewhere
 
     @property

@@ -24,9 +24,10 @@ from research_eval.errors import ConfigError
 from research_eval.experiment import prepare
 from research_eval.seeding import derive_seed
 from research_eval.store.values import canonical_json
-from research_eval.studies.adapter import StoredTrial, experimental, given_values
+from research_eval.studies.adapter import StoredTrial, given_values
 from research_eval.studies.distributions import Infeasible, contains
 from research_eval.studies.options import StudyOptions
+from research_eval.studies.storage import experimental
 from research_eval.tasks.base import task_of
 from research_eval.training.evaluate import measure_flops
 from research_eval.training.latency import measure_latency

@@ -15,7 +15,7 @@ The life of a trial:
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -24,9 +24,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from research_eval.config.defaults import add_former_defaults
 from research_eval.errors import ConfigError, Superseded
-from research_eval.studies.adapter import StoredStudy, StoredTrial, study_attributes, study_lock, study_names
+from research_eval.studies.adapter import StoredStudy, StoredTrial
 from research_eval.studies.options import StudyOptions
 from research_eval.studies.pruning import make_pruner
+from research_eval.studies.storage import lock_of_study, study_attributes, study_names, while_away
 from research_eval.studies.trials import Outcome
 from research_eval.wording import hint, shown
 
@@ -58,7 +59,7 @@ class TrialQueue:
 
     def lock(self) -> AbstractContextManager[None]:
         """The lock of the study. A process holds it while it adds or claims trials."""
-        return study_lock(self.options.storage, self.options.study_name)
+        return lock_of_study(self.options.storage, self.options.study_name)
 
     def _check_settings(self) -> None:
         """Compare the settings with those that the study was begun with; store them if the study is new."""
@@ -93,62 +94,48 @@ class TrialQueue:
         """A trial that belongs to `worker` from now on; None if there is none to do.
 
         Trials that another worker left come first, then waiting ones, then a new one if the budget allows it. Trials
-        whose ids are in `without` are not claimed.
+        whose ids are in `without` are not claimed. A worker has one trial at a time: it claims the next one after it
+        has finished or released the one before.
         """
-        with self.lock():
-            trials = self.own_trials()
-            stale = self.stored.stale_ids()
-            for trial in trials:
-                abandoned = self._abandoned(trial, stale)
-                if abandoned is not None and abandoned.trial_id not in without:
-                    return self._assign(abandoned, worker, self._attempts_of(trial, stale))
-            for trial in trials:
-                if trial.state == TrialState.WAITING:
-                    return self._assign(self.stored.start(trial), worker, 1)
-            if len(trials) < self.options.budget.n_trials:
-                return self._assign(self.stored.create_trial(), worker, 1)
-        return None
+        worn_out: list[StoredTrial] = []
+        claimed = while_away(lambda: self._claim(worker, without, worn_out))
+        for trial in worn_out:
+            self.finish(trial, Outcome("failed", reason=f"its worker died {MAX_ATTEMPTS} times"))
+        return None if claimed is None else self.stored.stored(claimed)
 
-    def _abandoned(self, trial: FrozenTrial, stale: set[int]) -> StoredTrial | None:
-        """The trial, if it is running without a worker and may be continued. After too many attempts it fails here.
-
-        The caller holds the lock, so that no other worker is claiming the trial now: a running trial without a worker
-        was released, or its worker died between creating and claiming it.
-        """
-        if trial.state != TrialState.RUNNING:
-            return None
-        stored = self.stored.stored(trial)
-        if stored.trial_id not in stale and trial.user_attrs.get("worker"):
-            return None
-        if self._attempts_of(trial, stale) > MAX_ATTEMPTS:
-            self.finish(stored, Outcome("failed", reason=f"its worker died {MAX_ATTEMPTS} times"))
-            return None
-        return stored
-
-    def _attempts_of(self, trial: FrozenTrial, stale: set[int]) -> int:
-        """Which attempt at the trial the next one is. A stale trial costs one, because its worker died.
-
-        A trial that was released has no worker that could have died, however long nobody has claimed it.
-        """
-        begun: int = trial.user_attrs.get("attempts", 1)
-        has_worker = trial.user_attrs.get("worker") is not None
-        return begun + (has_worker and self.stored.stored(trial).trial_id in stale)
-
-    def _assign(self, trial: StoredTrial, worker: str, attempts: int) -> StoredTrial:
-        """Enter the worker. The heartbeat comes first, so that the trial does not look stale in between."""
-        self.stored.beat(trial)
-        trial.set_attribute("attempts", attempts)
-        trial.set_attribute("worker", worker)
-        return trial
+    def _claim(self, worker: str, without: Collection[int], worn_out: list[StoredTrial]) -> int | None:
+        """The id of the claimed trial. Trials that have had too many attempts are added to `worn_out`."""
+        with self.stored.ledger() as ledger:
+            for trial in ledger.running():
+                if trial.worker == worker and trial.trial_id not in without:
+                    return trial.trial_id  # it was claimed, but the answer of the server was lost
+                if trial.trial_id in without or (trial.worker is not None and not trial.is_stale):
+                    continue
+                # A worker that died costs an attempt. A trial that was released has none, however long it waits.
+                attempts = trial.attempts + (trial.worker is not None)
+                if attempts <= MAX_ATTEMPTS:
+                    ledger.assign(trial.trial_id, worker, attempts)
+                    return trial.trial_id
+                worn_out.append(self.stored.stored(trial.trial_id))
+            count, claimed = ledger.counted()
+            if claimed is not None:
+                ledger.start(claimed)
+            elif count < self.options.budget.n_trials:
+                claimed = ledger.create()
+            if claimed is not None:
+                ledger.assign(claimed, worker, 1)
+            return claimed
 
     def release(self, worker: str, died: bool) -> None:
         """Let other workers continue the trials of a worker that has stopped."""
-        with self.lock():
-            for trial in self.own_trials():
-                if trial.state == TrialState.RUNNING and trial.user_attrs.get("worker") == worker:
-                    stored = self.stored.stored(trial)
-                    stored.set_attribute("attempts", trial.user_attrs.get("attempts", 1) + died)
-                    stored.set_attribute("worker", None)
+
+        def released() -> None:
+            with self.stored.ledger() as ledger:
+                for trial in ledger.running():
+                    if trial.worker == worker:
+                        ledger.assign(trial.trial_id, None, trial.attempts + died)
+
+        while_away(released)
 
     def finish(self, trial: StoredTrial, outcome: Outcome) -> None:
         """Store how a trial ended.
@@ -163,13 +150,25 @@ class TrialQueue:
             return
         trial.end(outcome.status, None if outcome.values is None else list(outcome.values))
 
+    def num_left(self) -> int:
+        """How many trials of the budget have not ended."""
+        return self.options.budget.n_trials - sum(trial.state.is_finished() for trial in self.own_trials())
+
+    def num_at_work(self) -> int:
+        """How many workers train a trial and give signs of life."""
+        with self.stored.ledger() as ledger:
+            return sum(trial.worker is not None and not trial.is_stale for trial in ledger.running())
+
     def has_running_trials(self) -> bool:
         """Whether some worker still trains a trial."""
         return any(trial.state == TrialState.RUNNING for trial in self.own_trials())
 
-    def heartbeat(self, trial: StoredTrial) -> AbstractContextManager[None]:
-        """Show to the others that this worker trains the trial, as long as the block runs."""
-        return self.stored.heartbeat(trial)
+    def heartbeat(self, trial: StoredTrial, lost: Callable[[], None] = lambda: None) -> AbstractContextManager[None]:
+        """Show to the others that this worker trains the trial, as long as the block runs.
+
+        `lost` is called if the storage has not answered for so long that another worker may take the trial soon.
+        """
+        return self.stored.heartbeat(trial, lost)
 
 
 def stored_flags(storage: str, study_name: str) -> tuple[dict[str, Any], int]:

@@ -38,7 +38,7 @@ from research_eval.store.metrics import DEFAULT_METRIC, check_selectable, direct
 from research_eval.store.records import ACTIVE_RUNS, KEPT, RunFilter, RunRow
 from research_eval.store.store import Store
 from research_eval.store.values import canonical_json
-from research_eval.studies import adapter
+from research_eval.studies import adapter, storage
 from research_eval.studies.distributions import Infeasible
 from research_eval.studies.novelty import Novelty
 from research_eval.studies.original_trials import with_translations
@@ -355,7 +355,7 @@ def _quiet() -> Iterator[None]:
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        with adapter.experimental():
+        with storage.experimental():
             yield
     finally:
         optuna.logging.set_verbosity(verbosity)

@@ -25,11 +25,13 @@ from research_eval.config.check import config_from_dict
 from research_eval.config.sections import ExperimentConfig
 from research_eval.errors import ConfigError
 from research_eval.seeding import derive_seed
+from research_eval.store.connection import database_url
 from research_eval.store.values import canonical_json
 from research_eval.studies import adapter, workers
 from research_eval.studies.adapter import StoredTrial, trial_records
 from research_eval.studies.distributions import Infeasible, random_pick
 from research_eval.studies.initial_trials import add_past_runs, add_trials, enqueue_grid
+from research_eval.studies.launchers import launch, places, wait_for_end
 from research_eval.studies.options import StudyOptions
 from research_eval.studies.proposals import MAX_PROPOSALS, over_budget, splits_of
 from research_eval.studies.queue import TrialQueue
@@ -43,6 +45,7 @@ from research_eval.system.progress import StudyProgress
 log = logging.getLogger(__name__)
 
 CSV_SECONDS = 5.0  # between two versions of the CSV file of a study
+POLL_ELSEWHERE_SECONDS = 1.0  # between two looks at workers on other machines
 CHECKPOINT_SECONDS = 3.0  # for workers to exit by themselves after Ctrl-C
 
 
@@ -123,7 +126,7 @@ def _run_study(queue: TrialQueue, quiet: bool) -> int:
         with _signals_raise(), _progress(options, quiet) as progress:
             progress.update(trial_records(queue.study))
             progress.also(CsvWriter(queue, files).write_sometimes)
-            exit_code = _run_here(queue, progress) if options.n_jobs == 1 else _supervise(queue, progress)
+            exit_code = _train(queue, progress)
     except Stopped as stopped:
         exit_code = 128 + stopped.number
     written = write_results(queue.study, options.objectives, files, options.db)
@@ -135,7 +138,13 @@ def _run_study(queue: TrialQueue, quiet: bool) -> int:
     return 0 if any(record.status == "finished" for record in records) or options.is_time_up else 1
 
 
-def work_alone(options: StudyOptions, timeout: float | None, max_trials: int | None, quiet: bool = False) -> int:
+def work_alone(
+    options: StudyOptions,
+    timeout: float | None,
+    max_trials: int | None,
+    quiet: bool = False,
+    slot: str | None = None,
+) -> int:
     """Train trials of a study that another command has begun and looks after: it fills the queue and writes the files.
 
     Returns exit code 0, or 128 + the number of a signal. Raises ConfigError.
@@ -148,7 +157,7 @@ def work_alone(options: StudyOptions, timeout: float | None, max_trials: int | N
             _progress(queue.options, quiet) as progress,
         ):
             progress.update(trial_records(queue.study))
-            return _run_here(queue, progress, max_trials)
+            return _run_here(queue, progress, max_trials, slot)
     except Stopped as stopped:
         return 128 + stopped.number
 
@@ -165,12 +174,21 @@ def files_of(options: StudyOptions) -> StudyFiles:
     return StudyFiles.of(options.study_name, base["dataset_type"], base["dataset_name"])
 
 
-def _run_here(queue: TrialQueue, progress: StudyProgress, max_trials: int | None = None) -> int:
+def _train(queue: TrialQueue, progress: StudyProgress) -> int:
+    """Train in this process, in some of this machine, or elsewhere. Returns the exit code."""
+    if queue.options.launch.name != "local":
+        return _supervise_elsewhere(queue, progress)
+    return _run_here(queue, progress) if queue.options.n_jobs == 1 else _supervise(queue, progress)
+
+
+def _run_here(
+    queue: TrialQueue, progress: StudyProgress, max_trials: int | None = None, slot: str | None = None
+) -> int:
     """Run one worker in this process, for so many trials at most.
 
     At the deadline a signal stops its run, which writes a checkpoint.
     """
-    worker = new_worker_name()
+    worker = new_worker_name(slot)
     deadline = queue.options.budget.deadline
     alarm = threading.Timer(max(0.0, (deadline or 0) - time.time()), os.kill, (os.getpid(), signal.SIGTERM))
     alarm.daemon = True
@@ -202,6 +220,33 @@ def _supervise(queue: TrialQueue, progress: StudyProgress) -> int:
         raise
     finally:
         pool.stop()
+    return 0
+
+
+def _supervise_elsewhere(queue: TrialQueue, progress: StudyProgress) -> int:
+    """Let a launcher start workers on other machines, and watch the study.
+
+    Workers of an earlier call that still train count as ours. Raises ConfigError if all workers are gone too early.
+    """
+    options = queue.options
+    missing = max(0, options.launch.workers - queue.num_at_work())
+    log.info("%d workers are at work, %d are started", options.launch.workers - missing, missing)
+    where = places(options.storage, database_url(options.db))
+    launcher = launch(options.launch, options.study_name, where, missing)
+    try:
+        while queue.num_left() and not options.is_time_up:
+            progress.update(trial_records(queue.study))
+            if not launcher.num_alive() and not queue.num_at_work():
+                raise ConfigError(
+                    f"--launcher {options.launch.name}: all workers have ended, and {queue.num_left()} trials are "
+                    f"left. What the workers said is in {launcher.output}"
+                )
+            time.sleep(POLL_ELSEWHERE_SECONDS)
+        progress.update(trial_records(queue.study))
+        if not options.is_time_up:
+            wait_for_end(launcher, CHECKPOINT_SECONDS)
+    finally:
+        launcher.stop()
     return 0
 
 

@@ -6,6 +6,7 @@ trial and exits with 128 + the number of the signal, so that the same command ca
 
 from __future__ import annotations
 
+import functools
 import logging
 import multiprocessing
 import os
@@ -13,13 +14,14 @@ import random
 import secrets
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 
 from research_eval.errors import ConfigError
-from research_eval.studies.adapter import trial_records
+from research_eval.studies.adapter import LOST_SECONDS, trial_records
 from research_eval.studies.options import StudyOptions
 from research_eval.studies.queue import MAX_ATTEMPTS, TrialQueue
 from research_eval.studies.trials import LEFT, train_trial
@@ -35,21 +37,27 @@ STOP_SECONDS = 30.0  # for workers to write their checkpoints
 SINGLE_RUN_LOGGERS = ("experiment", "runs", "training", "datasets", "system.phases")
 
 
-def new_worker_name() -> str:
-    """A name that no other worker has, on any machine."""
-    return secrets.token_hex(8)
+def new_worker_name(slot: str | None = None) -> str:
+    """A name that no other worker has, on any machine; it begins with that of the slot that a launcher gave."""
+    return secrets.token_hex(8) if slot is None else f"{slot}-{secrets.token_hex(8)}"
 
 
-def work(queue: TrialQueue, worker: str, progress: StudyProgress | None = None, max_trials: int | None = None) -> int:
+def work(
+    queue: TrialQueue,
+    worker: str,
+    progress: StudyProgress | None = None,
+    max_trials: int | None = None,
+    parent: int | None = None,
+) -> int:
     """Train trials until all are done, the time is up, or this worker has ended `max_trials` of them.
 
-    A worker also stops if the process that started it is gone. Returns exit code 0, or 128 + the number of a signal
-    that stopped a run.
+    A worker also stops if its `parent`, the process with this number, is gone. Returns exit code 0, or 128 + the number
+    of a signal that stopped a run.
     """
-    options, parent = queue.options, os.getppid()
+    options = queue.options
     left: set[int] = set()  # trials that another process is at: this worker looks at the other ones first
     ended, pause = 0, POLL_SECONDS
-    while not options.is_time_up and os.getppid() == parent and ended != max_trials:
+    while not options.is_time_up and parent in (None, os.getppid()) and ended != max_trials:
         trial = queue.claim(worker, left)
         if trial is None:
             if not queue.has_running_trials():
@@ -61,8 +69,12 @@ def work(queue: TrialQueue, worker: str, progress: StudyProgress | None = None, 
             pause = min(2 * pause, MOST_POLLS * POLL_SECONDS)
             continue
         pause = POLL_SECONDS
-        with queue.heartbeat(trial):
+        lost = threading.Event()
+        with queue.heartbeat(trial, functools.partial(_stop_run, lost)):
             outcome = train_trial(trial, options)
+        if outcome.status == "interrupted" and lost.is_set():
+            queue.release(worker, died=False)
+            continue
         if outcome.status == "interrupted":
             queue.release(worker, died=False)
             return outcome.exit_code
@@ -78,13 +90,20 @@ def work(queue: TrialQueue, worker: str, progress: StudyProgress | None = None, 
     return 0
 
 
+def _stop_run(lost: threading.Event) -> None:
+    """Stop the run of this process with a checkpoint, because its heartbeats do not arrive."""
+    lost.set()
+    log.warning("the database of the study has not answered for %.0f s: this run stops", LOST_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _worker_process(options: StudyOptions, worker: str) -> None:
     """The body of a worker process."""
     # Ctrl-C reaches this process too. Between two runs it is ignored; a run turns it into a request to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with best_effort_output(), quiet_runs():
         logging.basicConfig(format="%(message)s", stream=sys.stderr)
-        raise SystemExit(work(TrialQueue(options), worker))
+        raise SystemExit(work(TrialQueue(options), worker, parent=os.getppid()))
 
 
 @contextmanager

@@ -120,12 +120,15 @@ class Projections(nn.Module):
 
 
 class CausalFeedForward(nn.Module):
-    """W_2 act(W_1 x), or with "swiglu" W_2 (silu(W_g x) * W_1 x), for one or many experts."""
+    """W_2 act(W_1 x), or with "swiglu" W_2 (silu(W_g x) * W_1 x), for one or many experts.
 
-    def __init__(self, settings: CausalSettings, num_experts: int = 1) -> None:
+    `inner` is the inner width, if it is not that of the settings.
+    """
+
+    def __init__(self, settings: CausalSettings, num_experts: int = 1, inner: int | None = None) -> None:
         super().__init__()
         self.activation = settings.activation
-        inner = settings.feed_forward_width
+        inner = inner or settings.feed_forward_width
         self.expand = ExpertMatrix(num_experts, settings.embed_dim, inner)
         self.gate = ExpertMatrix(num_experts, settings.embed_dim, inner) if self.activation == "swiglu" else None
         self.contract = ExpertMatrix(num_experts, inner, settings.embed_dim, settings.zero_init)

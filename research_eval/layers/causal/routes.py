@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from research_eval.errors import ConfigError
 from research_eval.layers.causal.attention import full_precision, normed
 from research_eval.layers.causal.context import Context
 from research_eval.layers.causal.settings import NGRAM_ORDER, RouteSettings
@@ -246,6 +247,21 @@ class Routes(nn.Module):
             self.router = CausalRouter(width, hidden, num_experts, copies, settings.initial_spread)
         self.register_buffer("balance_bias", torch.zeros(num_steps, num_experts))
         self.register_buffer("counts", torch.zeros(num_steps, num_experts), persistent=False)
+
+    @torch.no_grad()
+    def start_at_home(self, bias: float) -> None:
+        """Let the experts at home at a step begin with this much more in their logits: step t has the t-th share.
+
+        Raises ConfigError for a route that is not learned for every step on its own.
+        """
+        if not isinstance(self.router, CausalRouter) or len(self.router.policy_bias) < self.num_steps:
+            raise ConfigError(
+                f"home_bias={bias:g} needs a learned route with router_per_step, got route={self.settings.route!r}, "
+                f"router_per_step={str(self.settings.router_per_step).lower()}"
+            )
+        home_N = torch.arange(self.num_experts) * self.num_steps // self.num_experts
+        is_home_TN = home_N == torch.arange(self.num_steps).unsqueeze(1)
+        self.router.policy_bias.copy_(bias * is_home_TN.unsqueeze(1))
 
     def learn(self, tokens_S: NDArray[np.int32], rng: np.random.Generator) -> None:
         """Balance the tables of a fixed route by the training text."""

@@ -79,6 +79,7 @@ class RouteSettings:
     router_input: RouterInput = "features"
     lm_routing: Granularity = "token"
     learned_table: bool = False
+    shared_expert_dim: Natural = 0
     router_window: Annotated[Count, Range(1, 8)] = 4
     segment_length: Count = 16
     router_hidden_dim: Count | None = None

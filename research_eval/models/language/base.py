@@ -91,6 +91,7 @@ class Layer(NamedTuple):
     projections: dict[str, ExpertMatrix]  # "q", "k", "v", "o"
     feed_forward: CausalFeedForward
     pooled: frozenset[str] = frozenset()  # of "q", "k", "v", "o", "f"; empty without a router
+    shared: CausalFeedForward | None = None  # a feed-forward part that every row passes beside its expert
 
 
 @dataclass
@@ -213,7 +214,8 @@ class LanguageModel(RoutedModel):
             change_SD = o_SD + f_SD if weights is None else weights.to(o_SD.dtype) * (o_SD + f_SD)
             after_SD = h_SD + change_SD
         elif sort is not None:
-            after_SD = after_SD + self.dropout(sort.mixed(layer.feed_forward, x_SD, weights))
+            f_SD = sort.mixed(layer.feed_forward, x_SD, weights)
+            after_SD = after_SD + self.dropout(_with_shared(layer, x_SD, f_SD))
         else:
             after_SD = after_SD + self.dropout(layer.feed_forward(x_SD, ALL_IN_ONE))
         if running is None:
@@ -235,6 +237,7 @@ class LanguageModel(RoutedModel):
             weights = None if choice.weights_SK is None else choice.weights_SK.index_select(0, running)
             part = Choice(choice.chosen_SK.index_select(0, running), weights)
             f_RD = Sorted.of(part, self.routes, self.execution.kernels).mixed(layer.feed_forward, x_RD, weights)
+            f_RD = _with_shared(layer, x_RD, f_RD)
         return h_SD.index_copy(0, running, h_RD + self.dropout(f_RD))
 
     def _attended(self, layer: Layer, step: int, y_SD: Tensor, context: Context, sort: Sorted | None) -> Tensor:
@@ -324,6 +327,7 @@ class LanguageModel(RoutedModel):
             layer = self.layer(step)
             weights += sum(one.weight[0].numel() for one in layer.projections.values())
             weights += top_k * sum(part.weight[0].numel() for part in layer.feed_forward.matrices())
+            weights += 0 if layer.shared is None else sum(part.weight[0].numel() for part in layer.shared.matrices())
         weights += self.vocab_size * width + (0 if self.routes is None else self.routes.num_weights())
         return 2.0 * length * weights + 4.0 * length**2 * width * self.num_steps
 
@@ -352,6 +356,11 @@ def _applied(module: nn.Module, x_SD: Tensor, sort: Sorted | None) -> Tensor:
     """The module on rows in their order; by the row's own expert if `sort` is given."""
     out: Tensor = module(x_SD, ALL_IN_ONE) if sort is None else sort.mixed(module, x_SD, None)
     return out
+
+
+def _with_shared(layer: Layer, x_SD: Tensor, f_SD: Tensor) -> Tensor:
+    """The output of the routed experts, plus that of the part that every row passes."""
+    return f_SD if layer.shared is None else f_SD + layer.shared(x_SD, ALL_IN_ONE)
 
 
 def layer_of(blocks: nn.ModuleList, number: int) -> Layer:

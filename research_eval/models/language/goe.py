@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from research_eval.annotations import Aka, Choice, Count, Range, Steps
+from research_eval.annotations import Aka, Choice, Count, Range, Steps, Weight
 from research_eval.errors import ConfigError
 from research_eval.layers.causal.attention import CausalFeedForward, Projections
 from research_eval.layers.causal.context import Context
@@ -38,7 +38,9 @@ class GoELanguageModel(LanguageModel):
     `routed_parts` says what an expert is: its feed-forward part ("ffn"), also the maps of queries and outputs
     ("qo_ffn"), or the whole block. Parts that do not belong to an expert exist once per step. With "block", keys and
     values come from the expert of their own row; with "block_query_kv", from the expert of the row that reads them.
-    Raises ConfigError for several experts per token of any kind but "ffn".
+    With `home_bias`, a learned route starts near `moe`: the experts of a step's own share of the pool begin with this
+    much more in their logits. Raises ConfigError for several experts per token, and for a shared expert, with any kind
+    but "ffn".
     """
 
     model_type = "goe"
@@ -54,6 +56,7 @@ class GoELanguageModel(LanguageModel):
         max_path_len: Annotated[Steps, Range(2, 6)] = 4,
         top_k_experts: Annotated[Count, Range(1, 2, upto=("num_total_experts",))] = 1,
         routed_parts: RoutedParts = "ffn",
+        home_bias: Weight = 0.0,
         causal: CausalSettings,
         routing: RouteSettings,
     ) -> None:
@@ -62,18 +65,29 @@ class GoELanguageModel(LanguageModel):
             raise ConfigError(f"top_k_experts={top_k_experts} is more than num_total_experts={num_total_experts}")
         if top_k_experts > 1 and routed_parts != "ffn":
             raise ConfigError(f"top_k_experts={top_k_experts} needs routed_parts='ffn', got {routed_parts!r}")
+        if routing.shared_expert_dim and routed_parts != "ffn":
+            raise ConfigError(
+                f"shared_expert_dim={routing.shared_expert_dim} needs routed_parts='ffn', got {routed_parts!r}"
+            )
         self.routed_parts = routed_parts
         owned = OWNED[routed_parts]
         shared = "".join(name for name in "qkvo" if name not in owned)
         self.layers = nn.ModuleList(Projections(causal, shared) for _ in range(max_path_len))
         self.experts = Pool(causal, owned, num_total_experts)
+        inner = routing.shared_expert_dim
+        self.shared = nn.ModuleList(CausalFeedForward(causal, inner=inner) for _ in range(max_path_len if inner else 0))
         self.route_with(Routes(routing, causal.embed_dim, vocab_size, num_total_experts, max_path_len, top_k_experts))
+        if home_bias:
+            assert self.routes is not None
+            self.routes.start_at_home(home_bias)
 
     def layer(self, step: int) -> Layer:
         own = self.layers[step]
         assert isinstance(own, Projections)
         pooled = frozenset(OWNED[self.routed_parts]) | {"f"}
-        return Layer(own.maps() | self.experts.projections.maps(), self.experts.feed_forward, pooled)
+        shared = self.shared[step] if len(self.shared) else None
+        assert shared is None or isinstance(shared, CausalFeedForward)
+        return Layer(own.maps() | self.experts.projections.maps(), self.experts.feed_forward, pooled, shared)
 
     def _attended(self, layer: Layer, step: int, y_SD: Tensor, context: Context, sort: Sorted | None) -> Tensor:
         if self.routed_parts != "block_query_kv":

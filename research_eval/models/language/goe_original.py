@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from research_eval.annotations import Aka, Choice, Count, Range, Steps, When
+from research_eval.annotations import Aka, Choice, Count, Range, Steps, Weight, When
 from research_eval.errors import ConfigError
 from research_eval.layers.causal.settings import CausalSettings, RoutedParts, RouteSettings
 from research_eval.models.base_model import Outcome
@@ -55,6 +55,7 @@ class GoEOriginalLanguageModel(GoELanguageModel):
         max_path_len: Annotated[Steps, Range(2, 6)] = 4,
         top_k_experts: Annotated[Count, Range(1, 2, upto=("num_total_experts",))] = 1,
         routed_parts: RoutedParts = "ffn",
+        home_bias: Weight = 0.0,
         causal: CausalSettings,
         routing: RouteSettings,
         exits: ExitSettings,
@@ -66,6 +67,7 @@ class GoEOriginalLanguageModel(GoELanguageModel):
             max_path_len=max_path_len,
             top_k_experts=top_k_experts,
             routed_parts=routed_parts,
+            home_bias=home_bias,
             causal=causal,
             routing=routing,
         )

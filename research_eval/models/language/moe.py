@@ -16,12 +16,13 @@ from research_eval.registry import LANGUAGE_MODELS
 
 
 class MoEBlock(nn.Module):
-    """The maps around the attention, and the feed-forward experts of one layer."""
+    """The maps around the attention, the feed-forward experts of one layer, and a part that all tokens share."""
 
-    def __init__(self, settings: CausalSettings, num_experts: int) -> None:
+    def __init__(self, settings: CausalSettings, num_experts: int, shared_dim: int) -> None:
         super().__init__()
         self.attention = Projections(settings, "qkvo")
         self.experts = CausalFeedForward(settings, num_experts)
+        self.shared = CausalFeedForward(settings, inner=shared_dim) if shared_dim else None
 
 
 @LANGUAGE_MODELS.register("moe")
@@ -49,13 +50,13 @@ class MoELanguageModel(LanguageModel):
         super().__init__(vocab_size, max_length, num_layers, settings=causal)
         if top_k_experts > num_experts:
             raise ConfigError(f"top_k_experts={top_k_experts} is more than num_experts={num_experts}")
-        self.layers = nn.ModuleList(MoEBlock(causal, num_experts) for _ in range(num_layers))
+        self.layers = nn.ModuleList(MoEBlock(causal, num_experts, routing.shared_expert_dim) for _ in range(num_layers))
         self.route_with(Routes(routing, causal.embed_dim, vocab_size, num_experts, num_layers, top_k_experts))
 
     def layer(self, step: int) -> Layer:
         block = self.layers[step]
         assert isinstance(block, MoEBlock)
-        return Layer(block.attention.maps(), block.experts, frozenset("f"))
+        return Layer(block.attention.maps(), block.experts, frozenset("f"), block.shared)
 
     def experts_per_token(self) -> int:
         return 1 if self.routes is None else self.routes.top_k  # of the pool of one layer
