@@ -19,7 +19,7 @@ run: $(VENV)/.runtime
 	$(BIN)/python research_eval/main.py --json_config_path $(CONFIG)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

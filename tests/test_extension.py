@@ -449,9 +449,14 @@ def test_a_kind_of_data_is_one_new_file(tmp_path: Path) -> None:
         "dataset_params: missing key 'size'": {"dataset_params": {}},
         "dataset_params: size=3 is too small": {"dataset_params": {"size": 3}},
     }
-    for complaint, changes in complaints.items():
-        ended = call(main_script, "--json_config_path", write(**changes), "--dry_run")
-        assert ended.code == 2 and re.fullmatch(rf"\S+: {re.escape(complaint)}", ended.err.strip()), ended.err
+    files = [write(**changes).rename(tmp_path / f"{number}.json") for number, changes in enumerate(complaints.values())]
+    program = "import sys\nfrom research_eval.main import cli\nfor name in sys.argv[1:]:\n    " + (
+        "print(cli(['run', '--json_config_path', name, '--dry_run']), flush=True)"
+    )
+    ended = call("-c", program, *files)
+    assert ended.out.split() == ["2"] * len(complaints)
+    for complaint, line in zip(complaints, ended.err.strip().splitlines(), strict=True):
+        assert re.fullmatch(rf"\S+: {re.escape(complaint)}", line), ended.err
 
     schema = json.loads(call("-m", "research_eval.schema").out)
     assert schema["properties"]["dataset_type"]["enum"] == ["synthetic", "real_world", "drawn", "language_modeling"]

@@ -248,7 +248,7 @@ def test_a_suite_that_is_killed_goes_on(tmp_path: Path) -> None:
             [sys.executable, "-c", program], cwd=tmp_path, env=environment(), start_new_session=True
         )
         while process.poll() is None and finished(tmp_path) < wanted:
-            time.sleep(0.02)
+            time.sleep(0.3)
         if wanted < math.inf:
             assert process.poll() is None, "it was done before it could be killed"
             os.killpg(process.pid, signal.SIGKILL)
