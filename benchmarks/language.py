@@ -176,12 +176,17 @@ def table(cells: list[dict[str, Any]]) -> str:
         "| arm | seeds | nats per character | minus dense | rate | MFLOPs per token | parameters |",
         "|---|---|---|---|---|---|---|",
     ]
-    base = next(entry for entry in cells if entry["arm"] == "dense")
-    dense = dict(zip(base["seeds"], base["losses"], strict=True))
+    dense = {
+        seed: loss
+        for entry in cells
+        if entry["arm"] == "dense"
+        for seed, loss in zip(entry["seeds"], entry["losses"], strict=True)
+    }
     for entry in cells:
         losses = entry["losses"]
         gaps = [loss - dense[seed] for seed, loss in zip(entry["seeds"], losses, strict=True) if seed in dense]
-        gap = "" if entry is base else f"{statistics.mean(gaps):+.3f} ± {interval(gaps):.3f}"
+        is_other = gaps and entry["arm"] != "dense"
+        gap = f"{statistics.mean(gaps):+.3f} ± {interval(gaps):.3f}" if is_other else ""
         lines.append(
             f"| {entry['arm']} | {len(losses)} | {statistics.mean(losses):.3f} ± {interval(losses):.3f} | {gap} "
             f"| {entry['rate']:g} | {entry['flops_per_token'] / 1e6:.3f} | {entry['parameters'] / 1e3:,.0f} k |"
