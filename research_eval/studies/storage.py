@@ -116,7 +116,7 @@ def while_away(action: Callable[[], Any]) -> Any:
     while True:
         try:
             return action()
-        except (optuna.exceptions.StorageInternalError, sa.exc.SQLAlchemyError) as error:
+        except (optuna.exceptions.StorageInternalError, sa.exc.SQLAlchemyError, ConfigError) as error:
             if not _is_away(error) or time.monotonic() - begun > OUTAGE_SECONDS:
                 raise
             log.warning("the database of the study does not answer: it is asked again in %.1f s", pause)

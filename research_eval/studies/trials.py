@@ -24,6 +24,7 @@ from research_eval.studies.adapter import StoredTrial
 from research_eval.studies.options import StudyOptions
 from research_eval.studies.proposals import choose_config
 from research_eval.studies.pruning import PruningCallback
+from research_eval.studies.storage import while_away
 from research_eval.studies.study_data import check_data
 from research_eval.system.best_effort import attempted
 from research_eval.system.untrusted import stored_object
@@ -68,7 +69,8 @@ def train_config(trial: StoredTrial, options: StudyOptions, config: ExperimentCo
         trial.set_attribute("model_type", config.model_type)
         results = []
         for index in range(options.budget.seeds_per_trial):
-            outcome, metrics = _train_seed(trial, options, config, index)
+            # A run that cannot open the results store, because its server is away, begins again.
+            outcome, metrics = while_away(functools.partial(_train_seed, trial, options, config, index))
             if outcome is not None:
                 return outcome
             missing = [name for name in options.objectives if name not in metrics]
