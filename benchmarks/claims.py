@@ -43,7 +43,7 @@ def server(url: str | None) -> Iterator[str]:
 
 
 def options_of(url: str, name: str, n_trials: int) -> StudyOptions:
-    """A study whose trials nobody trains."""
+    """The options of a study. This benchmark claims its trials, but never trains them."""
     parser = argparse.ArgumentParser()
     tune.add_arguments(parser)
     flags = ["--study_name", name, "--storage", url, "--db", url, "--n_trials", str(n_trials), "--model_types", "lstm"]

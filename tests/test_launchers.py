@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from optuna.trial import TrialState
@@ -120,6 +121,8 @@ def test_the_job_that_is_submitted_again_is_the_same_worker(monkeypatch: pytest.
         (("--workers", "2", "--n_jobs", "2"), "--n_jobs and --workers: give one of them"),
         (("--workers", "0"), "--workers: expected a whole number of at least 1, got 0"),
         (("--launcher", "ray", "--worker_cpus", "-1"), "--worker_cpus: expected a number of at least 0"),
+        (("--launcher", "submitit", "--worker_gpus", "0.5"), "--worker_gpus: Slurm gives whole cores"),
+        (("--launcher", "submitit", "--worker_cpus", "0"), "--worker_cpus: Slurm gives whole cores"),
         (("--launcher", "submitit", "--launcher_options", "no.json"), "no.json: cannot be read"),
         (("--launcher", "submitit", "--launcher_options", "list.json"), "has to hold a JSON object"),
     ],
@@ -137,6 +140,18 @@ def test_an_open_cluster_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     with pytest.raises(ConfigError, match=r"CVE-2023-48022.*--ray_insecure"):
         RayLauncher(LaunchOptions("ray"), "s", {}, 1)
+
+
+@pytest.mark.parametrize("name", ["submitit", "ray"])
+def test_a_second_call_may_have_no_worker_to_start(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them still work. Neither engine takes an empty list, and this one refuses everything."""
+    engine = MagicMock()
+    for call in (engine.wait, engine.AutoExecutor.return_value.batch):
+        call.side_effect = ValueError("empty")
+    monkeypatch.setattr(launchers, "_imported", lambda name, extra: engine)
+    launcher = launchers.launch(LaunchOptions(name, insecure=True), "s", {}, 0)  # type: ignore[arg-type]
+    assert launcher.num_alive() == 0
+    launcher.stop()
 
 
 def test_a_missing_engine_names_its_extra() -> None:

@@ -75,6 +75,15 @@ def test_a_worker_in_a_process_of_its_own_finds_its_places_in_the_environment(tm
         assert list(store.statuses().values()) == ["finished"] * 2
 
 
+def test_results_that_cannot_be_reached_are_said_at_once() -> None:
+    assert tune("--n_trials", "1").code == 0
+    ended = command(
+        cli, "worker", "--study", "s", "--storage", "sqlite:///s.db", "--db", "postgresql://a@127.0.0.1:9/b"
+    )
+    assert ended.code == 2
+    assert "database postgresql" in ended.err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -142,9 +142,9 @@ def launch_options(arguments: argparse.Namespace) -> LaunchOptions:
         raise ConfigError(f"--{elsewhere[0]}: is for --launcher submitit or ray")
     if given["workers"] is not None and getattr(arguments, "n_jobs", None) is not None:
         raise ConfigError("--n_jobs and --workers: give one of them")
-    for flag, least in {"worker_cpus": 0.0, "worker_gpus": 0.0}.items():
+    for flag in ("worker_cpus", "worker_gpus"):
         value = given[flag]
-        if value is not None and not (math.isfinite(value) and value >= least):
+        if value is not None and not (math.isfinite(value) and value >= 0):
             raise ConfigError(f"--{flag}: expected a number of at least 0, got {value}")
     options: Any = {}
     if given["launcher_options"] is not None:

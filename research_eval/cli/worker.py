@@ -60,7 +60,10 @@ def worker_command(arguments: argparse.Namespace) -> int:
 
 
 def _end_with_stdin() -> None:
-    """Stop this process when whoever started it is gone, also if that was killed."""
+    """Wait until the standard input ends, then stop this process with SIGTERM.
+
+    The input is a pipe from the process that started this one. It ends with that process, even if that was killed.
+    """
     while os.read(0, 1024):  # `sys.stdin` would hold a lock that the end of this program needs
         pass
     os.kill(os.getpid(), signal.SIGTERM)

@@ -117,8 +117,7 @@ def sqlite_engine(path: Path, read_only: bool) -> sa.Engine:
 class ServerConnections:
     """The connections of this process to one server: all that use the same URL share them, and give them back.
 
-    So a worker has one or two, whatever it does, and hundreds of workers fit a server. A server that disappeared is
-    noticed within a minute.
+    So a worker has one or two, whatever it does. A server that disappeared is noticed within a minute.
     """
 
     _lent: ClassVar[dict[tuple[int, str], ServerConnections]] = {}  # by process, because a fork cannot use them

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import logging
 import os
 import signal
 import subprocess
@@ -25,8 +24,6 @@ from typing import Any, Literal, Protocol
 
 from research_eval.errors import ConfigError
 from research_eval.files import RUNS_FOLDER
-
-log = logging.getLogger(__name__)
 
 LauncherName = Literal["local", "submitit", "ray"]
 LAUNCHERS: tuple[LauncherName, ...] = ("local", "submitit", "ray")
@@ -49,7 +46,11 @@ class LaunchOptions:
     insecure: bool = False  # a Ray cluster without tokens
 
     def check(self, storage: str, db: str) -> None:
-        """Raise ConfigError if workers on other machines could not use these databases."""
+        """Raise ConfigError for parts of cores or GPUs on Slurm, and for databases that other machines cannot reach."""
+        if self.name == "submitit":
+            for flag, value in {"--worker_cpus": self.cpus, "--worker_gpus": self.gpus}.items():
+                if value != round(value) or (flag == "--worker_cpus" and value < 1):
+                    raise ConfigError(f"{flag}: Slurm gives whole cores (1 or more) and whole GPUs, got {value:g}")
         if self.name == "local" or (self.name == "submitit" and self.options.get("cluster") in ONE_HOST):
             return
         for flag, url in {"--storage": storage, "--db": db}.items():
@@ -152,14 +153,16 @@ class SubmititLauncher:
         SUBMITIT_FOLDER.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
             executor = submitit.AutoExecutor(folder=SUBMITIT_FOLDER, cluster=given.pop("cluster", None))
-            settings: dict[str, Any] = {"name": "goe-worker", "cpus_per_task": max(1, round(options.cpus))}
+            settings: dict[str, Any] = {"name": "goe-worker", "cpus_per_task": int(options.cpus)}
             if options.gpus:
-                settings["gpus_per_node"] = round(options.gpus)
+                settings["gpus_per_node"] = int(options.gpus)
             executor.update_parameters(**settings | given)
         except (NameError, TypeError, ValueError, RuntimeError) as error:
             raise ConfigError(f"--launcher_options: {error}") from error
-        with _environment(environment), executor.batch():
-            self._jobs = [executor.submit(Slot(study, str(number))) for number in range(num_workers)]
+        self._jobs: list[Any] = []
+        if num_workers:  # submitit takes no empty array
+            with _environment(environment), executor.batch():
+                self._jobs = [executor.submit(Slot(study, str(number))) for number in range(num_workers)]
 
     def num_alive(self) -> int:
         return sum(not job.done() for job in self._jobs)
@@ -213,15 +216,20 @@ class RayLauncher:
         ]
 
     def num_alive(self) -> int:
-        _, waiting = self._ray.wait(self._calls, num_returns=len(self._calls), timeout=0)
-        return len(waiting)
+        return len(self._waiting(0))
+
+    def _waiting(self, seconds: float) -> list[Any]:
+        """The calls that have not ended after this time. Ray waits for one call at least."""
+        if not self._calls:
+            return []
+        _, waiting = self._ray.wait(self._calls, num_returns=len(self._calls), timeout=seconds)
+        return list(waiting)
 
     def stop(self) -> None:
         for actor in self._actors:
             with contextlib.suppress(Exception):  # whatever a lost actor raises: there is nothing to stop then
                 actor.stop.remote()
-        if self._calls:
-            self._ray.wait(self._calls, num_returns=len(self._calls), timeout=CHECKPOINT_SECONDS)
+        self._waiting(CHECKPOINT_SECONDS)
         self._ray.shutdown()
 
 

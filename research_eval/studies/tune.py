@@ -26,6 +26,7 @@ from research_eval.config.sections import ExperimentConfig
 from research_eval.errors import ConfigError
 from research_eval.seeding import derive_seed
 from research_eval.store.connection import database_url
+from research_eval.store.store import Store
 from research_eval.store.values import canonical_json
 from research_eval.studies import adapter, workers
 from research_eval.studies.adapter import StoredTrial, trial_records
@@ -96,6 +97,8 @@ def _checked_queue(options: StudyOptions, timeout: float | None) -> Iterator[tup
     if timeout is not None:
         options = options.with_budget(deadline=time.time() + timeout)
     config = check_feasible(options)
+    with Store(options.db):  # a trial would wait for minutes for a server that was never there
+        pass
     queue = TrialQueue(options)
     try:
         check_present_data(queue, config)

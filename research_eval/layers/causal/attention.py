@@ -122,7 +122,7 @@ class Projections(nn.Module):
 class CausalFeedForward(nn.Module):
     """W_2 act(W_1 x), or with "swiglu" W_2 (silu(W_g x) * W_1 x), for one or many experts.
 
-    `inner` is the inner width, if it is not that of the settings.
+    The inner width is `inner`, or `settings.feed_forward_width` if `inner` is None.
     """
 
     def __init__(self, settings: CausalSettings, num_experts: int = 1, inner: int | None = None) -> None:

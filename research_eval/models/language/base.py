@@ -359,7 +359,7 @@ def _applied(module: nn.Module, x_SD: Tensor, sort: Sorted | None) -> Tensor:
 
 
 def _with_shared(layer: Layer, x_SD: Tensor, f_SD: Tensor) -> Tensor:
-    """The output of the routed experts, plus that of the part that every row passes."""
+    """`f_SD` comes from the routed experts. Add the output of the shared part, if the layer has one."""
     return f_SD if layer.shared is None else f_SD + layer.shared(x_SD, ALL_IN_ONE)
 
 
