@@ -89,6 +89,13 @@ for NAME in ("goe, bigram table", "goe, learned from states", "goe, hash of four
 ARMS[f"goe, states, router that never learns, pool of {POOL}"] = replace(
     ARMS[f"goe, learned from states, pool of {POOL}"], optimizer=FROZEN
 )
+# Less and more text, at the rates of the whole training.
+POOLED = ("goe, bigram table", "goe, learned from states", "moe, learned from states")
+for NAME in ("dense, hashed bigrams", *(f"{NAME}, pool of {POOL}" for NAME in POOLED)):
+    for WORD, SHARE in {"half": 0.5, "twice": 2.0}.items():
+        ARMS[f"{NAME}, {WORD} the steps"] = replace(
+            ARMS[NAME], steps=round(SHARE * STEPS), rate_of=ARMS[NAME].rate_of or NAME
+        )
 
 
 def config_of(arm: str, seed: int, rate: float, data_dir: Path, share: float = 1.0) -> dict[str, Any]:
@@ -151,9 +158,13 @@ def chosen_rate(arm: str, tuning: Path) -> tuple[float, dict[float, float]]:
     return best(scores), losses
 
 
-def cell(arm: str, seeds: list[int], source: Path, tuning: Path) -> dict[str, Any]:
-    """Choose the rate of an arm, then train the reported seeds."""
-    rate, tried = chosen_rate(ARMS[arm].rate_of or arm, tuning)
+def cell(arm: str, seeds: list[int], source: Path, tuning: Path, known: dict[str, Any]) -> dict[str, Any]:
+    """Choose the rate of an arm, or take that of another arm from `known`; then train the reported seeds."""
+    other = known.get(ARMS[arm].rate_of or "")
+    if other is None:
+        rate, tried = chosen_rate(ARMS[arm].rate_of or arm, tuning)
+    else:
+        rate, tried = other["rate"], other["tuning"]
     runs = [metrics(config_of(arm, seed, rate, source)) for seed in seeds]
     return {
         "arm": arm,
@@ -201,14 +212,16 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--work", type=Path, default=Path("language"), help="folder for the texts and the runs")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/language.json"))
+    parser.add_argument("--known", type=Path, help="an earlier output, for the rates that arms take from others")
     arguments = parser.parse_args()
+    known = {} if arguments.known is None else {one["arm"]: one for one in json.loads(arguments.known.read_text())}
     source, output = (arguments.data_dir / "tiny_shakespeare").resolve(), arguments.output.resolve()
     arguments.work.mkdir(parents=True, exist_ok=True)
     os.chdir(arguments.work)
     tuning = tuning_text(source, Path("tuning").resolve())
     cells: list[dict[str, Any]] = []
     for arm in arguments.arms:
-        cells.append(cell(arm, arguments.seeds, source, tuning))
+        cells.append(cell(arm, arguments.seeds, source, tuning, known))
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(cells, indent=1) + "\n")
     print(table(cells))

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -181,10 +182,15 @@ def value(run: dict[str, Any], name: str) -> float | None:
 
 
 def config_of(
-    study: str, arm: str, seed: int, data_dir: Path | None, learning_rate: float | None = None
+    study: str,
+    arm: str,
+    seed: int,
+    data_dir: Path | None = None,
+    learning_rate: float | None = None,
+    changed: Mapping[str, Any] | None = None,
 ) -> ExperimentConfig:
     """The config of an arm with a seed. The seed's group decides which instance of the task it gets."""
-    overrides: dict[str, Any] = {"seed": seed}
+    overrides: dict[str, Any] = {"seed": seed, **(changed or {})}
     if STUDIES[study].needs_data and data_dir is not None:
         overrides["dataset_params.sources"] = [str(data_dir / source) for source in TEXT_SOURCES]
     if learning_rate is not None:

@@ -20,9 +20,8 @@ from research_eval.runs.scores import score
 from research_eval.store.pending import merge_pending
 from research_eval.store.store import Store
 from research_eval.store.values import normal_metrics
-from research_eval.system.best_effort import attempted
 from research_eval.system.progress import Display, Progress
-from research_eval.training.fit import fit
+from research_eval.training.fit import Parallel, fit
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +37,13 @@ def run(
     progress: Display | None = None,
     to_csv: bool = True,
     show_data: bool = True,
+    parallel: Parallel | None = None,
 ) -> Result:
     """Train, score and store one experiment; `resume` continues the newest run of the same config, also a shorter one.
 
     The screen shows the progress, unless it goes to a `progress` of the caller. `to_csv` adds the run, unless it is a
-    trial, to the CSV file. `show_data` logs what is known of the data.
+    trial, to the CSV file. `show_data` logs what is known of the data. `parallel` is the group of processes that train
+    together, of which this one is the main one.
 
     Raises ConfigError before any work for what the user has to change. A run that diverges, is pruned or interrupted is
     a Result with that status; every other problem is stored as failed and raised. After the result is stored, a problem
@@ -66,16 +67,21 @@ def run(
                 samples = TrainingSamples(config, prepared.data, prepared.runtime, folder)
                 to_csv = entry.wants_csv_row(to_csv)
                 journal = Journal(store, entry.experiment_id, screen, watch, to_csv, samples.write, attempt)
-                return _train_and_store(entry.experiment_id, folder, config, prepared, journal)
+                return _train_and_store(entry.experiment_id, folder, config, prepared, journal, parallel)
 
 
 def _train_and_store(
-    experiment_id: str, folder: Path, config: ExperimentConfig, prepared: Prepared, journal: Journal
+    experiment_id: str,
+    folder: Path,
+    config: ExperimentConfig,
+    prepared: Prepared,
+    journal: Journal,
+    parallel: Parallel | None,
 ) -> Result:
     """Train and score; in whatever way it ends, the store gets to know."""
     runtime, data, model = prepared
     try:
-        state, scored, evaluation = fit(model, data, config, runtime, folder, journal)
+        state, scored, evaluation = fit(model, data, config, runtime, folder, journal, parallel)
         metrics = score(state, scored, evaluation, data, config, runtime, folder)
         stored = normal_metrics(metrics)  # here, so that a metric which the store cannot hold fails the run
     except (Exception, KeyboardInterrupt) as problem:
@@ -94,6 +100,5 @@ def _train_and_store(
         return result
     result = Result.finished(experiment_id, metrics, folder, data.fingerprint)
     journal.end(config, result, stored)
-    with attempted(log, f"run {experiment_id}: no pictures"):
-        draw_pictures(result, state.reports, config, data)
+    draw_pictures(result, state.reports, config, data)
     return result

@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,12 @@ with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
 
 
 @contextlib.contextmanager
-def commands(address: Path, environment: dict[str, str], changes: bool = False) -> Iterator[None]:
-    """A process that serves at this address while the context lasts; `changes`: the source changes meanwhile."""
-    command = [sys.executable, __file__, str(address), *["changes"] * changes]
+def commands(address: Path, environment: dict[str, str], *options: str) -> Iterator[None]:
+    """A process that serves at this address while the context lasts.
+
+    Options: "changes" if the source changes meanwhile, "cheap" for runs that end sooner (cheap_runs.py).
+    """
+    command = [sys.executable, __file__, str(address), *options]
     server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, start_new_session=True)
     assert server.stdout is not None
     try:
@@ -47,7 +50,7 @@ def commands(address: Path, environment: dict[str, str], changes: bool = False) 
         server.wait()
 
 
-def serve(address: str, changes: bool) -> None:
+def serve(address: str, options: Sequence[str]) -> None:
     """Run what clients ask for, until the process is killed.
 
     It has one core, so that several seeds run one after the other, without processes that import torch again.
@@ -55,6 +58,10 @@ def serve(address: str, changes: bool) -> None:
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % len(cores)]})
+    if "cheap" in options:
+        from cheap_runs import make_runs_cheap
+
+        make_runs_cheap(setattr)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(address)
         listener.listen()
@@ -64,7 +71,7 @@ def serve(address: str, changes: bool) -> None:
             with connection:
                 message, streams, _, _ = socket.recv_fds(connection, 1 << 20, STREAMS)
                 with _streams(streams), _surroundings(json.loads(message)) as command:
-                    code = _run(command, changes)
+                    code = _run(command, "changes" in options)
                 connection.send(str(code).encode())
 
 
@@ -137,4 +144,4 @@ def _surroundings(request: dict[str, Any]) -> Iterator[list[str]]:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], changes=sys.argv[2:] == ["changes"])
+    serve(sys.argv[1], sys.argv[2:])

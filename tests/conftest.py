@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 import torch
+from cheap_runs import DRAW_EXPERT_GRAPH, make_runs_cheap
 from hypothesis import settings
 from support import stop_at_once
 from torch.nn import functional as F
 
+from research_eval.analysis import expert_graph
 from research_eval.models.base_model import EvaluableModel
 from research_eval.registry import MODELS_MAP
 from research_eval.schema import context_arguments
@@ -39,6 +41,21 @@ settings.load_profile("repeatable")
 @pytest.fixture(autouse=True)
 def _repeatable() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cheap_runs() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        make_runs_cheap(patch.setattr)
+        yield
+
+
+@pytest.fixture(name="real_graphs", scope="module")
+def _real_graphs() -> Iterator[None]:
+    """For a module that looks at the picture of a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(expert_graph, "draw_expert_graph", DRAW_EXPERT_GRAPH)
+        yield
 
 
 @pytest.fixture(autouse=True)

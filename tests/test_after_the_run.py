@@ -273,7 +273,7 @@ def test_a_run_without_its_picture_is_finished(
     failing = full if what == "a disk" else bug
     monkeypatch.setattr("research_eval.analysis.expert_graph.draw_expert_graph", failing)
     if what == "the whole step":
-        monkeypatch.setattr(experiment, "draw_pictures", bug)
+        monkeypatch.setattr("research_eval.runs.pictures._draw", bug)
         monkeypatch.setattr(journal, "drop_previous", full)
     settings = SMALL | {"model_type": "goe_original", "training_params": {"trace_routing": True}, "epochs": 2}
     result = run_in(tmp_path, small_config(**settings))
@@ -442,7 +442,7 @@ def test_a_csv_that_fails_at_the_end_costs_nothing_in_either_store(
 def test_what_a_study_cannot_write_costs_no_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trials, "delete_checkpoint", full)
     monkeypatch.setattr(tune, "CSV_SECONDS", 0.0)
-    monkeypatch.setattr(experiment, "draw_pictures", full)
+    monkeypatch.setattr("research_eval.runs.pictures._draw", full)
     stem = "optuna_study_s_synthetic_parity"
     Path(f"{stem}_full_results.csv").mkdir()
     Path(f"{stem}_best_config.json").mkdir()

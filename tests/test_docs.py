@@ -65,6 +65,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(path for path in [*ROOT.glob("*.md"), *DOCS.glob("*.md")])
 
 SERVER = "GOE_STORAGE=postgresql://goe@localhost/goe GOE_DB=postgresql://goe@localhost/goe"
+TORCHRUN = f"{shlex.quote(sys.executable)} -m torch.distributed.run"
 # What cannot be run as it stands: (the whole command, what is run instead, why).
 REWRITES = [
     (r"git clone .*|cd [\w-]+", ":", "the sandbox is the clone"),
@@ -81,10 +82,12 @@ REWRITES = [
     (r"goe compare majority --models dense,moe .*", "goe compare --help", "comparing.md has one that is run"),
     (r"(goe compare .*--seeds) 3(.*)", r"\1 1\2", "takes half a minute"),
     (r"goe benchmark smoke.*", "goe benchmark --help", "takes minutes; test_suites.py has a smaller suite"),
+    (r"torchrun (.*)", rf"{TORCHRUN} \1", "torchrun is a script of the environment, which is not on every path"),
     (r"goe tune .*--launcher (?:submitit|ray).*", rf"{SERVER} \g<0> --dry_run", "test_launchers.py has the engines"),
     (r"(.*)postgresql://\S+(.*)", r"\1sqlite:///cluster.db\2", "test_db_utils.py has a server"),
     (r"(.*--device) cuda\S*(.*)", r"\1 cpu\2", "not every machine has a GPU"),
 ]
+FEWER = {"n_trials": 3, "syn_num_samples": 300}  # flag: the largest value in the sandbox
 # Smaller numbers in the sandbox's copies of the example configs, so that the commands run as they are written.
 SMALLER = {
     r'"epochs": \d+': '"epochs": 1',
@@ -132,6 +135,10 @@ def commands(text: str) -> list[str]:
 
 
 def rewritten(command: str) -> str:
+    for flag, most in FEWER.items():
+        command = re.sub(
+            rf"(--{flag}) (\d+)", lambda match, most=most: f"{match[1]} {min(int(match[2]), most)}", command
+        )
     plain = re.sub(r"\s*\\\n\s*", " ", command.split("  #")[0].strip()) if "<<" not in command else command
     for pattern, replacement, _ in REWRITES:
         if match := re.fullmatch(pattern, plain):
@@ -283,8 +290,8 @@ CHANGE_THE_SOURCE = ("extending.md",)  # pages whose commands find another sourc
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_everything_on_the_page_works(page: Path, sandbox: Path) -> None:
-    changes = page.name in CHANGE_THE_SOURCE
-    with command_server.commands(sandbox.parent / "server", environment_of(sandbox), changes):
+    option = "changes" if page.name in CHANGE_THE_SOURCE else "cheap"
+    with command_server.commands(sandbox.parent / "server", environment_of(sandbox), option):
         everything_works(page, sandbox)
 
 
@@ -296,7 +303,8 @@ def everything_works(page: Path, sandbox: Path) -> None:
             later = "".join(block.text for block in found[number + 1 :])
             assert Path(file).stem in later, f"{file} is written and never used"
             (sandbox / file).parent.mkdir(parents=True, exist_ok=True)
-            (sandbox / file).write_text(text.split("\n", 1)[1])
+            content = text.split("\n", 1)[1]
+            (sandbox / file).write_text(fewer_samples(content) if file.endswith(".json") else content)
         elif language == "bash":
             run_bash(sandbox, text)
         elif language == "console":
@@ -319,6 +327,10 @@ def everything_works(page: Path, sandbox: Path) -> None:
     for language, text in found:
         if language == "sql":
             run_sql(sandbox / DB_FILE, text)
+
+
+def fewer_samples(config: str) -> str:
+    return re.sub(r'"num_samples": (\d+)', lambda match: f'"num_samples": {min(int(match[1]), 400)}', config)
 
 
 def commands_of_manifest(part: Any) -> list[str]:

@@ -24,7 +24,8 @@ from research_eval.datasets.token_data import Batches, TokenData
 from research_eval.experiment import prepare
 from research_eval.models.base_model import EvaluableModel
 from research_eval.system import load
-from research_eval.training.evaluate import Evaluation, evaluate, flop_counter, measure_flops
+from research_eval.training.evaluate import Evaluation, evaluate, measure_flops
+from research_eval.training.flops import FlopCounter
 from research_eval.training.latency import FEWEST, measure_latency
 from research_eval.training.runtime import Runtime
 
@@ -136,12 +137,12 @@ def test_attention_on_the_cpu_is_counted(masked: bool) -> None:
     query, key, value = (torch.randn(2, 3, 7, 4, requires_grad=True) for _ in range(3))  # B H L E
     mask_B11L = torch.ones(2, 1, 1, 7, dtype=torch.bool) if masked else None
     product = 2 * 2 * 3 * 7 * 7 * 4  # two per multiply-add, of one product of matrices
-    with flop_counter() as counter:
+    with FlopCounter() as counter:
         attended = F.scaled_dot_product_attention(query, key, value, mask_B11L)
-    assert counter.get_total_flops() == 2 * product
-    with flop_counter() as counter:
+    assert counter.total == 2 * product
+    with FlopCounter() as counter:
         attended.sum().backward()
-    assert counter.get_total_flops() == 5 * product  # the scores once more, then two products for each of the two
+    assert counter.total == 5 * product  # the scores once more, then two products for each of the two
 
 
 def test_flops_of_a_dense_model_are_those_counted_by_hand() -> None:

@@ -106,7 +106,7 @@ class Twice(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def twice(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Twice:
+def twice(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, real_graphs: None) -> Twice:
     """The same config run two times in one folder."""
     folder = tmp_path_factory.mktemp(request.param)
     config = config_of(request.param)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from support import Build
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from research_eval.datasets.token_data import Batch
 from research_eval.layers.block import Attention, Block
@@ -20,7 +21,7 @@ from research_eval.models.goe import GoEClassifier
 from research_eval.models.goe_original import GoEOriginalClassifier
 from research_eval.registry import CHOICES
 from research_eval.tasks.classification import Classification
-from research_eval.training.flops import flop_counter
+from research_eval.training.flops import FlopCounter
 
 TRAINED = [
     ("dense", {"num_layers": 3}),
@@ -70,12 +71,12 @@ def test_a_training_step_costs_three_forward_passes(name: str, arguments: dict[s
     """Forward, the gradients of the inputs, and the gradients of the weights; attention computes its scores twice."""
     model, length = build_model(name, **arguments).train(), 9
     batch = Batch(ids_BL := torch.randint(1, 13, (64, length)), ids_BL > 0, torch.zeros(64, dtype=torch.long))
-    with flop_counter() as forward:
+    with FlopCounter() as forward:
         task_loss, terms = model.losses(model.run(batch), batch.labels, Classification())
-    with flop_counter() as backward:
+    with FlopCounter() as backward:
         sum((term.weight * term.raw for term in terms.values()), start=task_loss).backward()
-    executed = (forward.get_total_flops() + backward.get_total_flops()) / 64
-    assert 2.9 < executed / (forward.get_total_flops() / 64) < 3.2
+    executed = (forward.total + backward.total) / 64
+    assert 2.9 < executed / (forward.total / 64) < 3.2
     if arguments.get("router_mode") == "st_dense" or "num_scan_experts" in arguments or name == "goe_scan":
         return  # training executes more than an evaluation, for which the formula is
     flops = model.get_flops_per_sample(length)
@@ -101,4 +102,24 @@ def test_no_product_is_left_uncounted(name: str, arguments: dict[str, Any], buil
         sum((term.weight * term.raw for term in terms.values()), start=task_loss).backward()
     products = {op for op in executed if re.search(r"mm|mv|matmul|linear|attention|rnn|lstm|gru|conv", str(op))}
     assert products
-    assert products - set(flop_counter().flop_registry) == set()
+    assert products - set(FlopCounter().formulas) == set()
+
+
+def torch_counter() -> FlopCounterMode:
+    """With the formulas of ours."""
+    counter = FlopCounterMode(display=False)
+    counter.flop_registry.update(FlopCounter().formulas)
+    return counter
+
+
+@pytest.mark.parametrize("name", ["dense", "moe", "goe", "goe_original", "lstm", "looped", "goe_scan"])
+def test_the_sum_is_that_of_torchs_counter(name: str, build_model: Build, ids_BL: torch.Tensor) -> None:
+    model = build_model(name)
+    totals = []
+    counter: FlopCounter | FlopCounterMode
+    for counter in (FlopCounter(), torch_counter()):
+        torch.manual_seed(0)
+        with counter:
+            model(ids_BL).sum().backward()
+        totals.append(counter.total if isinstance(counter, FlopCounter) else counter.get_total_flops())
+    assert totals[0] == totals[1] > 0

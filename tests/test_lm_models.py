@@ -453,14 +453,14 @@ def test_short_forms_of_router_input() -> None:
 
 @pytest.mark.parametrize("name", [name for name in MODELS if "exits" not in name and name != "lstm"])
 def test_analytic_flops_are_those_that_run(name: str) -> None:
-    from research_eval.training.flops import flop_counter
+    from research_eval.training.flops import FlopCounter
 
     model = made(name).eval()
     if "block_query_kv" in name or "two" in name:
         pytest.skip("the analytic count is that of one expert's keys and values; two experts are counted below")
-    with flop_counter() as counter:
+    with FlopCounter() as counter:
         logits(model, ids(LENGTH, 2))
-    assert counter.get_total_flops() == pytest.approx(2 * model.get_flops_per_sample(LENGTH), rel=0.02)
+    assert counter.total == pytest.approx(2 * model.get_flops_per_sample(LENGTH), rel=0.02)
 
 
 def test_active_parameters_leave_out_idle_experts() -> None:

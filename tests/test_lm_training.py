@@ -335,6 +335,17 @@ def test_accumulated_batches_count_every_target_once() -> None:
     assert_close(found[0], found[1])
 
 
+def test_the_log_counts_every_target_once() -> None:
+    labels_BL = torch.tensor([[0, 1, 1, 2, 1], [3, IGNORED, IGNORED, IGNORED, IGNORED]])
+    model, meter = Unigram(), Meter()
+    with torch.no_grad():
+        model.logits_V.copy_(torch.arange(4.0))
+    for part in labels_BL.split(1):
+        meter.add(model(Batch(part, part >= 0, part))[1], Batch(part, part >= 0, part))
+    whole = model(Batch(labels_BL, labels_BL >= 0, labels_BL))[0]
+    assert meter.read()["train_loss"] == pytest.approx(float(whole.detach()))
+
+
 def test_texts_written_during_the_training_change_nothing_and_survive_a_resume(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

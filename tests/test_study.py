@@ -510,6 +510,10 @@ def test_who_was_taken_for_dead_does_not_have_the_last_word() -> None:
     assert "reason" not in load().trials[0].user_attrs
 
 
+def children_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
 def test_a_killed_worker_is_replaced_and_its_trial_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
     line = arguments("--n_jobs", "2", "--model_types", "lstm", "--pruner", "none", n_trials=2, epochs=60)
     study = subprocess.Popen(
@@ -523,8 +527,7 @@ def test_a_killed_worker_is_replaced_and_its_trial_goes_on_from_the_checkpoint(t
     while killed is None and study.poll() is None:
         time.sleep(0.05)
         with contextlib.suppress(Exception):
-            children = Path(f"/proc/{study.pid}/task/{study.pid}/children").read_text().split()
-            workers = [pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+            workers = [pid for child in children_of(study.pid) for pid in children_of(int(child))]
             if any(Path("runs").glob("*/checkpoint.safetensors")):
                 killed = int(workers[0])
                 os.kill(killed, signal.SIGKILL)

@@ -111,7 +111,7 @@ def test_losses_follow_from_the_outcome_alone(
 
 
 @pytest.fixture(name="finished", scope="module")
-def _finished(tmp_path_factory: pytest.TempPathFactory):
+def _finished(tmp_path_factory: pytest.TempPathFactory, real_graphs: None):
     folder = tmp_path_factory.mktemp("moe")
     config = small_config(
         model_type="moe", model_params={"num_experts": 3, "num_layers": 2}, training_params={"trace_routing": True}

@@ -21,6 +21,7 @@ from research_eval.files import file_stem, write_atomically
 from research_eval.system.best_effort import print_product
 from research_eval.system.phases import import_torch, phase
 from research_eval.system.untrusted import user_path
+from research_eval.system.world import refuse_many_processes
 
 if TYPE_CHECKING:
     from research_eval.comparing.suite import Suite, Task
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def benchmark_command(arguments: argparse.Namespace) -> int:
     """Do the tasks that are not done, then print and write the tables. Exit code 1 if a task failed."""
+    refuse_many_processes("a suite")
     import_torch()
     with phase("importing the program"):
         from research_eval.comparing.certificate import read_certificate

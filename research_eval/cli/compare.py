@@ -22,6 +22,7 @@ from research_eval.files import file_stem
 from research_eval.system.best_effort import print_product
 from research_eval.system.phases import import_torch, phase
 from research_eval.system.untrusted import user_path
+from research_eval.system.world import refuse_many_processes
 from research_eval.wording import hint
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def compare_command(arguments: argparse.Namespace) -> int:
     """Compare, print the tables and write the files; or check a certificate. Exit code 1 if the check fails."""
+    refuse_many_processes("a comparison")
     if arguments.verify is not None:
         return _verify(arguments)
     if arguments.task is None or arguments.models is None:

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import logging
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from research_eval.store.metrics import DEFAULT_METRIC, with_remark
 from research_eval.system.best_effort import attempted, print_product
 from research_eval.system.phases import import_torch, phase
 from research_eval.system.untrusted import parse_json
+from research_eval.system.world import rank_and_size, refuse_many_processes
 from research_eval.wording import nearest
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ SHOWN_METRICS = {
     "mean_path_length": "{:.2f}",
 }
 SHOWN_PATHS = 5
+SECONDS_FOR_THE_FIRST = 10.0  # of several processes, to say what is wrong
 
 
 def add_common_arguments(parser: argparse._ActionsContainer) -> None:
@@ -195,8 +198,22 @@ def parse_seeds(text: str) -> list[int]:
 def run_command(arguments: argparse.Namespace) -> int:
     """Run the experiment with every seed and print a summary of each run.
 
-    Exit code 0; 1 for a run that failed or diverged; 128 + the number of a signal that stopped a run.
+    Exit code 0; 1 for a run that failed or diverged; 128 + the number of a signal that stopped a run. Of several
+    processes that train together, the first one speaks for all.
     """
+    rank, _ = rank_and_size()
+    if rank == 0:
+        return _run(arguments)
+    logging.getLogger("research_eval").setLevel(logging.ERROR)
+    try:
+        return _run(arguments)
+    except ConfigError as error:
+        time.sleep(SECONDS_FOR_THE_FIRST)  # if the first process has the same problem, torchrun ends this one meanwhile
+        raise ConfigError(f"process {rank}: {error}") from error
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """What `run_command` does in one process."""
     from research_eval.config.check import check_early, load_config
 
     overrides = {
@@ -229,6 +246,11 @@ def run_command(arguments: argparse.Namespace) -> int:
 
         print_product(f"{describe(configs[0])}\n")
         return 0
+    rank, num_processes = rank_and_size()
+    if num_processes > 1:
+        if len(configs) > 1:
+            refuse_many_processes("--seeds")
+        return _run_together(configs[0], arguments, is_first=rank == 0)
     with phase("importing the program"):
         from research_eval.studies.seeds import run_all
 
@@ -240,6 +262,24 @@ def run_command(arguments: argparse.Namespace) -> int:
         with attempted(log, f"run {result.experiment_id}: {result.status}, but its summary is not printed"):
             print(summary(config, result))
     return exit_code
+
+
+def _run_together(config: ExperimentConfig, arguments: argparse.Namespace, is_first: bool) -> int:
+    """Run the experiment in all processes of torchrun; the first one stores it and prints its summary."""
+    with phase("importing the program"):
+        from research_eval.experiment import run
+        from research_eval.runs.group import follow, lead
+
+    if not is_first:
+        follow(config)
+        return 0
+    result = lead(
+        config,
+        lambda group: run(config, db=arguments.db, resume=arguments.resume, quiet=arguments.quiet, parallel=group),
+    )
+    with attempted(log, f"run {result.experiment_id}: {result.status}, but its summary is not printed"):
+        print(summary(config, result))
+    return result.exit_code
 
 
 def score_formats(metrics: Mapping[str, Any]) -> dict[str, str]:

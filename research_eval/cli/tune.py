@@ -25,6 +25,7 @@ from research_eval.system.best_effort import print_product
 from research_eval.system.environment import usable_cores
 from research_eval.system.phases import import_torch, phase
 from research_eval.system.untrusted import parse_json, read_limited, user_path
+from research_eval.system.world import refuse_many_processes
 from research_eval.wording import hint
 
 if TYPE_CHECKING:
@@ -406,6 +407,7 @@ def _at_least(name: str, value: Any, least: int) -> int:
 
 def tune_command(arguments: argparse.Namespace) -> int:
     """Run the study; with --dry_run only print what it would search."""
+    refuse_many_processes("a study")
     options = study_options(arguments)
     if arguments.dry_run:
         print_product(f"{options.space.describe()}\n")

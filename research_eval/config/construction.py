@@ -234,6 +234,7 @@ def without_draws() -> AbstractContextManager[object]:
     from torch.overrides import TorchFunctionMode
 
     draws = (torch.nn.init.normal_, torch.Tensor.normal_)
+    drawn = (torch.randn, torch.rand)
     products = (torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__)
 
     class WithoutDraws(TorchFunctionMode):
@@ -246,9 +247,11 @@ def without_draws() -> AbstractContextManager[object]:
                 tensor = args[0] if args else kwargs["tensor"]
                 if tensor.is_meta:
                     return tensor
+            if func in drawn and "device" not in kwargs:
+                return torch.empty(*args, **kwargs)
             if func in products and not kwargs and isinstance(args[1], int | float):
                 tensor = args[0]
-                return torch.empty_like(tensor) if tensor.is_meta and tensor.is_floating_point() else func(*args)
+                return tensor if tensor.is_meta and tensor.is_floating_point() else func(*args)
             return func(*args, **kwargs)
 
     return WithoutDraws()

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from research_eval.annotations import Choice, Count, Natural, Range, Younger
 from research_eval.errors import ConfigError
 from research_eval.layers.block import Block
+from research_eval.layers.collective import batch_sum, of_parameters
 from research_eval.layers.dispatch import Dispatch, Executing
 from research_eval.layers.kernels.autograd import applied
 from research_eval.layers.kernels.cpu import RowDot
@@ -146,16 +147,16 @@ class ExpertPool(Executing):
         parts += [scan(rows_RLD, rows_RL) for scan, rows_RLD, rows_RL in groups if len(rows_RLD)]
         return torch.cat(parts)
 
-    def _edge_entropy(self, sizes: list[int]) -> torch.Tensor | None:
-        """Mean edge entropy of the executed scan experts; None outside training.
+    def _edge_entropy(self, counts_N: torch.Tensor) -> torch.Tensor | None:
+        """Mean edge entropy of the scan experts that any row of the batch executes; None outside training.
 
         Idle scan experts do not count, so they receive no gradient.
         """
-        if not self.training:
+        if not self.training or not self.scans:
             return None
-        executed = zip(self.scans, sizes[self.num_attention_experts :], strict=True)
+        executed = zip(self.scans, batch_sum(counts_N)[self.num_attention_experts :].tolist(), strict=True)
         entropies = [cast(ScanExpert, scan).graph.row_entropy() for scan, size in executed if size]
-        return torch.stack(entropies).mean() if entropies else None
+        return of_parameters(torch.stack(entropies).mean()) if entropies else None
 
     def packing(self, keep_BL: torch.Tensor, num_tokens: int | None = None) -> Packing:
         """How `step` reads a batch: without padding, unless the pool has scan experts, which need whole sequences."""
@@ -178,8 +179,9 @@ class ExpertPool(Executing):
         order_B = choice_B.argsort(stable=True)
         member_BN = members(choice_B, self.num_experts)
         rows_R = order_B if all_run else order_B[: int(member_BN.sum())]
+        edge_entropy = self._edge_entropy(member_BN.sum(0))
         if not len(rows_R):
-            return Step(h_BLD, rows_R, h_BLD.new_zeros(0, h_BLD.shape[-1]) if pooled else None)
+            return Step(h_BLD, rows_R, h_BLD.new_zeros(0, h_BLD.shape[-1]) if pooled else None, edge_entropy)
         samples = packing.samples(rows_R)
         counts_N = (member_BN * samples.num_rows(packing.lengths_B).unsqueeze(1)).sum(0)
         dispatch = Dispatch.of(counts_N, self.execution.kernels)
@@ -191,7 +193,7 @@ class ExpertPool(Executing):
             after_BLD,
             choice_B[rows_R],
             samples.mean(change) if pooled else None,
-            self._edge_entropy(dispatch.counts()) if self.scans else None,
+            edge_entropy,
         )
 
 

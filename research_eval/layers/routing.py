@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from research_eval.layers.collective import batch_mean, batch_sum
+
 
 def members(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
     """True at the expert of each decision, [..., N].
@@ -16,12 +18,17 @@ def members(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
     return experts.unsqueeze(-1) == torch.arange(num_experts, device=experts.device)
 
 
+def mean_of_rows(values_R: torch.Tensor) -> torch.Tensor:
+    """The mean over the first dimension, [R, ...] -> [...], of the rows of the whole batch."""
+    return batch_mean(values_R.mean(0), len(values_R))
+
+
 def balance_loss(load_N: torch.Tensor, probabilities_RN: torch.Tensor) -> torch.Tensor:
     """N sum_i f_i P_i (Switch Transformer, Fedus et al., 2021): 1 if the load is uniform, N if one expert takes all.
 
     `load_N` is each expert's share of the decisions and carries no gradient; P is the mean probability.
     """
-    return len(load_N) * (load_N.detach() * probabilities_RN.mean(0)).sum()
+    return len(load_N) * (load_N.detach() * mean_of_rows(probabilities_RN)).sum()
 
 
 def entropy(probabilities: torch.Tensor) -> torch.Tensor:
@@ -31,12 +38,12 @@ def entropy(probabilities: torch.Tensor) -> torch.Tensor:
 
 def mean_entropy_loss(probabilities_RN: torch.Tensor) -> torch.Tensor:
     """Negative entropy of the mean probabilities: -log N if the batch uses all experts alike, 0 if it uses one."""
-    return -entropy(probabilities_RN.mean(0))
+    return -entropy(mean_of_rows(probabilities_RN))
 
 
 def z_loss(logits_RN: torch.Tensor) -> torch.Tensor:
     """Mean squared log-partition (ST-MoE, Zoph et al., 2022): keeps the logits small."""
-    return logits_RN.logsumexp(-1).square().mean()
+    return mean_of_rows(logits_RN.logsumexp(-1).square())
 
 
 def balanced_bias(bias_N: torch.Tensor, counts_N: torch.Tensor, rate: float) -> torch.Tensor:
@@ -52,8 +59,9 @@ def contrastive_loss(delta_RD: torch.Tensor, experts_R: torch.Tensor, num_expert
     It pushes experts towards different directions. With fewer than two experts in use it is zero.
     """
     member_RN = members(experts_R, num_experts)
-    counts_N = member_RN.sum(0)
-    means_ND = (member_RN.T.to(delta_RD.dtype) @ delta_RD)[counts_N > 0] / counts_N[counts_N > 0, None]
+    counts_N = batch_sum(member_RN.sum(0))
+    sums_ND = batch_sum(member_RN.T.to(delta_RD.dtype) @ delta_RD)
+    means_ND = sums_ND[counts_N > 0] / counts_N[counts_N > 0, None]
     directions_ND = torch.nn.functional.normalize(means_ND, dim=-1)
     pairs = torch.triu_indices(len(directions_ND), len(directions_ND), offset=1, device=delta_RD.device)
     if not pairs.shape[1]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from research_eval.annotations import Aka, Choice, Count, Positive, Range, Steps, Weight
 from research_eval.datasets.token_data import Batch
 from research_eval.layers.block import block_flops
+from research_eval.layers.collective import batch_mean
 from research_eval.layers.experts import ExpertPool
 from research_eval.layers.routing import balance_loss, entropy, members
 from research_eval.layers.settings import EncoderSettings
@@ -128,7 +129,7 @@ class GoEClassifier(RoutedModel):
                 # The coefficient carries the gradient; the choice is an integer and has none.
                 coefficient_B, choice_B = probabilities_BN.max(-1)
                 h_BLD = self.experts.step(h_BLD, packing, choice_B, coefficient_B, all_run=True).h_BLD
-                load_N = members(choice_B, self.experts.num_experts).sum(0) / len(choice_B)
+                load_N = batch_mean(members(choice_B, self.experts.num_experts).sum(0) / len(choice_B), len(choice_B))
                 if not self.training:
                     self._push(len(balance), choice_B, coefficient_B, probabilities_BN)
                 balance.append(balance_loss(load_N, probabilities_BN))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from research_eval.annotations import Choice, Count, Range, Weight
+from research_eval.layers.collective import of_parameters
 from research_eval.layers.scan import EdgePicker, Estimator, WalkerGraph
 from research_eval.layers.text import TokenEmbedding
 from research_eval.models.base_model import AuxiliaryLoss, EvaluableModel, keep_mask
@@ -96,7 +97,7 @@ class GoEScanClassifier(EvaluableModel):
     def auxiliary_losses(self) -> dict[str, AuxiliaryLoss]:
         """The edge entropy. Its weight grows with the training, so that the edges can explore first."""
         weight = self.edge_entropy_coef * float(self.progress)
-        return {"edge_entropy_loss": AuxiliaryLoss(self.graph.row_entropy(), weight)}
+        return {"edge_entropy_loss": AuxiliaryLoss(of_parameters(self.graph.row_entropy()), weight)}
 
     @torch.no_grad()
     def get_model_specific_metrics(self) -> dict[str, Any]:

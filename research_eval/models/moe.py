@@ -15,6 +15,7 @@ from research_eval.datasets.token_data import Batch
 from research_eval.errors import ConfigError
 from research_eval.layers.assignments import Assignments
 from research_eval.layers.block import Attention, FeedForward, block_flops
+from research_eval.layers.collective import batch_mean, batch_sum
 from research_eval.layers.dispatch import Dispatch, Executing
 from research_eval.layers.packing import Layout, Samples
 from research_eval.layers.routing import balance_loss, balanced_bias, entropy, z_loss
@@ -42,7 +43,8 @@ class LayerRouting(NamedTuple):
 
     def load(self) -> Tensor:
         """Share of the assignments that each expert receives, [N]."""
-        return self.sizes_N / max(self.chosen_SK.numel(), 1)
+        count = self.chosen_SK.numel()
+        return batch_mean(self.sizes_N / max(count, 1), count)
 
 
 class RoutedFeedForward(Executing):
@@ -80,7 +82,7 @@ class RoutedFeedForward(Executing):
             weights_SK = weights_SK / weights_SK.sum(-1, keepdim=True)
         assignments = Assignments.of(chosen_SK, self.num_experts)
         if self.training:
-            self.counts += assignments.sizes_N
+            self.counts += batch_sum(assignments.sizes_N)
         dispatcher = self.execution.dispatcher
         plan = Dispatch.of(assignments.sizes_N, self.execution.kernels)
         rows_RD, plan, _ = dispatcher.dispatch(assignments.rows(x_SD), plan)

@@ -21,6 +21,12 @@ def draw_pictures(
     result: Result, reports: Sequence[dict[str, Any]], config: ExperimentConfig, data: DataSplits
 ) -> None:
     """Draw the pictures that the metrics allow. The run is already stored: a picture that fails is only a warning."""
+    with attempted(log, f"run {result.experiment_id}: no pictures"):
+        _draw(result, reports, config, data)
+
+
+def _draw(result: Result, reports: Sequence[dict[str, Any]], config: ExperimentConfig, data: DataSplits) -> None:
+    """Draw each picture that the metrics allow, or warn that it is missing."""
     # The imports are inside, because matplotlib takes long, and because they may fail too.
     if "step_transitions" in result.metrics:
         with attempted(log, f"run {result.experiment_id}: no {GRAPH_FILE}"):

@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -35,6 +34,7 @@ from research_eval.runs.journal import Result
 from research_eval.store.connection import database_url
 from research_eval.store.csv_file import csv_accepts_rows
 from research_eval.store.store import Store
+from research_eval.studies.processes import process_context
 from research_eval.system.best_effort import best_effort_output
 from research_eval.system.environment import usable_cores
 from research_eval.system.phases import phase, phases_to
@@ -44,7 +44,6 @@ from research_eval.training.runtime import choose_device
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2  # between two looks at the signals that have arrived
-PRELOADED = [__name__, "torch._dynamo"]  # an optimiser imports torch's compiler, which takes seconds
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 REGISTRIES = {"models": MODELS_MAP, "language_models": LANGUAGE_MODELS, "datasets": SYNTHETIC_DATASETS}
@@ -192,7 +191,7 @@ class _Pool:
             pass
         shared = location, options.resume, csv_accepts_rows(), dict(os.environ), _foreign_classes(configs)
         self._shared = _Shared(*shared)
-        self._context = _context()
+        self._context = process_context(__name__)
 
     def endings(self) -> Iterator[tuple[ExperimentConfig, Ending]]:
         """How each run ended, in their order; nothing for runs that a signal kept from training."""
@@ -311,27 +310,6 @@ def _how_it_ended(exitcode: int | None) -> str:
         if exitcode == -signal.SIGKILL:
             how += ", perhaps because the memory was full"
     return f"its process ended {how}. The same command with --resume continues the run."
-
-
-def _context() -> Any:
-    """How processes start: as copies of a server that has imported torch, or afresh if copies may hang (macOS)."""
-    if not sys.platform.startswith("linux"):
-        return multiprocessing.get_context("spawn")
-    from multiprocessing import forkserver
-
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    # The server imports what it can find; a script that was started by its path is found by this variable alone.
-    paths, root = os.environ.get("PYTHONPATH"), str(Path(research_eval.__file__).parent.parent)
-    os.environ["PYTHONPATH"] = root if paths is None else os.pathsep.join([paths, root])
-    try:
-        forkserver.ensure_running()
-    finally:
-        if paths is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = paths
-    return context
 
 
 # ------------------------------------------------------------------------- what a new process does not know by itself

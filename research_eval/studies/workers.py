@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import multiprocessing
 import os
 import random
 import secrets
@@ -23,6 +22,7 @@ from multiprocessing.process import BaseProcess
 from research_eval.errors import ConfigError
 from research_eval.studies.adapter import LOST_SECONDS, trial_records
 from research_eval.studies.options import StudyOptions
+from research_eval.studies.processes import process_context
 from research_eval.studies.queue import MAX_ATTEMPTS, TrialQueue
 from research_eval.studies.trials import LEFT, train_trial
 from research_eval.system.best_effort import best_effort_output
@@ -125,7 +125,7 @@ class WorkerPool:
 
     def __init__(self, queue: TrialQueue) -> None:
         self._queue = queue
-        self._context = multiprocessing.get_context("spawn")
+        self._context = process_context(__name__)
         self._processes: dict[str, BaseProcess] = {}
         self._deaths = 0  # since a trial was finished
         self._num_done = -1

@@ -43,7 +43,7 @@ class Checkpointer:
         optimizer: torch.optim.Optimizer,
         schedule: LambdaLR,
     ) -> None:
-        self._path = folder / CHECKPOINT_FILE
+        self.path = folder / CHECKPOINT_FILE
         self._best = folder / MODEL_FILE
         self._model, self._average = model, average
         self._optimizer, self._schedule = optimizer, schedule
@@ -59,7 +59,7 @@ class Checkpointer:
             tensors |= {f"average/{name}": tensor for name, tensor in self._average.state_dict().items()}
         tensors |= {f"optimizer/{name}": tensor for name, tensor in flatten_optimizer(self._optimizer).items()}
         tensors |= {f"generator/{name}": tensor for name, tensor in generators.items()}
-        save_checkpoint(self._path, tensors, {"state": asdict(state), "generators": generator_values})
+        save_checkpoint(self.path, tensors, {"state": asdict(state), "generators": generator_values})
 
     def save_best(self, scored: EvaluableModel, step: int, score: tuple[str, float]) -> None:
         """Write the weights with the best score so far.
@@ -76,26 +76,26 @@ class Checkpointer:
         Weights, moments, generators and the schedule are restored in place. Raises ConfigError for a damaged checkpoint
         or one of another run.
         """
-        if not checkpoint_exists(self._path):
+        if not checkpoint_exists(self.path):
             return TrainingState()
-        tensors, values = load_checkpoint(self._path)
+        tensors, values = load_checkpoint(self.path)
 
         def part(prefix: str) -> dict[str, torch.Tensor]:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
-        load_weights(self._model, part("model/"), self._path)
+        load_weights(self._model, part("model/"), self.path)
         if self._average is not None:
-            load_weights(self._average, part("average/"), self._path)
+            load_weights(self._average, part("average/"), self.path)
         try:
             restore_optimizer(self._optimizer, part("optimizer/"))
             state = state_from(values["state"])
             restore_generators(part("generator/"), values["generators"])
         except (ValueError, TypeError, LookupError, RuntimeError, AttributeError, OverflowError) as error:
             raise ConfigError(
-                f"{self._path}: not a checkpoint of this run: {error}. Run the experiment again."
+                f"{self.path}: not a checkpoint of this run: {error}. Run the experiment again."
             ) from error
         if state.step > total_steps:  # a longer training wrote it
-            raise ConfigError(f"{self._path}: is at step {state.step} of {total_steps}. Run the experiment again.")
+            raise ConfigError(f"{self.path}: is at step {state.step} of {total_steps}. Run the experiment again.")
         self._set_learning_rate(state.step)
         return state
 

@@ -17,7 +17,7 @@ from research_eval.models.base_model import EvaluableModel
 from research_eval.tasks.base import Evaluation as Evaluation
 from research_eval.tasks.base import Task
 from research_eval.tasks.classification import Classification
-from research_eval.training.flops import flop_counter
+from research_eval.training.flops import FlopCounter
 from research_eval.training.runtime import Runtime
 
 
@@ -68,14 +68,14 @@ def measure_flops(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         for training in (False, True):
             model.train(training)
-            with flop_counter() as counter, torch.set_grad_enabled(training):
+            with FlopCounter() as counter, torch.set_grad_enabled(training):
                 for batch in chosen:
                     with runtime.autocast():
                         task_loss, terms = model.losses(model.run(batch), batch.labels, task)
                         loss = sum((term.weight * term.raw for term in terms.values()), start=task_loss)
                     if training:
                         loss.backward()
-            totals.append(counter.get_total_flops() / samples)
+            totals.append(counter.total / samples)
     model.zero_grad(set_to_none=True)
     # Undo the traces of training mode: running statistics, counts and records.
     for name, buffer in model.named_buffers():

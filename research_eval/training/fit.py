@@ -23,7 +23,8 @@ from research_eval.training.checkpointer import Checkpointer
 from research_eval.training.evaluate import evaluate
 from research_eval.training.length import Length
 from research_eval.training.optimizers import build_optimizer, build_schedule
-from research_eval.training.parallel import OneProcess, Parallel
+from research_eval.training.parallel import OneProcess
+from research_eval.training.parallel import Parallel as Parallel
 from research_eval.training.routing_watch import RoutingWatch
 from research_eval.training.runtime import Runtime, stop_requests
 from research_eval.training.state import Diverged, Interrupted, TrainingState
@@ -61,7 +62,7 @@ def fit(
     Raises Diverged for a loss that is not finite, Interrupted after a signal, and Pruned if the observer raises it.
     """
     parallel = parallel or OneProcess()
-    options, task = config.training_params, task_of(config.task, data)
+    options, task, clip = config.training_params, task_of(config.task, data), config.optimizer_params.grad_clip_norm
     selection = Selection.of(task, options.select_by, options.early_stopping_metric)
     train, validation = _batches(config, data, runtime)
     every = options.gradient_accumulation_steps
@@ -72,14 +73,14 @@ def fit(
     schedule = build_schedule(optimizer, config.scheduler_params, length.total)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema_decay)) if options.ema_decay else None
     scored = _scored_model(model, average)
-    loss_of = parallel.wrap(_training_loss(model, task, data, config, runtime))
+    loss_of = _training_loss(model, task, data, config, runtime)
     watch = RoutingWatch(model, validation, task, data, config, runtime, folder)
     runtime.seed(config.seed, "training")  # before `restore`, which loads the generators of a checkpoint
     checkpointer = Checkpointer(folder, model, average, optimizer, schedule)
-    state = checkpointer.restore(length.total)
+    state = parallel.begin(model, checkpointer, length.total)
     observer.start(state, length.period, length.total)
     # `seconds` sums all sessions of a run, so the clock starts earlier by the seconds of the others.
-    meter = Meter(state.step_seconds, state.step_tokens)
+    meter = Meter(state.step_seconds, state.step_tokens, parallel)
     started, first_step, evaluation = time.perf_counter() - state.seconds, state.step, None
 
     with stop_requests() as request:
@@ -90,19 +91,22 @@ def fit(
             for first in range(0, len(order), every)[: length.total - state.step]:
                 if not model.training:  # an evaluation came before
                     model.train()
-                batches = [train.take(rows) for rows in order[first : first + every]]
+                whole = order[first : first + every]
+                batches, sizes = [train.take(parallel.own(rows)) for rows in whole], [len(rows) for rows in whole]
                 with phase("compiling kernels") if options.compile and state.step == first_step else nullcontext():
-                    take_step(loss_of, batches, optimizer, config.optimizer_params.grad_clip_norm, runtime, meter)
+                    take_step(loss_of, batches, optimizer, clip, runtime, meter, parallel, sizes, state.step)
                 schedule.step()
                 if average is not None:
                     average.update_parameters(model)
                 state.step += 1
                 model.after_step(state.step / length.total)
-
                 epoch_ends = length.is_evaluated(state.step)
                 due = epoch_ends if options.checkpoint_every is None else state.step % options.checkpoint_every == 0
+                # All processes have to stop at the same step, also if only one received the signal.
+                stop = parallel.agree(request.signal)
                 # A report empties the meter, so every checkpoint follows one: it need not hold the meter.
-                if epoch_ends or state.step % options.log_every == 0 or due or request.signal:
+                reported = epoch_ends or state.step % options.log_every == 0 or due or bool(stop)
+                if reported:
                     _report(observer, meter, state, float(schedule.get_last_lr()[0]))
                 if epoch_ends:
                     evaluation = _evaluated(scored, validation, data, task, runtime)
@@ -110,10 +114,9 @@ def fit(
                     metrics = watch.epoch_end(math.ceil(state.step / length.period), scored, evaluation, state.reports)
                     observer.epoch_end(state.step, evaluation, metrics, scored)
                     gains = _keep_best(state, evaluation, task, selection, scored, checkpointer)
-                    _count_patience(state, gains, options.early_stopping_patience)
+                    _count_patience(state, gains, options.early_stopping_patience, parallel)
                     meter.reset()  # the speed of the steps is that without evaluations
-                # All processes have to stop at the same step, also if only one received the signal.
-                stop = parallel.agree(request.signal)
+                stop = stop or (parallel.agree(request.signal) if reported else None)  # one that came meanwhile
                 if due or stop or state.step == length.total:
                     state.seconds = time.perf_counter() - started
                     if parallel.is_main:
@@ -204,7 +207,11 @@ def _keep_best(
     return better[selection.stopping]
 
 
-def _count_patience(state: TrainingState, gains: bool, patience: int | None) -> None:
-    """Count the epochs without a gain, and stop the training after `patience` of them; None for never."""
+def _count_patience(state: TrainingState, gains: bool, patience: int | None, parallel: Parallel) -> None:
+    """Count the epochs without a gain, and stop the training after `patience` of them; None for never.
+
+    On GPUs the scores of the processes may differ in their last digits, so the processes agree.
+    """
     state.epochs_without_gain = 0 if gains else state.epochs_without_gain + 1
-    state.stopped_early = patience is not None and state.epochs_without_gain >= patience
+    is_over = patience is not None and state.epochs_without_gain >= patience
+    state.stopped_early = bool(parallel.agree(1 if is_over else None))

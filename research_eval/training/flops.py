@@ -1,4 +1,4 @@
-"""What counts as a FLOP: torch's counter, with formulas for the operations that it leaves out.
+"""What counts as a FLOP: torch's formulas, and those for the operations that it leaves out.
 
 B batch  L length  I in  O out  H hidden width
 """
@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
+
+from research_eval.training.compiler import leave_out
 
 # The formulas take shapes, as torch's own do.
 Shape = tuple[int, ...]
@@ -52,10 +55,10 @@ def _twice(formula: Callable[..., int]) -> Callable[..., int]:
     return lambda *shapes, **keywords: 2 * formula(*shapes, **keywords)
 
 
-def flop_counter() -> FlopCounterMode:
-    """Torch's counter of executed FLOPs, with formulas for the operations that torch 2.13 does not count."""
+def _formulas() -> dict[Any, Callable[..., int]]:
+    """The formula of every operation that counts: those of torch, and those that torch 2.13 does not have."""
     aten = torch.ops.aten
-    mapping: dict[Any, Callable[..., int]] = {
+    own: dict[Any, Callable[..., int]] = {
         aten._scaled_dot_product_flash_attention_for_cpu: _attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
         aten.mv: _matrix_times_vector,
@@ -66,7 +69,40 @@ def flop_counter() -> FlopCounterMode:
         aten._cudnn_rnn: _lstm,
         aten._cudnn_rnn_backward: _twice(_lstm),
     }
-    counter = FlopCounterMode(display=False, custom_mapping=mapping)
+    found = {**flop_registry, **{packet: shape_wrapper(formula) for packet, formula in own.items()}}
     for name in ("addmm", "baddbmm"):  # the same products, added in place
-        counter.flop_registry.setdefault(getattr(aten, f"{name}_"), counter.flop_registry[getattr(aten, name)])
-    return counter
+        found.setdefault(getattr(aten, f"{name}_"), found[getattr(aten, name)])
+    return found
+
+
+class FlopCounter(TorchDispatchMode):
+    """Sums the FLOPs of all operations inside its block.
+
+    Torch's `FlopCounterMode` gives the same sum. Its account for each module takes most of its time.
+    """
+
+    _leaves: ClassVar[set[Any]] = set()  # operations that consist of no others
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+        self.formulas = _formulas()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in self._leaves:
+            with self:  # a mode is off while it handles an operation
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+            self._leaves.add(func)
+        result = func(*args, **kwargs)
+        formula = self.formulas.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=result)
+        return result
+
+
+leave_out(FlopCounter)

@@ -10,53 +10,63 @@ import torch
 from torch import Tensor, nn
 
 from research_eval.datasets.token_data import IGNORED, Batch
+from research_eval.layers.collective import part_of_mean
 from research_eval.models.base_model import EvaluableModel
 from research_eval.tasks.base import Task
+from research_eval.training.parallel import OneProcess, Parallel
 from research_eval.training.runtime import Runtime
 
 Values = dict[str, Tensor]  # the report of a step, as scalars on the device
 
 
 class Meter:
-    """Collects the reports of steps on the device. The host reads nothing before `read`, so no step waits."""
+    """Collects the reports of steps on the device. The host reads nothing before `read`, so no step waits.
 
-    def __init__(self, seconds: float = 0.0, tokens: int = 0) -> None:
+    With several processes, what is read is that of all their rows.
+    """
+
+    def __init__(self, seconds: float = 0.0, tokens: int = 0, parallel: Parallel | None = None) -> None:
         self.seconds, self.tokens = seconds, tokens  # of all steps that were read, those of earlier sessions included
+        self._parallel = parallel or OneProcess()
         self.reset()
 
     def reset(self) -> None:
         """Discard the collected values and restart the clock."""
         self._values: dict[str, list[Tensor]] = defaultdict(list)
-        self._samples: dict[str, list[int]] = defaultdict(list)
-        self._total = self._tokens = 0
+        self._weights: dict[str, list[Tensor | float]] = defaultdict(list)
+        self._targets: list[Tensor | float] = []
+        self._samples = self._tokens = 0.0
         self._is_text = False
         self._started = time.perf_counter()
 
-    def add(self, values: Values, batch: Batch) -> None:
-        """Add means over the samples of a batch."""
-        samples = len(batch.labels)
-        self._total += samples
-        self._tokens += batch.num_tokens or 0
+    def add(self, values: Values, batch: Batch, weight: float = 1.0) -> None:
+        """Add means over the targets of a batch, whose rows count `weight` each."""
+        self._samples += len(batch.labels) * weight
+        self._tokens += (batch.num_tokens or 0) * weight
+        targets = weight * (len(batch.labels) if batch.labels.ndim == 1 else (batch.labels != IGNORED).sum())
+        self._targets.append(targets)
         self._is_text = batch.labels.ndim > 1
         for name, value in values.items():
             self._values[name].append(value.detach())
-            self._samples[name].append(samples)
+            self._weights[name].append(targets)
 
     def read(self) -> dict[str, float]:
-        """Means since the last read, weighted by samples, and samples per second. Resets the meter.
+        """Means since the last read, weighted by targets, and samples per second. Resets the meter.
 
         For running text also tokens per second.
         """
-        values = {}
+        sums = [self._samples, self._tokens, float(sum(self._targets))]
         for name, means in self._values.items():
             known = torch.stack(means).cpu().double()
-            values[name] = float(known @ torch.tensor(self._samples[name], dtype=torch.float64)) / self._total
-        if self._total:
+            sums.append(float(known @ torch.tensor([float(one) for one in self._weights[name]], dtype=torch.float64)))
+        samples, tokens, targets, *sums = self._parallel.sum(torch.tensor(sums, dtype=torch.float64)).tolist()
+        values = {name: value / targets for name, value in zip(self._values, sums, strict=True)}
+        if samples:
             seconds = time.perf_counter() - self._started
-            values["samples_per_second"] = self._total / seconds
+            values["samples_per_second"] = samples / seconds
             if self._is_text:
-                values["tokens_per_second"] = self._tokens / seconds
-            self.seconds, self.tokens = self.seconds + seconds, self.tokens + self._tokens
+                values["tokens_per_second"] = tokens / seconds
+            self.seconds, self.tokens = self.seconds + seconds, self.tokens + round(tokens)
         self.reset()
         return values
 
@@ -64,7 +74,7 @@ class Meter:
 class TrainingLoss(nn.Module):
     """The loss of one batch, and the values for the log.
 
-    It depends only on the model and the batch. It is a module, so that a wrapper can synchronise gradients.
+    It depends only on the model and the batch.
     """
 
     def __init__(self, model: EvaluableModel, task: Task, aux_loss_coeff: float, label_smoothing: float) -> None:
@@ -77,14 +87,18 @@ class TrainingLoss(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Values]:
         """The loss, a scalar: the task loss plus `aux_loss_coeff` times the weighted auxiliary terms.
 
-        The values for the log have every auxiliary term twice: raw, and with its weight in the loss.
+        Of a batch that several processes hold, the loss has the own part of the task loss, so that the gradients add
+        up. The values for the log have every auxiliary term twice: raw, and with its weight in the loss.
         """
         outcome = self.model.run(batch)
         task, terms = self.model.losses(outcome, batch.labels, self.task, self.label_smoothing)
-        loss = task
+        own = part_of_mean(task, num_targets(batch))
+        loss, shown = own, task
         if terms:  # without any, the loss stays the same tensor
-            loss = task + self.aux_loss_coeff * sum(term.weight * term.raw for term in terms.values())
-        values = {"train_loss": loss, "train_task_loss": task}
+            auxiliary = self.aux_loss_coeff * sum(term.weight * term.raw for term in terms.values())
+            loss = own + auxiliary
+            shown = loss if own is task else task + auxiliary
+        values = {"train_loss": shown, "train_task_loss": task}
         values |= self.task.train_scores(outcome.outputs.detach(), batch.labels)
         for name, term in terms.items():
             values |= {f"{name}_raw": term.raw, f"{name}_weighted": self.aux_loss_coeff * term.weight * term.raw}
@@ -98,26 +112,38 @@ def take_step(
     grad_clip_norm: float | None,
     runtime: Runtime,
     meter: Meter,
+    parallel: Parallel | None = None,
+    sizes: Sequence[int] = (),
+    step: int = 0,
 ) -> None:
     """Forward, backward and update, on the mean loss over all samples of the micro-batches, or over all their tokens.
 
     `grad_clip_norm` limits the norm of all gradients together; None leaves them. The gradients of the micro-batches add
-    up, so the update is that of one large batch.
+    up, so the update is that of one large batch. If several processes share each batch, `sizes` are the numbers of rows
+    of the whole micro-batches, and `step` is that of the training.
     """
-    sizes = [_num_targets(batch) for batch in batches] if len(batches) > 1 else [1]
-    for batch, size in zip(batches, sizes, strict=True):
-        with runtime.autocast():
+    parallel, sizes = parallel or OneProcess(), sizes or [len(batch.labels) for batch in batches]
+    weights = [parallel.weight(size) for size in sizes]
+    shares = [1.0]
+    if len(batches) > 1:  # weighted by size: the last micro-batch may be smaller
+        targets = [num_targets(batch) * weight for batch, weight in zip(batches, weights, strict=True)]
+        whole = parallel.sum(torch.tensor(targets, dtype=torch.float64)).tolist()
+        shares = [size / max(sum(whole), 1.0) for size in whole]
+    for number, (batch, size, weight, share) in enumerate(zip(batches, sizes, weights, shares, strict=True)):
+        with parallel.part(size, step, number), runtime.autocast():
             loss, values = loss_of(batch)
-            meter.add(values, batch)
-            if len(batches) > 1:  # weight by size: the last micro-batch may be smaller
-                loss = loss * (size / max(sum(sizes), 1))
-        loss.backward()
+            meter.add(values, batch, weight)
+            if len(batches) > 1:
+                loss = loss * share
+        if loss.requires_grad:  # not that of rows without any target
+            loss.backward()
+    parallel.sum_gradients(loss_of.parameters())
     if grad_clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(loss_of.parameters(), grad_clip_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
-def _num_targets(batch: Batch) -> int:
+def num_targets(batch: Batch) -> int:
     """How many targets the mean loss of a batch is taken over."""
     return len(batch.labels) if batch.labels.ndim == 1 else int((batch.labels != IGNORED).sum())

@@ -64,7 +64,16 @@ def ordered(codes_NL: Codes, keys_NL: NDArray[np.integer]) -> Codes:
 def joined(*parts: Codes) -> Codes:
     """The texts of several arrays one after the other, without gaps."""
     whole_NL = np.concatenate(parts, axis=1)
-    return ordered(whole_NL, np.zeros(whole_NL.shape, np.int64))
+    is_text_NL = whole_NL > 0
+    lengths_N = is_text_NL.sum(1)
+    joined_NL = np.zeros((len(whole_NL), int(lengths_N.max(initial=1))), np.uint8)
+    joined_NL[np.arange(joined_NL.shape[1]) < lengths_N[:, None]] = whole_NL[is_text_NL]
+    return joined_NL
+
+
+def column(character: str, num_texts: int) -> Codes:
+    """So many texts of one character each."""
+    return np.full((num_texts, 1), ord(character), np.uint8)
 
 
 def codes_of(texts: Sequence[str]) -> Codes:

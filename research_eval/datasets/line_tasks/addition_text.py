@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from research_eval.datasets.language.line_task import LINE_TASKS, Codes, LineTask, codes_of
+from research_eval.datasets.language.digits import drawn_digits, total, written
+from research_eval.datasets.language.line_task import LINE_TASKS, Codes, LineTask, column, joined
 
 
 @LINE_TASKS.register("addition_text")
@@ -16,10 +17,10 @@ class AdditionText(LineTask):
     separator = "="
 
     def draw(self, rng: np.random.Generator, sizes_N: NDArray[np.int64]) -> tuple[Codes, Codes]:
-        # Beyond 18 digits a number has no int64: then it is put together from two draws.
-        pairs = [[_number(rng, digits) for digits in rng.integers(1, sizes_N, endpoint=True).tolist()] for _ in "ab"]
-        questions = [f"{first}+{second}" for first, second in zip(*pairs, strict=True)]
-        return codes_of(questions), codes_of([str(first + second) for first, second in zip(*pairs, strict=True)])
+        first_PN, second_PN = (drawn_digits(rng, 10, rng.integers(1, sizes_N, endpoint=True)) for _ in "ab")
+        numbers = [written(digits_PN, highest_first=True) for digits_PN in (first_PN, second_PN)]
+        question_NL = joined(numbers[0], column("+", len(sizes_N)), numbers[1])
+        return question_NL, written(total(first_PN, second_PN, 10), highest_first=True)
 
     @staticmethod
     def solve(question: str) -> str:
@@ -34,10 +35,3 @@ class AdditionText(LineTask):
 
     def num_questions(self, size: int) -> float:
         return 10.0 ** (2 * size)
-
-
-def _number(rng: np.random.Generator, digits: int) -> int:
-    """A number of at most so many digits."""
-    if digits <= 18:
-        return int(rng.integers(10**digits))
-    return int(rng.integers(10**18)) * 10 ** (digits - 18) + _number(rng, digits - 18)

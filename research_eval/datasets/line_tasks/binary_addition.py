@@ -5,10 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from research_eval.datasets.language.line_task import LINE_TASKS, Codes, LineTask, joined, letters
-
-ZERO = ord("0")
-Bits = NDArray[np.int64]  # [N, L], the lowest bit first
+from research_eval.datasets.language.digits import Digits, drawn_digits, product, total, written
+from research_eval.datasets.language.line_task import LINE_TASKS, Codes, LineTask, column, joined
 
 
 class BinaryTask(LineTask):
@@ -20,52 +18,22 @@ class BinaryTask(LineTask):
     def draw(self, rng: np.random.Generator, sizes_N: NDArray[np.int64]) -> tuple[Codes, Codes]:
         total_N = np.maximum(sizes_N, 2)
         first_N = rng.integers(1, total_N)
-        numbers = [_number(rng, lengths_N) for lengths_N in (first_N, total_N - first_N)]
-        sign_N1 = np.full((len(sizes_N), 1), ord(self.sign), np.uint8)
-        bits_NL = self.result(*(np.where(one > 0, one.astype(np.int64) - ZERO, 0) for one in numbers))
-        return joined(numbers[0], sign_N1, numbers[1]), _written(bits_NL)
+        bits = [_number(rng, lengths_N) for lengths_N in (first_N, total_N - first_N)]
+        first_NL, second_NL = (written(bits_PN, highest_first=False) for bits_PN in bits)
+        question_NL = joined(first_NL, column(self.sign, len(sizes_N)), second_NL)
+        return question_NL, written(self.result(*bits), highest_first=False)
 
-    def result(self, first_NL: Bits, second_NL: Bits) -> Bits:
+    def result(self, first_PN: Digits, second_PN: Digits) -> Digits:
         """The bits of the answer."""
         raise NotImplementedError
 
 
-def _number(rng: np.random.Generator, lengths_N: NDArray[np.int64]) -> Codes:
+def _number(rng: np.random.Generator, lengths_N: NDArray[np.int64]) -> Digits:
     """Numbers with so many bits; the highest one is 1, unless it is the only one."""
-    codes_NL = letters(rng, "01", lengths_N)
+    bits_PN = drawn_digits(rng, 2, lengths_N)
     many_N = lengths_N > 1
-    codes_NL[many_N, lengths_N[many_N] - 1] = ord("1")
-    return codes_NL
-
-
-def carried(sums_NL: Bits) -> Bits:
-    """Bits with all carries done, in as many places as they need."""
-    sums_NL, place = np.pad(sums_NL, ((0, 0), (0, 1))), 0
-    while place < sums_NL.shape[1]:
-        carry_N, sums_NL[:, place] = sums_NL[:, place] // 2, sums_NL[:, place] % 2
-        if carry_N.any():
-            if place + 1 == sums_NL.shape[1]:
-                sums_NL = np.pad(sums_NL, ((0, 0), (0, 1)))
-            sums_NL[:, place + 1] += carry_N
-        place += 1
-    return sums_NL
-
-
-def _written(bits_NL: Bits) -> Codes:
-    """The bits as text without zeros beyond the highest 1, and at least one of them."""
-    places_L = np.arange(bits_NL.shape[1])
-    highest_N = np.where(bits_NL > 0, places_L, 0).max(1)
-    return np.where(places_L <= highest_N[:, None], bits_NL + ZERO, 0).astype(np.uint8)
-
-
-def value(text: str) -> int:
-    """The number of a text with the lowest bit first."""
-    return int(text[::-1], 2)
-
-
-def written(number: int) -> str:
-    """A number as text with the lowest bit first."""
-    return f"{number:b}"[::-1]
+    bits_PN[lengths_N[many_N] - 1, np.flatnonzero(many_N)] = 1
+    return bits_PN
 
 
 @LINE_TASKS.register("binary_addition")
@@ -74,15 +42,13 @@ class BinaryAddition(BinaryTask):
 
     sign = "+"
 
-    def result(self, first_NL: Bits, second_NL: Bits) -> Bits:
-        longest = max(first_NL.shape[1], second_NL.shape[1])
-        padded = (np.pad(one, ((0, 0), (0, longest - one.shape[1]))) for one in (first_NL, second_NL))
-        return carried(sum(padded, start=np.zeros((len(first_NL), longest), np.int64)))
+    def result(self, first_PN: Digits, second_PN: Digits) -> Digits:
+        return total(first_PN, second_PN, 2)
 
     @staticmethod
     def solve(question: str) -> str:
         first, second = question.split("+")
-        return written(value(first) + value(second))
+        return _text(_value(first) + _value(second))
 
 
 @LINE_TASKS.register("binary_multiplication")
@@ -91,13 +57,20 @@ class BinaryMultiplication(BinaryTask):
 
     sign = "*"
 
-    def result(self, first_NL: Bits, second_NL: Bits) -> Bits:
-        sums_NL = np.zeros((len(first_NL), first_NL.shape[1] + second_NL.shape[1]), np.int64)
-        for place, bit_N in enumerate(second_NL.T):
-            sums_NL[:, place : place + first_NL.shape[1]] += first_NL * bit_N[:, None]
-        return carried(sums_NL)
+    def result(self, first_PN: Digits, second_PN: Digits) -> Digits:
+        return product(first_PN, second_PN, 2)
 
     @staticmethod
     def solve(question: str) -> str:
         first, second = question.split("*")
-        return written(value(first) * value(second))
+        return _text(_value(first) * _value(second))
+
+
+def _value(text: str) -> int:
+    """The number of a text with the lowest bit first."""
+    return int(text[::-1], 2)
+
+
+def _text(number: int) -> str:
+    """A number as text with the lowest bit first."""
+    return f"{number:b}"[::-1]

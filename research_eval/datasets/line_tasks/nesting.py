@@ -8,9 +8,10 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from research_eval.datasets.language.line_task import LINE_TASKS, Codes, LineTask, codes_of
+from research_eval.datasets.language.line_task import LINE_TASKS, Codes, LineTask, column
 
-PAIRS = {")": "(", "]": "["}
+BRACKETS = np.frombuffer(b"()[]", np.uint8)
+ZERO = ord("0")
 
 
 @LINE_TASKS.register("dyck")
@@ -23,22 +24,28 @@ class Dyck(LineTask):
     alphabet = "()[]01"
 
     def draw(self, rng: np.random.Generator, sizes_N: NDArray[np.int64]) -> tuple[Codes, Codes]:
-        questions = []
-        for size in sizes_N.tolist():
-            text, opened, left = [], "", size
-            while left or opened:
-                if left and (not opened or rng.random() < 0.5):
-                    kind = "(["[int(rng.integers(2))]
-                    text.append(kind)
-                    opened, left = opened + kind, left - 1
-                else:
-                    text.append({"(": ")", "[": "]"}[opened[-1]])
-                    opened = opened[:-1]
-            if rng.random() < 0.5:
-                place = int(rng.integers(len(text)))
-                text[place] = "()[]".replace(text[place], "")[int(rng.integers(3))]
-            questions.append("".join(text))
-        return codes_of(questions), codes_of([_balanced(question) for question in questions])
+        num_texts, rows_N = len(sizes_N), np.arange(len(sizes_N))
+        codes_NL = np.zeros((num_texts, 2 * int(sizes_N.max())), np.uint8)
+        open_LN = np.zeros((int(sizes_N.max()) + 1, num_texts), np.uint8)  # the kinds of the open brackets, a stack
+        left_N, height_N = sizes_N.copy(), np.zeros(num_texts, np.int64)
+        for place in range(codes_NL.shape[1]):
+            opens_N = (left_N > 0) & ((height_N == 0) | (rng.random(num_texts) < 0.5))
+            closes_N = ~opens_N & (height_N > 0)
+            opens, closes = rows_N[opens_N], rows_N[closes_N]
+            kind = rng.integers(2, size=len(opens), dtype=np.uint8)
+            open_LN[height_N[opens], opens] = kind
+            codes_NL[opens, place] = BRACKETS[2 * kind]
+            height_N += opens_N.astype(np.int64) - closes_N
+            left_N -= opens_N
+            codes_NL[closes, place] = BRACKETS[2 * open_LN[height_N[closes], closes] + 1]
+        # A single other bracket leaves one kind with more opening or more closing ones: it is never balanced.
+        wrong = rows_N[rng.random(num_texts) < 0.5]
+        places = rng.integers(2 * sizes_N[wrong])
+        number = (codes_NL[wrong, places][:, None] == BRACKETS).argmax(1)
+        codes_NL[wrong, places] = BRACKETS[(number + rng.integers(1, len(BRACKETS), size=len(wrong))) % len(BRACKETS)]
+        answers_N1 = column("1", num_texts)
+        answers_N1[wrong] = ord("0")
+        return codes_NL, answers_N1
 
     @staticmethod
     def solve(question: str) -> str:
@@ -49,16 +56,6 @@ class Dyck(LineTask):
     def num_questions(self, size: int) -> float:
         """The balanced ones of this size: a Catalan number of shapes, with two kinds for each pair."""
         return float(math.comb(2 * size, size) // (size + 1) * 2**size)
-
-
-def _balanced(text: str) -> str:
-    opened: list[str] = []
-    for character in text:
-        if character not in PAIRS:
-            opened.append(character)
-        elif not opened or opened.pop() != PAIRS[character]:
-            return "0"
-    return "0" if opened else "1"
 
 
 OPERATORS: dict[str, Callable[[list[int]], int]] = {
@@ -79,8 +76,8 @@ class ListOps(LineTask):
     alphabet = "0123456789[]Mmsd"
 
     def draw(self, rng: np.random.Generator, sizes_N: NDArray[np.int64]) -> tuple[Codes, Codes]:
-        pairs = [_list(rng, size) for size in sizes_N.tolist()]
-        return codes_of([text for text, _ in pairs]), codes_of([str(value) for _, value in pairs])
+        codes_NL, values_N = _lists(rng, sizes_N)
+        return codes_NL, (ZERO + values_N).astype(np.uint8)[:, None]
 
     @staticmethod
     def solve(question: str) -> str:
@@ -100,18 +97,50 @@ class ListOps(LineTask):
         return float(len(OPERATORS) * 10**size)
 
 
-def _list(rng: np.random.Generator, size: int) -> tuple[str, int]:
-    """A list with about so many digits, and its value."""
-    operator = "Mmsd"[int(rng.integers(4))]
-    texts, values, left = [], [], max(size, 1)
-    while left:
-        taken = int(rng.integers(1, left + 1)) if left > 2 and rng.random() < 0.4 else 0
-        if taken > 1 and taken < max(size, 1):
-            text, value = _list(rng, taken)
-        else:
-            taken, value = 1, int(rng.integers(10))
-            text = str(value)
-        texts.append(text)
-        values.append(value)
-        left -= taken
-    return f"[{operator}{''.join(texts)}]", OPERATORS[operator](values)
+def _lists(rng: np.random.Generator, sizes_N: NDArray[np.int64]) -> tuple[Codes, NDArray[np.int64]]:
+    """Lists with about so many digits, and their values. The lists inside all of them are drawn together."""
+    num_lists = len(sizes_N)
+    left_N = np.maximum(sizes_N, 1)
+    inner_NK = []  # the size of the list at each place; 1 for a digit, 0 after the end
+    while left_N.any():
+        taken_N = 1 + (rng.random(num_lists) * left_N).astype(np.int64)
+        is_list_N = (left_N > 2) & (rng.random(num_lists) < 0.4) & (taken_N > 1) & (taken_N < sizes_N)
+        taken_N = np.where(is_list_N, taken_N, 1) * (left_N > 0)
+        inner_NK.append(taken_N)
+        left_N = left_N - taken_N
+    sizes_NK = np.stack(inner_NK, 1)
+    values_NK = rng.integers(10, size=sizes_NK.shape)
+    widths_NK = (sizes_NK > 0).astype(np.int64)
+    places = np.nonzero(sizes_NK > 1)
+    inside_ML = np.zeros((0, 0), np.uint8)
+    if len(places[0]):
+        inside_ML, values_NK[places] = _lists(rng, sizes_NK[places])
+        widths_NK[places] = (inside_ML > 0).sum(1)
+    starts_NK = 2 + widths_NK.cumsum(1) - widths_NK
+    operator_N = rng.integers(len(OPERATORS), size=num_lists)
+    ends_N = 2 + widths_NK.sum(1)
+    codes_NL = np.zeros((num_lists, int(ends_N.max()) + 1), np.uint8)
+    rows_N = np.arange(num_lists)
+    codes_NL[:, 0], codes_NL[:, 1] = ord("["), np.frombuffer("".join(OPERATORS).encode(), np.uint8)[operator_N]
+    codes_NL[rows_N, ends_N] = ord("]")
+    digits = np.nonzero(sizes_NK == 1)
+    codes_NL[digits[0], starts_NK[digits]] = ZERO + values_NK[digits]
+    row, character = np.nonzero(inside_ML)
+    codes_NL[places[0][row], starts_NK[places][row] + character] = inside_ML[row, character]
+    return codes_NL, _values(operator_N, values_NK, sizes_NK > 0)
+
+
+def _values(
+    operator_N: NDArray[np.int64], values_NK: NDArray[np.int64], is_item_NK: NDArray[np.bool_]
+) -> NDArray[np.int64]:
+    """What each operator makes of its items."""
+    counts_N = is_item_NK.sum(1)
+    sorted_NK = np.sort(np.where(is_item_NK, values_NK, 10), 1)
+    rows_N = np.arange(len(counts_N))
+    found = {
+        "M": sorted_NK[rows_N, counts_N - 1],
+        "m": sorted_NK[:, 0],
+        "s": (values_NK * is_item_NK).sum(1) % 10,
+        "d": sorted_NK[rows_N, counts_N // 2],
+    }
+    return np.choose(operator_N, [found[name] for name in OPERATORS])

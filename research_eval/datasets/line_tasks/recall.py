@@ -8,7 +8,7 @@ import string
 import numpy as np
 from numpy.typing import NDArray
 
-from research_eval.datasets.language.line_task import LINE_TASKS, Codes, LineTask, joined, letters, ordered
+from research_eval.datasets.language.line_task import LINE_TASKS, Codes, LineTask, column, joined, letters, ordered
 
 KEYS = string.ascii_lowercase
 VALUES = string.digits
@@ -35,7 +35,7 @@ class MultiQueryRecall(LineTask):
         both_NL = self._written(rng, np.stack([keys_NL, values_NL], 2)).reshape(len(pairs_N), -1)
         order_NL = rng.random(keys_NL.shape).argsort(1)
         asked_NL, answers_NL = (np.take_along_axis(one, order_NL, 1) for one in (keys_NL, values_NL))
-        mark_N1 = np.full((len(pairs_N), 1), ord("?"), np.uint8)
+        mark_N1 = column("?", len(pairs_N))
         return joined(both_NL, mark_N1, asked_NL), joined(answers_NL)
 
     @staticmethod
@@ -91,7 +91,7 @@ class FuzzyRecall(LineTask):
         asked_NW = keys_NLW[rows_N, rng.integers(sizes_N)]
         first_N = (keys_NLW == asked_NW[:, None]).all(2).argmax(1)
         both_NL = np.concatenate([keys_NLW, values_NLW], 2).reshape(len(sizes_N), -1)
-        mark_N1 = np.full((len(sizes_N), 1), ord("?"), np.uint8)
+        mark_N1 = column("?", len(sizes_N))
         return joined(both_NL, mark_N1, asked_NW), joined(values_NLW[rows_N, first_N])
 
     @staticmethod

@@ -20,6 +20,7 @@ from research_eval.errors import ConfigError
 from research_eval.layers.causal.attention import full_precision, normed
 from research_eval.layers.causal.context import Context
 from research_eval.layers.causal.settings import NGRAM_ORDER, RouteSettings
+from research_eval.layers.collective import batch_mean, batch_sum
 from research_eval.layers.losses import AuxiliaryLoss
 from research_eval.layers.routing import balance_loss, balanced_bias, z_loss
 
@@ -319,7 +320,7 @@ class Routes(nn.Module):
 
     def count(self, step: int, sizes_N: Tensor) -> None:
         """Add the load of a training batch."""
-        self.counts[step] += sizes_N
+        self.counts[step] += batch_sum(sizes_N)
 
     def losses(self, choices: Sequence[Choice]) -> dict[str, AuxiliaryLoss]:
         """Balance and z-loss, as means over the steps; empty for a fixed route."""
@@ -328,7 +329,8 @@ class Routes(nn.Module):
         balance, sizes = [], []
         for choice in choices:
             assert choice.logits_SN is not None
-            load_N = F.one_hot(choice.chosen_SK, self.num_experts).sum((0, 1)) / choice.chosen_SK.numel()
+            count = choice.chosen_SK.numel()
+            load_N = batch_mean(F.one_hot(choice.chosen_SK, self.num_experts).sum((0, 1)) / count, count)
             balance.append(balance_loss(load_N, choice.logits_SN.softmax(-1)))
             sizes.append(z_loss(choice.logits_SN))
         return {

@@ -12,9 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from research_eval.annotations import Range, Share, Weight
+from research_eval.layers.collective import batch_sum
 from research_eval.layers.losses import AuxiliaryLoss
 from research_eval.layers.path.walk import Walk
-from research_eval.layers.routing import balance_loss, balanced_bias, entropy, mean_entropy_loss, members, z_loss
+from research_eval.layers.routing import (
+    balance_loss,
+    balanced_bias,
+    entropy,
+    mean_entropy_loss,
+    mean_of_rows,
+    members,
+    z_loss,
+)
 
 LOAD_DECAY = 0.5  # decay of the running load; a longer memory reacts too late to a collapse
 
@@ -54,6 +63,7 @@ class Balance(nn.Module):
         """Add the paths [B, T] of a training batch to the counts of this optimiser step and to the running load."""
         taken_BTN = members(path_BT, self.counts.shape[1])
         counts_RN = taken_BTN.sum(0) if len(self.counts) > 1 else taken_BTN.sum((0, 1)).unsqueeze(0)
+        counts_RN = batch_sum(counts_RN)
         self.counts += counts_RN
         total_R1 = counts_RN.sum(1, keepdim=True)
         share_RN = torch.where(total_R1 > 0, counts_RN / total_R1.clamp_min(1), self.load)
@@ -97,7 +107,7 @@ class Balance(nn.Module):
                 for load_N, p_RN in zip(self.load, probabilities, strict=False)
             ]
         ).mean()
-        negative_entropy = -entropy(logits_RA.softmax(-1)).mean()
+        negative_entropy = -mean_of_rows(entropy(logits_RA.softmax(-1)))
         annealed = settings.router_entropy_coef * (1 - 0.9 * done)  # falls to a tenth
         return {
             "diversity_loss": AuxiliaryLoss(diversity, settings.diversity_loss_coef * self._share_left(done)),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from research_eval.annotations import Positive, Range, Share, When
 from research_eval.errors import ConfigError
+from research_eval.layers.collective import drawn
 from research_eval.layers.path.walk import Choice, RouterView, View
 from research_eval.layers.routing import members
 from research_eval.registry import CHOICES, Registered
@@ -116,7 +117,7 @@ class Gate(ChoiceMode):
         chosen_B = probabilities_BN.gather(-1, action_B.unsqueeze(-1)).squeeze(-1)
         if may_stop:
             stop_B = view.logits_BA.softmax(-1)[:, -1]
-            action_B = action_B.masked_fill(torch.rand_like(stop_B) < stop_B, view.full_BN.shape[1])
+            action_B = action_B.masked_fill(drawn(stop_B, Tensor.uniform_) < stop_B, view.full_BN.shape[1])
         return Choice(action_B, self.strength(chosen_B), probabilities_BN)
 
     def _explored(self, scores_BN: Tensor, done: float) -> Tensor:
@@ -124,8 +125,8 @@ class Gate(ChoiceMode):
         best_B = scores_BN.argmax(-1)
         if done >= self.settings.exploration:
             return best_B
-        any_B = torch.rand_like(scores_BN).masked_fill(scores_BN.isinf(), -1.0).argmax(-1)
-        explores_B = torch.rand_like(scores_BN[:, 0]) < 1 - done / self.settings.exploration
+        any_B = drawn(scores_BN, Tensor.uniform_).masked_fill(scores_BN.isinf(), -1.0).argmax(-1)
+        explores_B = drawn(scores_BN[:, 0], Tensor.uniform_) < 1 - done / self.settings.exploration
         return torch.where(explores_B, any_B, best_B)
 
 
@@ -147,7 +148,7 @@ class NoisyChoice(ChoiceMode):
 
     def choose(self, view: RouterView, bias_N: Tensor, done: float, training: bool, may_stop: bool) -> Choice:
         scores_BA = view.logits_BA if may_stop else view.logits_BA[:, :-1]
-        noise_BA = -torch.empty_like(scores_BA).exponential_().log() if training else 0.0
+        noise_BA = -drawn(scores_BA, Tensor.exponential_).log() if training else 0.0
         probabilities_BA = ((scores_BA + noise_BA) / self.temperature(done)).softmax(-1)
         chosen_B, action_B = probabilities_BA.max(-1)
         return Choice(action_B, self.coefficient(chosen_B), probabilities_BA[:, : view.full_BN.shape[1]])

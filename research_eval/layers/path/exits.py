@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from research_eval.layers.routing import entropy
+from research_eval.layers.routing import entropy, mean_of_rows
 
 EXIT_TOLERANCE = 0.005  # largest loss of validation accuracy by early exits
 
@@ -24,13 +24,13 @@ def geometric_prior_kl(pi_XB: Tensor, rate: float) -> Tensor:
     """Mean KL of the exit probabilities to a truncated geometric distribution (PonderNet, Banino et al., 2021)."""
     exits_X = torch.arange(len(pi_XB), device=pi_XB.device, dtype=pi_XB.dtype)
     prior_X = (rate * (1 - rate) ** exits_X) / (rate * (1 - rate) ** exits_X).sum()
-    return -(entropy(pi_XB.T) + (pi_XB.T * prior_X.log()).sum(-1)).mean()
+    return -mean_of_rows(entropy(pi_XB.T) + (pi_XB.T * prior_X.log()).sum(-1))
 
 
 def expected_length(pi_XB: Tensor, shortest: int) -> Tensor:
     """E[path length] if the first exit is after `shortest` steps. It is differentiable; the sampled length is not."""
     exits_X = torch.arange(len(pi_XB), device=pi_XB.device, dtype=pi_XB.dtype)
-    return ((exits_X + shortest).unsqueeze(1) * pi_XB).sum(0).mean()
+    return mean_of_rows(((exits_X + shortest).unsqueeze(1) * pi_XB).sum(0))
 
 
 def calibrated_threshold(confidence_XN: Tensor, correct_XN: Tensor) -> float:

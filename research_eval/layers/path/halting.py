@@ -22,6 +22,7 @@ from research_eval.layers.path.exits import (
     geometric_prior_kl,
 )
 from research_eval.layers.path.walk import PathSettings, View, Walk
+from research_eval.layers.routing import mean_of_rows
 
 Halt = Literal["off", "confidence", "ponder", "action"]
 Head = Callable[[], Tensor]  # computes the outputs [B, C] of samples that end here
@@ -214,7 +215,7 @@ def _expected_steps(walk: Walk) -> Tensor:
     """E[length] = sum_t prod_{k<=t} (1 - p_stop,k), summed up to the last decision of each sampled path."""
     decided_TB = torch.stack([decision.decided_B for decision in walk.decisions])
     stop_TB = torch.stack([decision.view.own_BA.softmax(-1)[:, -1] for decision in walk.decisions])
-    return ((1 - stop_TB * decided_TB).cumprod(0) * decided_TB).sum(0).mean()
+    return mean_of_rows(((1 - stop_TB * decided_TB).cumprod(0) * decided_TB).sum(0))
 
 
 RULES: dict[str, type[Halting]] = {

@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from research_eval.layers.collective import first_of_batch
+from research_eval.layers.routing import mean_of_rows
+
 DECAY = 0.98  # of the running mean and variance of the reward
 REWARD_LIMIT = 2.0
 
@@ -56,9 +59,10 @@ class RewardNormalizer(nn.Module):
     def forward(self, reward_B: Tensor) -> Tensor:
         """Rewards of one training batch, [B] -> [B]."""
         reward_B = reward_B.float()
-        mean = reward_B[0] + (reward_B - reward_B[0]).mean()  # exact when all are equal
+        first = first_of_batch(reward_B)
+        mean = first + mean_of_rows(reward_B - first)  # exact when all are equal
         self.mean.copy_(torch.where(self.batches > 0, self.mean.lerp(mean, 1 - DECAY), mean))
-        variance = (reward_B - self.mean).square().mean()
+        variance = mean_of_rows((reward_B - self.mean).square())
         self.variance.copy_(torch.where(self.batches > 0, self.variance.lerp(variance, 1 - DECAY), variance))
         self.batches += 1
         return ((reward_B - self.mean) / (self.variance.sqrt() + 1e-6)).clamp(-REWARD_LIMIT, REWARD_LIMIT)

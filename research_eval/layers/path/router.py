@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from research_eval.layers.collective import batch_any, drawn
+from research_eval.layers.routing import mean_of_rows
 from research_eval.layers.text import masked_max, masked_mean, sinusoids_at
 
 LOGIT_LIMIT = 10.0
@@ -116,12 +118,14 @@ class RunningStatistics(nn.Module):
     @torch.no_grad()
     def _add(self, summary_RS: Tensor, step: int) -> None:
         """Update the mean and the variance of a step with the summaries of running samples."""
-        if not len(summary_RS):
+        if not batch_any(len(summary_RS) > 0):
             return
         self.batches_T[step] += 1
         weight = (1 / self.batches_T[step]).clamp_min(1e-3)
-        self.mean_TS[step] += weight * (summary_RS.mean(0) - self.mean_TS[step])
-        self.variance_TS[step] += weight * ((summary_RS - self.mean_TS[step]).square().mean(0) - self.variance_TS[step])
+        self.mean_TS[step] += weight * (mean_of_rows(summary_RS) - self.mean_TS[step])
+        self.variance_TS[step] += weight * (
+            mean_of_rows((summary_RS - self.mean_TS[step]).square()) - self.variance_TS[step]
+        )
 
 
 class TokenFeatures(nn.Module):
@@ -198,7 +202,7 @@ def fixed_route(route: FixedRoute, ids_BL: Tensor, position: int, step: int, num
         padded_BL = F.pad(ids_BL, (0, max(0, position + 1 - ids_BL.shape[1])))  # extends short batches with padding
         return padded_BL[:, position] % num_experts
     if route == "random" and fresh:
-        return torch.randint(num_experts, (len(ids_BL),), device=ids_BL.device)
+        return drawn(ids_BL[:, 0], lambda empty_B: empty_B.random_(num_experts))
     places_L = torch.arange(1, ids_BL.shape[1] + 1, device=ids_BL.device)
     key_B = (_mixed(ids_BL + (places_L << 32)) * (ids_BL != 0)).sum(1)
     return _mixed(key_B + step + (1 << 20 if route == "random" else 0)) % num_experts

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from research_eval.annotations import Weight
+from research_eval.layers.collective import batch_mean
 from research_eval.layers.losses import AuxiliaryLoss
 from research_eval.layers.path.walk import Walk
 from research_eval.layers.routing import contrastive_loss, members
@@ -57,4 +58,4 @@ def _path_heads_loss(predicted_BX: Tensor, walk: Walk) -> Tensor:
     lengths_B = (walk.path_BT != STOPPED).sum(1)
     different_B = members(walk.path_BT, walk.num_experts).any(1).sum(1)
     error = F.mse_loss(predicted_BX[:, -1], different_B.to(predicted_BX.dtype))
-    return F.cross_entropy(predicted_BX[:, :-1], lengths_B) + error
+    return batch_mean(F.cross_entropy(predicted_BX[:, :-1], lengths_B) + error, len(lengths_B))

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from research_eval.annotations import Share, Weight
+from research_eval.layers.collective import batch_mean
 from research_eval.layers.losses import AuxiliaryLoss
 from research_eval.layers.path.choice import ChoiceMode
 from research_eval.layers.path.returns import RewardNormalizer, path_returns
 from research_eval.layers.path.router import ActionValues
 from research_eval.layers.path.walk import Decision, Walk
+from research_eval.layers.routing import mean_of_rows
 
 TRACE_DECAY = 0.8  # lambda of the returns for Q; REINFORCE uses 1
 
@@ -109,7 +111,8 @@ class ValueEstimate(nn.Module):
         if self._mode.uses_policy_gradient:
             return self._policy_gradient(decisions, decided_TB, action_TB, returns_R, stops_by_action)
         predicted_R = values_TBA.gather(-1, action_TB.unsqueeze(-1)).squeeze(-1)[decided_TB]
-        return {"q_loss": AuxiliaryLoss(F.huber_loss(predicted_R, returns_R), self.q_loss_coef)}
+        q_loss = batch_mean(F.huber_loss(predicted_R, returns_R), len(returns_R))
+        return {"q_loss": AuxiliaryLoss(q_loss, self.q_loss_coef)}
 
     def _policy_gradient(
         self,
@@ -125,8 +128,8 @@ class ValueEstimate(nn.Module):
         own_TBA = torch.stack([decision.view.own_BA for decision in decisions])
         competing_TBA = own_TBA if stops_by_action else own_TBA[..., :-1]
         log_probability_TB = competing_TBA.log_softmax(-1).gather(-1, action_TB.unsqueeze(-1)).squeeze(-1)
-        policy_loss = -(log_probability_TB[decided_TB] * (returns_R - baseline_R).detach()).mean()
+        policy_loss = -mean_of_rows(log_probability_TB[decided_TB] * (returns_R - baseline_R).detach())
         return {
             "policy_loss": AuxiliaryLoss(policy_loss, self.q_loss_coef),
-            "value_loss": AuxiliaryLoss((baseline_R - returns_R).square().mean(), 0.5 * self.q_loss_coef),
+            "value_loss": AuxiliaryLoss(mean_of_rows((baseline_R - returns_R).square()), 0.5 * self.q_loss_coef),
         }

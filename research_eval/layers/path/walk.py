@@ -13,6 +13,7 @@ from torch import Tensor
 
 from research_eval.annotations import Aka, Count, Natural, Range, Steps
 from research_eval.errors import ConfigError
+from research_eval.layers.collective import batch_any
 from research_eval.layers.experts import Step
 from research_eval.layers.routing import members
 from research_eval.routing.record import STOPPED
@@ -116,7 +117,7 @@ class Walk:
             self.running_B = self.running_B & ~view.full_BN.all(1)
             if self.training:
                 own_RA = view.own_BA if self.everyone_runs else view.own_BA[self.running_B]
-                if len(own_RA):
+                if self.everyone_runs or batch_any(len(own_RA) > 0):
                     self.logits.append(own_RA)
                 if keep_decision:
                     self.decisions.append(Decision(self.running_B, choice.action_B, view))
@@ -124,7 +125,7 @@ class Walk:
 
     def is_over(self) -> bool:
         """Whether no sample runs any more."""
-        return not self.everyone_runs and not bool(self.running_B.any())
+        return not self.everyone_runs and not batch_any(bool(self.running_B.any()))
 
     def executed(self, action_B: Tensor) -> Tensor:
         """The action of running samples; N for all others, which the experts leave unchanged."""

@@ -1,0 +1,77 @@
+"""One run that all processes of torchrun train together: the first one stores it, the others compute their rows."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from research_eval.config.sections import ExperimentConfig
+from research_eval.errors import ConfigError
+from research_eval.models.base_model import EvaluableModel
+from research_eval.runs.prepare import prepare
+from research_eval.tasks.base import Evaluation
+from research_eval.training.fit import fit
+from research_eval.training.parallel import Parallel
+from research_eval.training.processes import Processes
+from research_eval.training.state import Diverged, Interrupted, TrainingState
+
+TRAIN, END = b"train", b"end"  # what the first process tells the others
+
+
+class Silent:
+    """The observer of a process that reports nothing."""
+
+    def start(self, state: TrainingState, steps_per_evaluation: int, total_steps: int) -> None: ...
+    def train_values(self, step: int, values: dict[str, float]) -> None: ...
+    def epoch_end(
+        self, step: int, evaluation: Evaluation, model_metrics: dict[str, Any], scored: EvaluableModel
+    ) -> None: ...
+
+
+class _Leading(Processes):
+    """The group as its first process sees it: the others wait until it says that the training begins."""
+
+    has_begun = False
+
+    def begin(self, *arguments: Any) -> TrainingState:
+        self.has_begun = True
+        self.tell(TRAIN)
+        return super().begin(*arguments)
+
+
+def lead(config: ExperimentConfig, run: Callable[[Parallel], Any]) -> Any:
+    """What `run` returns, which trains the config with the group that it is given."""
+    _check(config)
+    group = _Leading(config.seed)
+    try:
+        return run(group)
+    finally:
+        if not group.has_begun:  # a finished run, say, or a problem before the training
+            group.tell(END)
+        group.close()
+
+
+def follow(config: ExperimentConfig) -> None:
+    """Train with the first process, and return when the training ends, in whatever way."""
+    _check(config)
+    group = Processes(config.seed)
+    try:
+        runtime, data, model = prepare(config)
+        if group.tell(b"") == TRAIN:
+            with tempfile.TemporaryDirectory() as folder:
+                fit(model, data, config, runtime, Path(folder), Silent(), group)
+    except (Diverged, Interrupted):
+        pass  # the first process says so; torchrun would kill it if this one ended with an error before
+    finally:
+        group.close()
+
+
+def _check(config: ExperimentConfig) -> None:
+    """Raise ConfigError for options that are not known to work in several processes."""
+    options = config.training_params
+    if options.compile:
+        raise ConfigError("training_params.compile: is not tried with several processes. Set it to false.")
+    if options.device == "mps":
+        raise ConfigError("training_params.device: several processes need cpu or cuda, not mps")

@@ -1,0 +1,388 @@
+"""Several processes that train one model: the numbers are those of one process, for every model and mode.
+
+The processes are forked, so that nothing is imported again. `GOE_REPETITIONS=50` takes 50 steps, and tries every router
+mode with every halting rule in two and four processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import (
+    ROOT,
+    Ended,
+    command,
+    history,
+    python,
+    repeatable,
+    results,
+    run_in,
+    small_settings,
+    write_config,
+)
+
+from research_eval import main
+from research_eval.errors import ConfigError
+from research_eval.layers import collective
+from research_eval.runs.group import Silent
+from research_eval.runs.prepare import prepare
+from research_eval.schema import config_from_dict
+from research_eval.system.world import rank_and_size
+from research_eval.tasks.base import Evaluation
+from research_eval.training.fit import fit
+from research_eval.training.processes import Processes
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs forked processes")
+
+REPETITIONS = int(os.environ.get("GOE_REPETITIONS", "0"))
+STEPS = max(6, REPETITIONS)
+BATCH = 13
+MODES = ("gate", "st", "st_dense", "reinforce", "q", "published")
+HALTS = ("off", "confidence", "ponder", "action")
+SECONDS = 120
+
+
+def settings(model_type: str, **params: Any) -> dict[str, Any]:
+    """A training with SGD, whose last batch has two rows: fewer than four processes."""
+    params = {"embed_dim": 8, "num_heads": 2, "dropout": 0.0} | params
+    return small_settings(
+        model_type=model_type,
+        dataset_name="majority",
+        epochs=1,
+        batch_size=BATCH,
+        dataset_params={"num_samples": (BATCH * (STEPS - 1) + 2) * 5 // 4, "seq_len": 9},
+        model_params={name: value for name, value in params.items() if value is not None},
+        optimizer_params={"name": "sgd", "lr": 0.05, "momentum": 0.9, "grad_clip_norm": 1.0},
+        training_params={"log_every": 4, "max_steps": STEPS},
+    )
+
+
+def halting(mode: str, halt: str) -> dict[str, Any]:
+    priced = {"path_penalty_coef": 0.01} if halt in ("ponder", "action") else {}
+    return settings("goe_original", router_mode=mode, halt=halt, **priced)
+
+
+def text(model_type: str, **params: Any) -> dict[str, Any]:
+    """Lines of which the answers count alone, so that processes have different numbers of targets."""
+    settings_of_lines = settings(model_type, **params)
+    settings_of_lines |= {"dataset_type": "language_modeling", "dataset_name": "addition_text"}
+    settings_of_lines["dataset_params"] = {"num_samples": 200, "val_samples": 20, "test_samples": 0}
+    return settings_of_lines
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "dense": settings("dense"),
+    "looped": settings("looped"),
+    "lstm": settings("lstm", num_heads=None),
+    "moe": settings("moe", balance_bias_rate=0.01),
+    "goe": settings("goe"),
+    "goe_scan": settings("goe_scan", embed_dim=None, num_heads=None, dropout=None, num_nodes=4, num_walkers=2),
+    "scan experts": settings(
+        "goe_original", num_total_experts=4, num_scan_experts=2, scan_nodes=4, scan_walkers=2, pool="last"
+    ),
+    "shared gradients": settings("goe_original", expert_sharing=0.5),
+    "all terms": settings(
+        "goe_original", halt="action", contrastive_loss_coef=0.1, path_heads_coef=0.1, router_entropy_coef=0.01
+    ),
+    "random routes": settings("goe_original", route="random"),
+    "exploring": settings("goe_original", exploration=0.5),
+    **{f"{mode}, {halt}": halting(mode, halt) for mode, halt in zip(MODES, HALTS[1:] * 2, strict=True)},
+    "text, dense": text("dense"),
+    "text, moe": text("moe", top_k_experts=2),
+    "text, goe": text("goe", num_total_experts=4, max_path_len=2),
+    "text, goe_original": text("goe_original", num_total_experts=4, max_path_len=2, halt="confidence"),
+    "micro-batches": settings("moe") | {"training_params": {**settings("moe")["training_params"]}},
+    "micro-batches of text": text("moe"),
+}
+for name in ("micro-batches", "micro-batches of text"):
+    CASES[name]["training_params"] = {**CASES[name]["training_params"], "gradient_accumulation_steps": 3}
+SELDOM = ("dense", "looped", "shared gradients", "exploring", "text, dense", "text, goe", "micro-batches")
+if REPETITIONS:
+    CASES |= {f"{mode}, {halt}": halting(mode, halt) for mode in MODES for halt in HALTS}
+
+Trained = tuple[dict[str, torch.Tensor], list[tuple[int, dict[str, float]]]]  # weights and buffers, values of the log
+
+
+class Kept(Silent):
+    """Keeps the values of the log, without speeds."""
+
+    def __init__(self) -> None:
+        self.values: list[tuple[int, dict[str, float]]] = []
+
+    def train_values(self, step: int, values: dict[str, float]) -> None:
+        self.values.append((step, {name: value for name, value in values.items() if "second" not in name}))
+
+    def epoch_end(self, step: int, evaluation: Evaluation, model_metrics: dict[str, Any], scored: Any) -> None:
+        self.values.append((step, {"val_loss": evaluation.loss}))
+
+
+def trained(config: dict[str, Any], folder: Path, group: Processes | None = None) -> Trained:
+    checked = config_from_dict(config)
+    runtime, data, model = prepare(checked)
+    kept = Kept()
+    folder.mkdir(parents=True, exist_ok=True)
+    fit(model, data, checked, runtime, folder, kept, group)
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}, kept.values
+
+
+def in_processes(size: int, folder: Path, work: Callable[[int], Any]) -> list[Any]:
+    """What `work` returns in each of so many forked processes, which torchrun might have started."""
+
+    def body(rank: int) -> None:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+        torch.save(work(rank), folder / f"answer.{rank}")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    members = [multiprocessing.get_context("fork").Process(target=body, args=(rank,)) for rank in range(size)]
+    for member in members:
+        member.start()
+    for member in members:
+        member.join(SECONDS)
+    assert [member.exitcode for member in members] == [0] * size
+    return [torch.load(folder / f"answer.{rank}", weights_only=False) for rank in range(size)]  # our own file
+
+
+def in_a_group(size: int, folder: Path, work: Callable[[Processes], Any]) -> list[Any]:
+    """What `work` returns in each process of a group."""
+
+    def joined(rank: int) -> Any:
+        group = Processes(0, f"file://{folder / 'meeting'}")
+        try:
+            return work(group)
+        finally:
+            group.close()
+
+    return in_processes(size, folder, joined)
+
+
+def all_close(found: Trained, expected: Trained, tolerance: float = 1e-5) -> None:
+    weights, values = expected
+    for name, tensor in weights.items():
+        torch.testing.assert_close(
+            found[0][name], tensor, rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
+        )
+    assert [(step, set(row)) for step, row in found[1]] == [(step, set(row)) for step, row in values]
+    for (_, row), (step, other) in zip(found[1], values, strict=True):
+        assert row == pytest.approx(other, rel=1e-4, abs=1e-5), step
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_numbers_are_those_of_one_process(size: int, tmp_path: Path) -> None:
+    names = [name for name in CASES if name not in SELDOM] if size == 2 else ["moe", "q, ponder", "text, moe"]
+    names = list(CASES) if REPETITIONS else names
+    found = in_a_group(
+        size, tmp_path, lambda group: [trained(CASES[name], tmp_path / str(group.rank) / name, group) for name in names]
+    )
+    for number, name in enumerate(names):
+        expected = trained(CASES[name], tmp_path / "alone" / name)
+        all_close(found[0][number], expected)
+        for other in found[1:]:  # the processes themselves agree to the bit
+            assert all(torch.equal(other[number][0][key], tensor) for key, tensor in found[0][number][0].items()), name
+
+
+def test_an_epoch_with_dropout_is_repeated_exactly(tmp_path: Path) -> None:
+    """Dropout draws other numbers in each process, and routing draws the same ones."""
+    config = settings("goe_original", dropout=0.3, router_mode="st", router_input="state")
+
+    def twice(group: Processes) -> list[Trained]:
+        return [trained(config, tmp_path / f"{group.rank}{again}", group) for again in "ab"]
+
+    first, second = in_a_group(2, tmp_path, twice)
+    for one, other in ((first[0], first[1]), (first[0], second[0])):
+        assert all(torch.equal(one[0][key], tensor) for key, tensor in other[0].items())
+    alone = trained(config, tmp_path / "alone")
+    assert any(not torch.allclose(alone[0][key], tensor, atol=1e-3) for key, tensor in first[0][0].items())
+
+
+def test_statistics_and_draws_of_a_batch_do_not_depend_on_who_holds_its_rows() -> None:
+    """Two parts by hand: their values are those of the whole batch, and their gradients add up to its gradient."""
+    rows_BD = torch.randn(5, 3, requires_grad=True)
+    parts = [rows_BD[0::2], rows_BD[1::2]]
+
+    def statistic(part_BD: torch.Tensor) -> torch.Tensor:
+        mean = collective.batch_mean(part_BD.mean(0), len(part_BD))
+        total = collective.batch_sum(part_BD.sum(0))
+        return (mean.square() * total).sum()
+
+    (expected,) = torch.autograd.grad(statistic(rows_BD), rows_BD)
+    torch.manual_seed(3)
+    drawn_B = collective.drawn(rows_BD[:, 0], torch.Tensor.uniform_)
+    gradients, values, draws = [], [], []
+    for rank in range(2):
+
+        def sum_of(own: torch.Tensor) -> torch.Tensor:
+            """What the other process would add: only the two calls of `statistic` ask."""
+            if own.numel() == 4:
+                return torch.cat([rows_BD.detach().sum(0), torch.tensor([5.0])])
+            return rows_BD.detach().sum(0)
+
+        part = collective.Part(2, 5, slice(rank, None, 2), sum_of, contextlib.nullcontext)
+        with collective.part_of_batch(part):
+            value = statistic(parts[rank])
+            torch.manual_seed(3)
+            draws.append(collective.drawn(parts[rank][:, 0], torch.Tensor.uniform_))
+        values.append(value.detach())
+        gradients.append(torch.autograd.grad(value, rows_BD)[0])
+    torch.testing.assert_close(torch.stack(values), statistic(rows_BD).detach().expand(2))
+    torch.testing.assert_close(sum(gradients), expected)
+    assert torch.equal(drawn_B[0::2], draws[0]) and torch.equal(drawn_B[1::2], draws[1])
+
+
+# ------------------------------------------------------------------------------------------------- whole commands
+
+
+@pytest.fixture(name="port")
+def _port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of torchrun, but for rank and size."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.delenv("GOE_DB", raising=False)
+
+
+def started(folder: Path, *words: str, size: int = 2) -> list[Any]:
+    """The command in so many forked processes, each in a folder of its own, as on machines that share no files."""
+
+    def body(rank: int) -> None:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+        own = folder / f"machine{rank}"
+        own.mkdir(exist_ok=True)
+        os.chdir(own)
+        ended = command(main.cli, "run", "--json_config_path", str(folder / "config.json"), *words)
+        (own / "ended.json").write_text(json.dumps([ended.code, ended.out, ended.err]))
+
+    members = [multiprocessing.get_context("fork").Process(target=body, args=(rank,)) for rank in range(size)]
+    for member in members:
+        member.start()
+    return members
+
+
+def ends(folder: Path, members: list[Any]) -> list[Ended]:
+    for member in members:
+        member.join(SECONDS)
+    assert all(member.exitcode is not None for member in members), "a process hangs"
+    return [Ended(*json.loads((folder / f"machine{rank}" / "ended.json").read_text())) for rank in range(len(members))]
+
+
+LONG: dict[str, Any] = {
+    "model_type": "goe_original",
+    "epochs": 3,
+    "batch_size": 13,
+    "dataset_params": {"num_samples": 300, "seq_len": 6},
+    "model_params": {"dropout": 0.1, "router_mode": "st"},
+    "training_params": {"log_every": 5},
+}
+
+
+def stored(folder: Path) -> tuple[dict[str, Any], list[tuple[int, str, float]]]:
+    """Metrics and history of the only run in a folder."""
+    with results(folder) as store:
+        (row,) = store.experiments()
+        assert row["status"] == "finished"
+        metrics = repeatable(store.metrics(row["experiment_id"]))
+    return metrics, history(folder, row["experiment_id"])
+
+
+def test_a_command_of_two_processes_stores_one_run(tmp_path: Path, port: None) -> None:
+    path = write_config(tmp_path, model_type="moe", model_params={"dropout": 0.0})
+    first, second = ends(tmp_path, started(tmp_path))
+    assert first.code == second.code == 0, first.err + second.err
+    assert "finished" in first.out
+    assert second.out + second.err == ""
+    assert list((tmp_path / "machine1").iterdir()) == [tmp_path / "machine1" / "ended.json"]
+    metrics, _ = stored(tmp_path / "machine0")
+    alone = run_in(tmp_path, config_from_dict(json.loads(path.read_text()))).metrics
+    assert metrics["final_val_f1"] == alone["final_val_f1"]
+    assert metrics["final_val_loss"] == pytest.approx(alone["final_val_loss"], abs=1e-4)
+    again, _ = ends(tmp_path, started(tmp_path, "--resume"))  # it is finished: nobody trains, nobody waits
+    assert again.code == 0
+    assert stored(tmp_path / "machine0")[0] == metrics
+
+
+def until_a_checkpoint(folder: Path) -> None:
+    limit = time.monotonic() + SECONDS
+    while time.monotonic() < limit and not list(folder.glob("machine0/runs/*/checkpoint.safetensors")):
+        time.sleep(0.01)
+
+
+def test_processes_that_are_killed_go_on_exactly(tmp_path: Path, port: None) -> None:
+    for name in ("undisturbed", "disturbed"):
+        (tmp_path / name).mkdir()
+        write_config(tmp_path / name, **LONG)
+    ends(tmp_path / "undisturbed", started(tmp_path / "undisturbed"))
+    expected = stored(tmp_path / "undisturbed" / "machine0")
+    folder = tmp_path / "disturbed"
+    for _ in range(max(1, REPETITIONS // 5)):
+        members = started(folder, "--resume")
+        until_a_checkpoint(folder)
+        os.kill(members[1].pid, signal.SIGKILL)
+        for member in members:
+            member.join(SECONDS)
+        assert members[0].exitcode, "the first process hangs, or has not noticed"
+        first, _ = ends(folder, started(folder, "--resume"))
+        assert first.code == 0, first.err
+        assert stored(folder / "machine0") == expected
+        shutil.rmtree(folder / "machine0")
+
+
+@pytest.mark.parametrize("size", [1, 4] if REPETITIONS else [1])
+def test_a_signal_to_one_stops_all_and_the_checkpoint_fits_any_number(size: int, tmp_path: Path, port: None) -> None:
+    changes = {"model_params": {"dropout": 0.0}, "optimizer_params": {"name": "sgd", "lr": 0.05}}
+    path = write_config(tmp_path, **LONG | changes)
+    members = started(tmp_path)
+    until_a_checkpoint(tmp_path)
+    os.kill(members[1].pid, signal.SIGTERM)
+    assert ends(tmp_path, members)[0].code == 128 + signal.SIGTERM
+    assert ends(tmp_path, started(tmp_path, "--resume", size=size))[0].code == 0
+    metrics, _ = stored(tmp_path / "machine0")
+    expected = run_in(tmp_path, config_from_dict(json.loads(path.read_text()))).metrics
+    assert metrics["final_val_loss"] == pytest.approx(expected["final_val_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("run", "--json_config_path", "config.json", "--seeds", "0-1"), "--seeds: torchrun started 2 processes"),
+        (("tune", "--dataset_name", "parity"), "a study: torchrun started 2 processes"),
+        (("compare", "parity"), "a comparison: torchrun started 2 processes"),
+    ],
+)
+def test_several_processes_train_one_run_and_nothing_else(
+    words: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_config(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ended = command(main.cli, *words)
+    assert ended.code == 2
+    assert message in ended.err
+
+
+@pytest.mark.parametrize(("rank", "size"), [("2", "2"), ("x", "2"), ("0", "0"), ("-1", "2")])
+def test_nonsense_in_the_environment_is_named(rank: str, size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(ConfigError, match="WORLD_SIZE"):
+        rank_and_size()
+
+
+def test_one_process_imports_nothing_for_several() -> None:
+    program = (
+        "import sys; from research_eval.training import fit; from research_eval import experiment; "
+        "print('research_eval.training.processes' in sys.modules)"
+    )
+    assert python("-c", program, folder=ROOT).out == "False\n"
