@@ -239,7 +239,7 @@ draw_automaton(Automaton(0, np.array([[1, 0], [0, 1]]), np.array([0, 1])), Path(
 draw_expert_graph({"step_transitions": np.arange(16).reshape(1, 4, 4).tolist()}, Path("b.png"), "")
 assert os.environ["MPLBACKEND"] == before
 """
-    ended = python("-c", program, folder=tmp_path, MPLBACKEND=backend)
+    ended = python("-c", program, folder=tmp_path, fresh=True, MPLBACKEND=backend)
     assert ended.code == 0, ended.err
     assert (tmp_path / "a.png").is_file() and (tmp_path / "b.png").is_file()
 
@@ -250,7 +250,7 @@ import research_eval.system.drawing
 import matplotlib.pyplot as plt
 print(plt.get_backend(), end="")
 """
-    assert python("-c", program, folder=tmp_path, MPLBACKEND="svg").out == "svg"
+    assert python("-c", program, folder=tmp_path, fresh=True, MPLBACKEND="svg").out == "svg"
 
 
 def test_matplotlib_is_imported_in_one_place() -> None:

@@ -580,7 +580,7 @@ finally:
     heavy = {"torch", "numpy", "scipy", "sqlalchemy", "matplotlib", "plotly", "jinja2", "pandas"} & set(sys.modules)
     assert not heavy, heavy
 """
-    done = python("-c", code, folder=Path("/"))
+    done = python("-c", code, folder=Path("/"), fresh=True)
     assert done.code == 0, done.err
     for flag in MADE_BY:
         assert flag in done.out

@@ -255,7 +255,7 @@ def test_the_first_step_of_the_quickstart_is_seen(answer: Answer, monkeypatch: p
 
 def test_memory_is_measured_in_processes_of_their_own(tmp_path: Path) -> None:
     flags = ["--tiny", "--output", tmp_path, "--compared", "goe_full", "--compared", "loss"]
-    ended = python(BENCHMARKS / "memory.py", *flags, folder=tmp_path)
+    ended = python(BENCHMARKS / "memory.py", *flags, folder=tmp_path, fresh=True)
     assert ended.code == 0, ended.err
     steps, loss = json.loads((tmp_path / "memory_cpu_1.json").read_text())["tables"].values()
     assert [row["contestant"] for row in steps[:3]] == ["ours", "naive loop", "naive loop with SDPA"]

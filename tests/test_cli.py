@@ -72,7 +72,7 @@ def test_the_script_runs_from_any_directory_with_its_files_in_the_working_direct
     ids=["script", "module", "init_db", "analyze_results", "suggest_configs"],
 )
 def test_help_is_quick(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    ended = python("-X", "importtime", *arguments, folder=tmp_path)
+    ended = python("-X", "importtime", *arguments, folder=tmp_path, fresh=True)
     assert ended.code == 0 and "usage:" in ended.out
     imported = {line.rpartition("|")[2].strip() for line in ended.err.splitlines()}
     assert "argparse" in imported and not imported & HEAVY
@@ -98,7 +98,7 @@ for name in names:
 print(*names)
 print(*sys.modules)
 """
-    ended = python("-c", program, folder=tmp_path)
+    ended = python("-c", program, folder=tmp_path, fresh=True)
     assert ended.code == 0, ended.err
     names, modules = ended.out.splitlines()
     assert {"run", "init-db", "predict"} <= set(names.split())
@@ -119,7 +119,7 @@ except SystemExit:
 print(importlib.util.find_spec("datasets").origin)
 print(importlib.util.find_spec("research_eval.datasets").origin)
 """
-    ended = python("-c", program, folder=tmp_path, PYTHONPATH="")
+    ended = python("-c", program, folder=tmp_path, fresh=True, PYTHONPATH="")
     before, *_, after, ours = ended.out.splitlines()
     assert Path(before) == Path(ours) == SCRIPT.parent / "datasets" / "__init__.py"
     assert "site-packages" in after
@@ -131,7 +131,7 @@ def test_the_console_command_is_the_function(tmp_path: Path) -> None:
     installed = shutil.which("goe", path=str(Path(sys.executable).parent))
     if installed is None:
         pytest.skip("the package is not installed")
-    assert "usage: goe" in python(installed, "--help", folder=tmp_path).out
+    assert "usage: goe" in python(installed, "--help", folder=tmp_path, fresh=True).out
 
 
 # --------------------------------------------------------------------------------------------------------- flags

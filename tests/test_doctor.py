@@ -107,7 +107,7 @@ def test_a_healthy_folder(healthy: Path) -> None:
 
 def test_it_works_in_an_empty_folder_without_torch_and_leaves_nothing(tmp_path: Path) -> None:
     code = "import sys; from research_eval.main import cli; cli(['doctor', '--repair']); print('torch' in sys.modules)"
-    ended = python("-c", code, folder=tmp_path)
+    ended = python("-c", code, folder=tmp_path, fresh=True)
     assert ended.out.splitlines()[-1] == "False" and "warning   database: none at" in ended.out
     assert list(tmp_path.iterdir()) == []
 

@@ -157,7 +157,7 @@ def in_a_group(size: int, folder: Path, work: Callable[[Processes], Any]) -> lis
     """What `work` returns in each process of a group."""
 
     def joined(rank: int) -> Any:
-        group = Processes(0, f"file://{folder / 'meeting'}")
+        group = Processes(0, "cpu", f"file://{folder / 'meeting'}")
         try:
             return work(group)
         finally:
@@ -372,6 +372,16 @@ def test_several_processes_train_one_run_and_nothing_else(
     assert message in ended.err
 
 
+def test_options_that_are_not_tried_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.chdir(tmp_path)
+    for options, message in (({"compile": True}, "compile: is not tried"), ({"device": "cuda:1"}, "device: several")):
+        path = write_config(tmp_path, training_params=options)
+        ended = command(main.cli, "run", "--json_config_path", path)
+        assert ended.code == 2
+        assert message in ended.err
+
+
 @pytest.mark.parametrize(("rank", "size"), [("2", "2"), ("x", "2"), ("0", "0"), ("-1", "2")])
 def test_nonsense_in_the_environment_is_named(rank: str, size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", rank)
@@ -385,4 +395,4 @@ def test_one_process_imports_nothing_for_several() -> None:
         "import sys; from research_eval.training import fit; from research_eval import experiment; "
         "print('research_eval.training.processes' in sys.modules)"
     )
-    assert python("-c", program, folder=ROOT).out == "False\n"
+    assert python("-c", program, folder=ROOT, fresh=True).out == "False\n"

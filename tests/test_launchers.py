@@ -161,7 +161,7 @@ def test_a_missing_engine_names_its_extra() -> None:
 
 def test_engines_are_imported_only_when_they_are_asked_for(tmp_path: Path) -> None:
     program = "import sys\nimport research_eval.studies.tune\nprint({'ray', 'submitit'} & set(sys.modules))"
-    assert python("-c", program, folder=tmp_path).out.endswith("set()\n")
+    assert python("-c", program, folder=tmp_path, fresh=True).out.endswith("set()\n")
 
 
 @contextmanager

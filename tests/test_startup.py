@@ -25,7 +25,7 @@ COMPILER = {"torch._dynamo", "torch._inductor"}
 
 def imported_by(program: str, folder: Path) -> set[str]:
     """The modules that a new process has when it reaches the end of `program`."""
-    ended = python("-c", f"{program}\nimport sys\nprint('modules:', *sys.modules)", folder=folder)
+    ended = python("-c", f"{program}\nimport sys\nprint('modules:', *sys.modules)", folder=folder, fresh=True)
     assert ended.code == 0, ended.err
     return set(ended.out.rpartition("modules:")[2].split())
 
@@ -70,7 +70,7 @@ from research_eval.main import cli
 for command in {list(mistakes)!r}:
     assert cli(command.split()) == 2, command
 """
-    ended = python("-c", f"{program}import sys\nprint('modules:', *sys.modules)", folder=tmp_path)
+    ended = python("-c", f"{program}import sys\nprint('modules:', *sys.modules)", folder=tmp_path, fresh=True)
     assert ended.code == 0, ended.err
     said = ended.err.splitlines()
     assert [says in line for says, line in zip(mistakes.values(), said, strict=True)] == [True] * len(said), said

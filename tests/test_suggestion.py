@@ -674,5 +674,5 @@ def test_help_needs_no_heavy_imports(tmp_path: Path) -> None:
         "try: main(['--help'])\n"
         "except SystemExit: print(sorted({'torch', 'optuna', 'pydantic', 'sqlalchemy', 'numpy'} & set(sys.modules)))"
     )
-    ended = python("-c", script, folder=tmp_path)
+    ended = python("-c", script, folder=tmp_path, fresh=True)
     assert ended.code == 0 and ended.out.splitlines()[-1] == "[]" and "--perturbation_magnitude" in ended.out

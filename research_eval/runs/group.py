@@ -44,7 +44,7 @@ class _Leading(Processes):
 def lead(config: ExperimentConfig, run: Callable[[Parallel], Any]) -> Any:
     """What `run` returns, which trains the config with the group that it is given."""
     _check(config)
-    group = _Leading(config.seed)
+    group = _Leading(config.seed, config.training_params.device)
     try:
         return run(group)
     finally:
@@ -56,7 +56,7 @@ def lead(config: ExperimentConfig, run: Callable[[Parallel], Any]) -> Any:
 def follow(config: ExperimentConfig) -> None:
     """Train with the first process, and return when the training ends, in whatever way."""
     _check(config)
-    group = Processes(config.seed)
+    group = Processes(config.seed, config.training_params.device)
     try:
         runtime, data, model = prepare(config)
         if group.tell(b"") == TRAIN:
@@ -73,5 +73,8 @@ def _check(config: ExperimentConfig) -> None:
     options = config.training_params
     if options.compile:
         raise ConfigError("training_params.compile: is not tried with several processes. Set it to false.")
-    if options.device == "mps":
-        raise ConfigError("training_params.device: several processes need cpu or cuda, not mps")
+    if options.device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(
+            f"training_params.device: several processes need auto, cpu or cuda, got {options.device!r}: each takes a "
+            "GPU of its own"
+        )

@@ -23,6 +23,7 @@ from research_eval.errors import ConfigError
 from research_eval.layers.collective import Part, part_of_batch
 from research_eval.seeding import derive_seed
 from research_eval.training.checkpointer import Checkpointer
+from research_eval.training.runtime import choose_device
 from research_eval.training.state import TrainingState
 
 TIMEOUT = timedelta(minutes=5)  # of one exchange: torchrun itself notices a process that has died
@@ -32,13 +33,20 @@ BUCKET = 25 * 2**20  # bytes of gradients that one exchange carries
 class Processes:
     """The group of all processes. Its main process is the one of rank 0.
 
-    Raises ConfigError if the group cannot be joined.
+    `device` is that of the config; each process takes a GPU of its own. Raises ConfigError if there are too few, or if
+    the group cannot be joined.
     """
 
-    def __init__(self, seed: int, init_method: str = "env://") -> None:
-        uses_gpus = torch.cuda.is_available()
+    def __init__(self, seed: int, device: str = "auto", init_method: str = "env://") -> None:
+        uses_gpus = choose_device(device).type == "cuda"
         if uses_gpus:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            number = int(os.environ.get("LOCAL_RANK", "0"))
+            if number >= torch.cuda.device_count():
+                raise ConfigError(
+                    f"this machine has {torch.cuda.device_count()} GPUs, and torchrun started more processes on it: "
+                    "lower --nproc_per_node, or set training_params.device to cpu"
+                )
+            torch.cuda.set_device(number)
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         backend = "nccl" if uses_gpus else "gloo"
         try:
