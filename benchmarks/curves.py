@@ -75,14 +75,20 @@ def scores(curve: Curve, arm: str, value: int, seeds: int, known: dict[str, Any]
 
 
 def table(points: dict[str, dict[int, list[float]]], seeds: int) -> str:
-    """Markdown: a row per arm, a column per value; an empty cell where runs are missing."""
-    values = sorted({value for of_arm in points.values() for value in of_arm})
+    """Markdown: a row per arm, a column for each value that has finished runs; an empty cell where some are missing."""
+    complete = {value for of_arm in points.values() for value, found in of_arm.items() if len(found) == seeds}
+    values = sorted(complete)
     lines = [f"| arm | {' | '.join(f'{value:,}' for value in values)} |", "|---" * (1 + len(values)) + "|"]
     for arm, of_arm in points.items():
         whole = [of_arm[value] if len(of_arm[value]) == seeds else [] for value in values]
         cells = [f"{statistics.mean(found):.3f}{interval_text(found)}" if found else "" for found in whole]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _is_measured(points: dict[str, dict[int, list[float]]]) -> bool:
+    """Whether a curve has more than the point that is known."""
+    return any(sum(map(bool, of_arm.values())) > 1 for of_arm in points.values())
 
 
 def main() -> None:
@@ -127,7 +133,7 @@ def main() -> None:
             for curve in CURVES
         }
     arguments.output.write_text(json.dumps(found, indent=1) + "\n")
-    texts = {title: table(points, arguments.seeds) for title, points in found.items()}
+    texts = {title: table(points, arguments.seeds) for title, points in found.items() if _is_measured(points)}
     print("\n\n".join(f"{title}\n\n{text}" for title, text in texts.items()))
     if arguments.page:
         write_page(arguments.page, texts)

@@ -82,18 +82,19 @@ def batch_mean(own: Tensor, count: int) -> Tensor:
     return mean + (total - total.detach()) / whole_count.clamp_min(1) if total.requires_grad else mean
 
 
-def part_of_mean(own: Tensor, count: int) -> Tensor:
-    """What the own rows contribute to the mean over the batch, from the mean over `count` of them.
+def part_of_mean(own: Tensor, count: Callable[[], int]) -> Tensor:
+    """What the own rows contribute to the mean over the batch, from the mean over `count()` of them.
 
-    The parts of all processes add up to the mean.
+    The parts of all processes add up to the mean. One process need not count, which would wait for the device.
     """
     part = _PART.get()
     if part is None:
         return own
     if part.holds_all:
         return own / part.num_processes
-    whole = int(part.sum_of(torch.tensor([count], dtype=torch.int64)))
-    return own * (count / whole) if count else own.new_zeros(())
+    own_count = count()
+    whole = int(part.sum_of(torch.tensor([own_count], dtype=torch.int64)))
+    return own * (own_count / whole) if own_count else own.new_zeros((), requires_grad=True)
 
 
 def first_of_batch(own_B: Tensor) -> Tensor:

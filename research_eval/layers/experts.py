@@ -147,14 +147,14 @@ class ExpertPool(Executing):
         parts += [scan(rows_RLD, rows_RL) for scan, rows_RLD, rows_RL in groups if len(rows_RLD)]
         return torch.cat(parts)
 
-    def _edge_entropy(self, counts_N: torch.Tensor) -> torch.Tensor | None:
+    def _edge_entropy(self, member_BN: torch.Tensor) -> torch.Tensor | None:
         """Mean edge entropy of the scan experts that any row of the batch executes; None outside training.
 
         Idle scan experts do not count, so they receive no gradient.
         """
         if not self.training or not self.scans:
             return None
-        executed = zip(self.scans, batch_sum(counts_N)[self.num_attention_experts :].tolist(), strict=True)
+        executed = zip(self.scans, batch_sum(member_BN.sum(0))[self.num_attention_experts :].tolist(), strict=True)
         entropies = [cast(ScanExpert, scan).graph.row_entropy() for scan, size in executed if size]
         return of_parameters(torch.stack(entropies).mean()) if entropies else None
 
@@ -179,7 +179,7 @@ class ExpertPool(Executing):
         order_B = choice_B.argsort(stable=True)
         member_BN = members(choice_B, self.num_experts)
         rows_R = order_B if all_run else order_B[: int(member_BN.sum())]
-        edge_entropy = self._edge_entropy(member_BN.sum(0))
+        edge_entropy = self._edge_entropy(member_BN)
         if not len(rows_R):
             return Step(h_BLD, rows_R, h_BLD.new_zeros(0, h_BLD.shape[-1]) if pooled else None, edge_entropy)
         samples = packing.samples(rows_R)

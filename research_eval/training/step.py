@@ -92,7 +92,7 @@ class TrainingLoss(nn.Module):
         """
         outcome = self.model.run(batch)
         task, terms = self.model.losses(outcome, batch.labels, self.task, self.label_smoothing)
-        own = part_of_mean(task, num_targets(batch))
+        own = part_of_mean(task, lambda: num_targets(batch))
         loss, shown = own, task
         if terms:  # without any, the loss stays the same tensor
             auxiliary = self.aux_loss_coeff * sum(term.weight * term.raw for term in terms.values())
@@ -135,8 +135,7 @@ def take_step(
             meter.add(values, batch, weight)
             if len(batches) > 1:
                 loss = loss * share
-        if loss.requires_grad:  # not that of rows without any target
-            loss.backward()
+        loss.backward()
     parallel.sum_gradients(loss_of.parameters())
     if grad_clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(loss_of.parameters(), grad_clip_norm)
