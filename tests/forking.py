@@ -93,7 +93,7 @@ def _run(words: list[str]) -> int:
             sys.argv = words
             sys.path.insert(0, str(Path(words[0]).resolve().parent))
             main = types.ModuleType("__main__")
-            main.__file__ = words[0]
+            main.__file__ = str(Path(words[0]).resolve())
             sys.modules["__main__"] = main
             exec(compile(Path(words[0]).read_bytes(), words[0], "exec"), main.__dict__)
     except SystemExit as end:
