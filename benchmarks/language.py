@@ -89,13 +89,6 @@ for NAME in ("goe, bigram table", "goe, learned from states", "goe, hash of four
 ARMS[f"goe, states, router that never learns, pool of {POOL}"] = replace(
     ARMS[f"goe, learned from states, pool of {POOL}"], optimizer=FROZEN
 )
-# Less and more text, at the rates of the whole training.
-POOLED = ("goe, bigram table", "goe, learned from states", "moe, learned from states")
-for NAME in ("dense, hashed bigrams", *(f"{NAME}, pool of {POOL}" for NAME in POOLED)):
-    for WORD, SHARE in {"half": 0.5, "twice": 2.0}.items():
-        ARMS[f"{NAME}, {WORD} the steps"] = replace(
-            ARMS[NAME], steps=round(SHARE * STEPS), rate_of=ARMS[NAME].rate_of or NAME
-        )
 
 
 def config_of(arm: str, seed: int, rate: float, data_dir: Path, share: float = 1.0) -> dict[str, Any]:

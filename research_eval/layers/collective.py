@@ -98,7 +98,7 @@ def part_of_mean(own: Tensor, count: Callable[[], int]) -> Tensor:
 
 
 def first_of_batch(own_B: Tensor) -> Tensor:
-    """The entry of the batch's first row, from those of the own rows, of which there is at least one."""
+    """The entry of the first row of the batch. A process knows the entries of its own rows, at least one."""
     part = _PART.get()
     if part is None or part.holds_all:
         return own_B[0]

@@ -6,15 +6,18 @@ it. The program compiles blocks of a model at most, and calls none of these func
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, TypeVar
 
 import torch
 
 Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
 
-_EXCLUDED = torch._compile._disable_dynamo(lambda: None).__code__  # of the wrapper around such functions
+_EXCLUDED: CodeType | None = None
+with contextlib.suppress(AttributeError):  # another version of torch then imports the compiler; nothing else changes
+    _EXCLUDED = torch._compile._disable_dynamo(lambda: None).__code__  # of the wrapper around such functions
 
 
 def leave_out(owner: Any) -> None:

@@ -33,8 +33,8 @@ BUCKET = 25 * 2**20  # bytes of gradients that one exchange carries
 class Processes:
     """The group of all processes. Its main process is the one of rank 0.
 
-    `device` is that of the config; each process takes a GPU of its own. Raises ConfigError if there are too few, or if
-    the group cannot be joined.
+    `device` comes from the config. On "cuda", each process takes another GPU. Raises ConfigError if the machine has too
+    few GPUs, or if the process cannot join the group.
     """
 
     def __init__(self, seed: int, device: str = "auto", init_method: str = "env://") -> None:

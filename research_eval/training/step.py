@@ -119,8 +119,8 @@ def take_step(
     """Forward, backward and update, on the mean loss over all samples of the micro-batches, or over all their tokens.
 
     `grad_clip_norm` limits the norm of all gradients together; None leaves them. The gradients of the micro-batches add
-    up, so the update is that of one large batch. If several processes share each batch, `sizes` are the numbers of rows
-    of the whole micro-batches, and `step` is that of the training.
+    up, so the update is that of one large batch. `sizes` has the number of rows of each
+    micro-batch in all processes together. `step` is the number of the step in the training.
     """
     parallel, sizes = parallel or OneProcess(), sizes or [len(batch.labels) for batch in batches]
     weights = [parallel.weight(size) for size in sizes]
