@@ -60,4 +60,4 @@ def written(digits_PN: Digits, highest_first: bool) -> Codes:
         order_PN = np.maximum(lengths_N - 1 - places_P[:, None], 0)
         codes_PN = np.take_along_axis(codes_PN, order_PN, 0)
     codes_PN[places_P[:, None] >= lengths_N] = 0
-    return np.ascontiguousarray(codes_PN[: int(lengths_N.max())].T)
+    return np.ascontiguousarray(codes_PN[: int(lengths_N.max(initial=0))].T)
