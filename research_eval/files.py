@@ -15,7 +15,7 @@ from research_eval.errors import ConfigError
 
 MAX_STEM = 100
 MAX_NAME = 200  # characters of a run, a study or a data set
-RUNS_FOLDER = Path("runs")
+RUNS_FOLDER = Path(os.environ.get("GOE_RUNS") or "runs")
 LOCK_FILE = ".lock"
 CONFIG_FILE = "config.json"  # of a run, complete
 SAMPLES_FILE = "samples.jsonl"  # of a run: what a language model wrote during its training

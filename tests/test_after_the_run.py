@@ -102,7 +102,7 @@ def run_commands(folder: Path, out: str, err: str, commands: list[list[str]], va
     os.environ.update(variables)
     redirect(1, out)
     redirect(2, err)
-    seeds.pool_size = lambda configs: 1
+    seeds.pool_size = lambda *_: 1
     for arguments in commands:
         if code := cli(arguments):
             raise SystemExit(code)

@@ -32,7 +32,7 @@ def _one_thread() -> Iterator[None]:
 
 naive_goe, timing = benchmark("naive_goe"), benchmark("timing")
 needs_transformers = pytest.mark.skipif(
-    not timing.installed("transformers"), reason="the peers need requirements-bench.txt"
+    not timing.installed("transformers"), reason="the peers need requirements-dev.txt"
 )
 
 

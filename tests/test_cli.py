@@ -335,7 +335,7 @@ def test_a_signal_ends_all_seeds_and_the_run_can_be_resumed(
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "train_values", reporting)
-        patch.setattr("research_eval.studies.seeds.pool_size", lambda _: 1)  # one after the other, as on a GPU
+        patch.setattr("research_eval.studies.seeds.pool_size", lambda *_: 1)  # one after the other, as on a GPU
         ended = run_json(tmp_path, "--seeds", "0-2", model_type="moe")
     assert ended.code == code
     assert f"interrupted\n  signal {int(number)} after step 4" in ended.out

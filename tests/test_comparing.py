@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research_eval.comparing.match import cost_of, match
-from research_eval.comparing.protocol import Plan, compare
+from research_eval.comparing.protocol import Place, Plan, compare
 from research_eval.comparing.sizes import Coarse, Fine, Sizes, around, nearest
 from research_eval.comparing.tuning import RATE, Arm, Changes, Trial, alternatives, lengthened, rates_around, tune
 from research_eval.comparing.verdicts import verdicts
@@ -419,13 +419,13 @@ def test_a_comparison_that_was_stopped_continues(tmp_path: Path, monkeypatch: py
 
         return run
 
-    monkeypatch.setattr("research_eval.studies.seeds.pool_size", lambda configs: 1)
+    monkeypatch.setattr("research_eval.studies.seeds.pool_size", lambda *_: 1)
     for count in (2, 8, 100):
         done.clear()
         with monkeypatch.context() as patch:
             patch.setattr("research_eval.studies.seeds.run", stops_after(count))
             try:
-                outcome = compare(base, plan, data, db=DB_FILE)
+                outcome = compare(base, plan, data, Place(DB_FILE))
             except KeyboardInterrupt:
                 assert count < 100
     with Store(DB_FILE, read_only=True) as store:
@@ -447,12 +447,12 @@ def test_a_run_that_ends_by_an_accident_stops_the_comparison(tmp_path: Path, mon
         found: Result = real(config, **options)
         return found
 
-    monkeypatch.setattr("research_eval.studies.seeds.pool_size", lambda configs: 1)
+    monkeypatch.setattr("research_eval.studies.seeds.pool_size", lambda *_: 1)
     with monkeypatch.context() as patch:
         patch.setattr("research_eval.studies.seeds.run", breaks)
         with pytest.raises(OSError, match="the disk is full"):
-            compare(base, plan, data, db=DB_FILE)
-    outcome = compare(base, plan, data, db=DB_FILE)
+            compare(base, plan, data, Place(DB_FILE))
+    outcome = compare(base, plan, data, Place(DB_FILE))
     assert all(trial.score is not None for arm in outcome.arms for trial in arm.trials)
 
 

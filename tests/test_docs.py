@@ -81,9 +81,10 @@ REWRITES = [
     (r"python benchmarks/(\w+\.py).*", r"python benchmarks/\1 --help", "takes minutes"),
     (r"goe compare majority --models dense,moe .*", "goe compare --help", "comparing.md has one that is run"),
     (r"(goe compare .*--seeds) 3(.*)", r"\1 1\2", "takes half a minute"),
-    (r"goe benchmark smoke.*", "goe benchmark --help", "takes minutes; test_suites.py has a smaller suite"),
+    (r"goe benchmark (?:smoke|core).*", "goe benchmark --help", "takes minutes; test_suites.py has a smaller suite"),
     (r"torchrun (.*)", rf"{TORCHRUN} \1", "torchrun is a script of the environment, which is not on every path"),
     (r"goe tune .*--launcher (?:submitit|ray).*", rf"{SERVER} \g<0> --dry_run", "test_launchers.py has the engines"),
+    (r"goe run .*--launcher submitit.*", rf"{SERVER} \g<0> --dry_run", "test_batch.py has a job"),
     (r"(.*)postgresql://\S+(.*)", r"\1sqlite:///cluster.db\2", "test_db_utils.py has a server"),
     (r"(.*--device) cuda\S*(.*)", r"\1 cpu\2", "not every machine has a GPU"),
 ]

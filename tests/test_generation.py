@@ -327,6 +327,6 @@ def test_transformers_opens_an_exported_model(trained: Path, tmp_path: Path, mon
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)
     found = model(**ids, labels=ids["input_ids"])
     assert (found.logits[0].detach().numpy() == ours.logits(text)).all()
-    assert float(found.loss) == pytest.approx(ours.loss(text)["loss"], abs=1e-5)
+    assert found.loss.item() == pytest.approx(ours.loss(text)["loss"], abs=1e-5)
     longer = model.generate(**ids, max_new_tokens=5, do_sample=False)
     assert tokenizer.decode(longer[0]) == text + str(ours.generate(text, temperature=0, max_new_tokens=5))

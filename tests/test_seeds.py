@@ -138,7 +138,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extensions: Path) -> 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GOE_EXTENSIONS", str(extensions))
     monkeypatch.delenv("GOE_DB", raising=False)
-    monkeypatch.setattr(seeds, "pool_size", lambda configs: min(2, len(configs)))
+    monkeypatch.setattr(seeds, "pool_size", lambda configs, _: min(2, len(configs)))
     yield
     assert multiprocessing.active_children() == []
 
@@ -307,7 +307,7 @@ def test_a_bug_in_one_seed_is_raised_when_the_others_have_finished(
 
 
 def test_one_after_the_other_they_fail_in_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seeds, "pool_size", lambda configs: 1)
+    monkeypatch.setattr(seeds, "pool_size", lambda *_: 1)
     monkeypatch.setenv("ACT", act(config=[0]))
     ended = run_seeds("--seeds", "0-1", "--quiet", **actor())
     assert (ended.code, ended.err) == (2, "seed 0: ConfigError: data: mend it\ndata: mend it\n")

@@ -91,7 +91,7 @@ def test_results_that_cannot_be_reached_are_said_at_once() -> None:
         (("--study", "s", "--storage", "sqlite:///none.db"), "--storage: there is no file"),
         (("--study", "s", "--max_trials", "0"), "--max_trials: expected at least 1, got 0"),
         (("--study", "s", "--max_seconds", "nan"), "--max_seconds: expected a number above 0, got nan"),
-        (("--study", "old"), "'old' does not say how it was begun: give its `goe tune` command once more"),
+        (("--study", "old"), "'old' does not say how it was begun: give its command once more"),
     ],
 )
 def test_what_a_worker_refuses(words: tuple[str, ...], message: str) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from research_eval.cli.common import DB_HELP, add_flag
 from research_eval.cli.compare import print_checked
+from research_eval.cli.launching import add_launch_flags, workers_of
 from research_eval.cli.match import model_names
 from research_eval.errors import ConfigError
 from research_eval.files import file_stem, write_atomically
@@ -24,6 +25,7 @@ from research_eval.system.untrusted import user_path
 from research_eval.system.world import refuse_many_processes
 
 if TYPE_CHECKING:
+    from research_eval.comparing.protocol import Place
     from research_eval.comparing.suite import Suite, Task
     from research_eval.config.sections import ExperimentConfig
 
@@ -40,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help=f"folder for the results (default: {FOLDER}/NAME)")
     add_flag(parser, "data_dir", metavar="PATH", help="folder with the data sets of tasks that need files")
     add_flag(parser, "db", metavar="URL_OR_PATH", help=DB_HELP)
+    add_launch_flags(parser)
     add_flag(
         parser,
         "allow_drift",
@@ -54,9 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def benchmark_command(arguments: argparse.Namespace) -> int:
     """Do the tasks that are not done, then print and write the tables. Exit code 1 if a task failed."""
     refuse_many_processes("a suite")
+    workers = workers_of(arguments)
     import_torch()
     with phase("importing the program"):
         from research_eval.comparing.certificate import read_certificate
+        from research_eval.comparing.protocol import Place
         from research_eval.comparing.suite import (
             Ledger,
             aggregate_table,
@@ -81,7 +86,7 @@ def benchmark_command(arguments: argparse.Namespace) -> int:
         return {"code": code, **_fingerprint(suite, tasks[name], configs[name])}
 
     def work(name: str) -> None:
-        _compare(suite, configs[name], folders[name], arguments)
+        _compare(suite, configs[name], folders[name], Place(arguments.db, workers))
 
     failed = carry_out(list(tasks), Ledger(out), fingerprint, work, arguments.allow_drift)
     certificates = {
@@ -126,7 +131,7 @@ def _fingerprint(suite: Suite, task: Task, config: ExperimentConfig) -> dict[str
     return {"config": config_sha256(suite, task, config.to_dict()), "data": content}
 
 
-def _compare(suite: Suite, config: ExperimentConfig, folder: Path, arguments: argparse.Namespace) -> None:
+def _compare(suite: Suite, config: ExperimentConfig, folder: Path, place: Place) -> None:
     """One task of the suite."""
     from research_eval.comparing.protocol import Plan
     from research_eval.comparing.whole import Report, compare_and_report
@@ -145,7 +150,7 @@ def _compare(suite: Suite, config: ExperimentConfig, folder: Path, arguments: ar
         suite.controls,
     )
     report = Report(folder, suite.margin, suite.solved_at)
-    compare_and_report(config, plan, report, arguments.db)
+    compare_and_report(config, plan, report, place)
 
 
 def _write(out: Path, suite: Suite, tables: list[Any]) -> None:

@@ -18,11 +18,15 @@ from research_eval.system.best_effort import OutputLost, best_effort_output
 from research_eval.system.untrusted import message, steers
 from research_eval.wording import did_you_mean, printable
 
+log = logging.getLogger(__name__)
+
 MAX_WORD = 4096  # characters of a word on the command line
 SHOWN_WORD = 80  # characters of a refused word in a message
 PATHS = ("PATH", "FILE", "DIR", "FOLDER", "URL", "URL_OR_PATH", "OTHER_DB")  # words for paths in the help texts
 DEFAULT_HELP = "default: final_val_f1, or the score that the task selects by"
 DB_HELP = "the results (default: $GOE_DB, else experiment_results.db)"
+
+PASSWORD = re.compile(r"[a-z0-9+]+://[^/@:]*:[^/@]+@")  # in a URL of a database
 
 Explain = Callable[[str, Sequence[str]], str | None]
 
@@ -116,6 +120,13 @@ def _guarded(command: Callable[[argparse.Namespace], int], arguments: argparse.N
     logging.basicConfig(handlers=[handler], force=True)
     # Only the project becomes quiet: warnings of libraries always reach the user.
     logging.getLogger("research_eval").setLevel(logging.WARNING if quiet else logging.INFO)
+    for flag in ("db", "storage"):
+        if PASSWORD.match(str(getattr(arguments, flag, ""))):
+            log.warning(
+                "--%s: everyone on this machine can read the password in the list of processes. Put it into "
+                "~/.pgpass, or the URL into GOE_%s",
+                *(flag, flag.upper()),
+            )
     try:
         return command(arguments)
     except OutputLost as lost:

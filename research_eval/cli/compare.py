@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from research_eval.cli.common import DB_HELP, add_flag
+from research_eval.cli.launching import add_launch_flags, workers_of
 from research_eval.cli.match import AXES_HELP, model_names
 from research_eval.cli.run import parse_sets
 from research_eval.errors import ConfigError
@@ -77,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flag(parser, "device", help="auto, cpu, cuda, cuda:N or mps")
     add_flag(parser, "set", action="append", metavar="KEY=VALUE", help="replaces any value of the config")
     add_flag(parser, "db", metavar="URL_OR_PATH", help=DB_HELP)
+    add_launch_flags(parser)
     parser.add_argument(
         "--verify", metavar="CERTIFICATE", help="train a random cell of an earlier comparison again and check its score"
     )
@@ -92,9 +94,10 @@ def compare_command(arguments: argparse.Namespace) -> int:
     if arguments.task is None or arguments.models is None:
         raise ConfigError("goe compare: give a config, data or a task, and --models such as dense,goe_original")
     overrides = _overrides(arguments)
+    workers = workers_of(arguments)
     import_torch()
     with phase("importing the program"):
-        from research_eval.comparing.protocol import Plan
+        from research_eval.comparing.protocol import Place, Plan
         from research_eval.comparing.whole import Report, compare_and_report
 
     plan = Plan(
@@ -110,7 +113,7 @@ def compare_command(arguments: argparse.Namespace) -> int:
     base = _base(arguments, overrides)
     folder = user_path(arguments.out or f"{FOLDER}/{file_stem(base.experiment_name)}", "--out")
     report = Report(folder, arguments.margin, arguments.solved_at)
-    tables, paths = compare_and_report(base, plan, report, arguments.db)
+    tables, paths = compare_and_report(base, plan, report, Place(arguments.db, workers))
     print_product("\n\n".join(table.text() for table in tables) + "\n")
     if not arguments.quiet:
         print_product("".join(f"{path}\n" for path in paths))

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from research_eval.cli.common import DB_HELP, add_flag
+from research_eval.cli.launching import add_launch_flags, workers_of
 from research_eval.errors import ConfigError
 from research_eval.registry import NEXT_TOKEN
 from research_eval.store.data_facts import SHORT_NAMES, baseline_score
@@ -106,6 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `goe run`."""
     add_run_arguments(parser)
     add_common_arguments(parser)
+    add_launch_flags(parser)
 
 
 def with_keys_as_sets(argv: Sequence[str]) -> list[str]:
@@ -229,6 +231,7 @@ def _run(arguments: argparse.Namespace) -> int:
     origins = {key: f"--set {key}" for key in sets}
     seeds = [None] if arguments.seeds is None else parse_seeds(arguments.seeds)
     check_early(arguments.json_config_path, overrides, needs_data=not arguments.resume)
+    workers = workers_of(arguments)
     import_torch()
     with phase("checking the config"):
         configs = [
@@ -256,7 +259,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     # The results come one by one. After a stopped run there are none for the seeds that follow it.
     exit_code = 0
-    results = run_all(configs, db=arguments.db, resume=arguments.resume, quiet=arguments.quiet)
+    results = run_all(configs, db=arguments.db, resume=arguments.resume, quiet=arguments.quiet, workers=workers)
     for config, result in results:
         exit_code = max(exit_code, result.exit_code)
         with attempted(log, f"run {result.experiment_id}: {result.status}, but its summary is not printed"):

@@ -9,22 +9,19 @@ everything else. All flags are checked together before any work begins.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from research_eval.cli.common import DEFAULT_HELP, add_flag, names_of
+from research_eval.cli.launching import LAUNCH_FLAGS, add_launch_flags, at_least, default_storage, launch_options
 from research_eval.cli.run import add_common_arguments, parse_sets
 from research_eval.errors import ConfigError
 from research_eval.files import MAX_NAME
 from research_eval.store.metrics import check_selectable, check_spelling
-from research_eval.studies.launchers import LAUNCHERS, STORAGE_VARIABLE, LauncherName, LaunchOptions
 from research_eval.system.best_effort import print_product
 from research_eval.system.environment import usable_cores
 from research_eval.system.phases import import_torch, phase
-from research_eval.system.untrusted import parse_json, read_limited, user_path
 from research_eval.system.world import refuse_many_processes
 from research_eval.wording import hint
 
@@ -34,9 +31,7 @@ if TYPE_CHECKING:
 DESCRIPTION = "a study: many experiments whose settings a sampler chooses"
 SAMPLERS = ("tpe", "random", "gp", "nsga2", "cmaes", "grid")
 PRUNERS = ("median", "hyperband", "none")
-DEFAULT_STORAGE = "sqlite:///optuna_studies.db"
 # What a study does not remember of its flags: where it lies, how long this command works, and what it prints.
-LAUNCH_FLAGS = ("launcher", "workers", "worker_cpus", "worker_gpus", "launcher_options", "ray_insecure")
 NOT_STORED = ("storage", "db", "n_trials", "more_trials", "n_jobs", "timeout", "dry_run", "quiet", *LAUNCH_FLAGS)
 # Model types of a study that does not name any: the four that the project compares.
 DEFAULT_TYPES = ("dense", "moe", "goe", "goe_original")
@@ -63,13 +58,11 @@ FIXED_BY = {
     "training_params.precision": "precision",
     **{f"dataset_params.{parameter}": flag for flag, (_, parameter) in DATA_FLAGS.items()},
 }
-MAX_OPTIONS_BYTES = 10**6
 STUDY_ONLY = (  # flags that one experiment does not have
-    *("study_name", "storage", "n_trials", "more_trials", "dataset_type", "dataset_name", "model_types", "sampler"),
+    *("study_name", "n_trials", "more_trials", "dataset_type", "dataset_name", "model_types", "sampler"),
     "pruner",
     *("objectives", "max_params", "max_flops", "n_jobs", "timeout", "seeds_per_trial", "search_space", "warm_start"),
     *(name for name in DATA_FLAGS if name != "data_dir"),
-    *LAUNCH_FLAGS,
 )
 
 
@@ -78,12 +71,6 @@ def add_study_arguments(parser: argparse._ActionsContainer, required: bool = Fal
     add_flag(parser, "dataset_name", metavar="D", required=required, help="such as parity, addition or ag_news")
     add_flag(parser, "dataset_type", metavar="T", help="such as synthetic or real_world; default: what the name says")
     add_flag(parser, "study_name", metavar="S", help="default: type and name of the data set")
-    add_flag(
-        parser,
-        "storage",
-        metavar="URL",
-        help=f"Optuna's database (default: ${STORAGE_VARIABLE}, else {DEFAULT_STORAGE})",
-    )
     add_flag(
         parser, "n_trials", type=int, metavar="N", help="trials of the whole study, over all workers (default 100)"
     )
@@ -119,50 +106,6 @@ def add_study_arguments(parser: argparse._ActionsContainer, required: bool = Fal
             add_flag(parser, name, type=int, metavar="N", help=f"{parameter} of {dataset_type} data; not searched then")
 
 
-def add_launch_flags(parser: argparse._ActionsContainer) -> None:
-    """Add the flags that say where workers run."""
-    add_flag(parser, "launcher", choices=LAUNCHERS, help="where workers run: here (local), as Slurm jobs, or on Ray")
-    add_flag(parser, "workers", type=int, metavar="N", help="workers of the launcher; of local it is --n_jobs")
-    add_flag(parser, "worker_cpus", type=float, metavar="N", help="cores of one worker (default 1)")
-    add_flag(parser, "worker_gpus", type=float, metavar="N", help="GPUs of one worker (default 0)")
-    add_flag(
-        parser,
-        "launcher_options",
-        metavar="FILE",
-        help="JSON with options of the engine: parameters of submitit's AutoExecutor (and cluster), or of ray.init",
-    )
-    add_flag(parser, "ray_insecure", action="store_true", help="use a Ray cluster that takes programs from anyone")
-
-
-def launch_options(arguments: argparse.Namespace) -> LaunchOptions:
-    """Where workers run. Raises ConfigError."""
-    name: LauncherName = getattr(arguments, "launcher", None) or "local"
-    given = {flag: getattr(arguments, flag, None) for flag in LAUNCH_FLAGS}
-    elsewhere = [flag for flag in LAUNCH_FLAGS[2:] if given[flag]]
-    if name == "local" and elsewhere:
-        raise ConfigError(f"--{elsewhere[0]}: is for --launcher submitit or ray")
-    if given["workers"] is not None and getattr(arguments, "n_jobs", None) is not None:
-        raise ConfigError("--n_jobs and --workers: give one of them")
-    for flag in ("worker_cpus", "worker_gpus"):
-        value = given[flag]
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise ConfigError(f"--{flag}: expected a number of at least 0, got {value}")
-    options: Any = {}
-    if given["launcher_options"] is not None:
-        path = user_path(given["launcher_options"])
-        options = parse_json(read_limited(path, MAX_OPTIONS_BYTES, "--launcher_options"), str(path))
-        if not isinstance(options, dict):
-            raise ConfigError(f"--launcher_options: {path} has to hold a JSON object")
-    return LaunchOptions(
-        name,
-        _at_least("workers", 1 if given["workers"] is None else given["workers"], 1),
-        1 if given["worker_cpus"] is None else given["worker_cpus"],
-        given["worker_gpus"] or 0,
-        options,
-        bool(given["ray_insecure"]),
-    )
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `goe tune`."""
     add_study_arguments(parser, required=True)
@@ -180,7 +123,7 @@ def study_options(arguments: argparse.Namespace) -> StudyOptions:
         value = getattr(arguments, name, None)
         return default if value is None else value
 
-    whole = {name: _at_least(name, given(name, default), 1) for name, default in DEFAULTS.items() if name != "n_jobs"}
+    whole = {name: at_least(name, given(name, default), 1) for name, default in DEFAULTS.items() if name != "n_jobs"}
     more_trials = given("more_trials")
     if more_trials is not None and given("n_trials") is not None:
         raise ConfigError("--n_trials counts all trials of a study, and --more_trials those to be added: give one")
@@ -239,9 +182,9 @@ def study_options(arguments: argparse.Namespace) -> StudyOptions:
         budget=Budget(
             n_trials=whole["n_trials"],
             seeds_per_trial=whole["seeds_per_trial"],
-            max_params=None if max_params is None else _at_least("max_params", max_params, 1),
+            max_params=None if max_params is None else at_least("max_params", max_params, 1),
             max_flops=max_flops,
-            more_trials=None if more_trials is None else _at_least("more_trials", more_trials, 1),
+            more_trials=None if more_trials is None else at_least("more_trials", more_trials, 1),
         ),
         method=Method(sampler, given("pruner", "median"), bool(given("warm_start", False))),
         objectives=objectives,
@@ -250,11 +193,6 @@ def study_options(arguments: argparse.Namespace) -> StudyOptions:
         db=given("db"),
         flags=flags,
     )
-
-
-def default_storage() -> str:
-    """The storage of a command without --storage."""
-    return os.environ.get(STORAGE_VARIABLE) or DEFAULT_STORAGE
 
 
 def _flags(arguments: argparse.Namespace, search_space: Mapping[str, Any]) -> dict[str, Any]:
@@ -334,7 +272,7 @@ def _base(arguments: argparse.Namespace, whole: dict[str, int]) -> dict[str, Any
         "dataset_name": dataset_name,
         "epochs": whole["epochs"],
         "batch_size": whole["batch_size"],
-        "seed": _at_least("seed", seed, 0),
+        "seed": at_least("seed", seed, 0),
         "dataset_params": params,
         "training_params": {name: value for name, value in training.items() if value is not None},
     }
@@ -348,7 +286,7 @@ def _dataset_params(arguments: argparse.Namespace, dataset_type: str, dataset_na
         if value is not None and needed != dataset_type:
             raise ConfigError(f"--{flag}: is for {needed} data, and {dataset_name} is {dataset_type}")
         if value is not None:
-            params[parameter] = value if flag == "data_dir" else _at_least(flag, value, 1)
+            params[parameter] = value if flag == "data_dir" else at_least(flag, value, 1)
     return params
 
 
@@ -393,16 +331,7 @@ def _num_workers(value: Any) -> int:
     """The number of workers; -1 means one per core that this process may use. Raises ConfigError."""
     if value == -1 and not isinstance(value, bool):
         return usable_cores()
-    return _at_least("n_jobs", value, 1)
-
-
-def _at_least(name: str, value: Any, least: int) -> int:
-    """The value, if it is a whole number and not too small. Raises ConfigError."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(
-            f"--{name}: expected a whole number of at least {least}, got {json.dumps(value, default=str)}"
-        )
-    return value
+    return at_least("n_jobs", value, 1)
 
 
 def tune_command(arguments: argparse.Namespace) -> int:

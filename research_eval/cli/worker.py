@@ -1,4 +1,4 @@
-"""`goe worker`: train trials of a study that `goe tune` has begun, on this machine or on another one.
+"""`goe worker`: train trials of a study, or runs of a batch, that another command has begun; on any machine.
 
     goe worker --study parity_study --storage postgresql://... --db postgresql://...
 
@@ -12,11 +12,16 @@ import math
 import os
 import signal
 import threading
+from typing import TYPE_CHECKING
 
 from research_eval.cli import tune
 from research_eval.cli.common import DB_HELP
+from research_eval.cli.launching import DEFAULT_STORAGE, default_storage
 from research_eval.errors import ConfigError
 from research_eval.system.phases import import_torch, phase
+
+if TYPE_CHECKING:
+    from research_eval.studies.options import StudyOptions
 
 DESCRIPTION = "train trials of a study that `goe tune` has begun, also on another machine"
 
@@ -25,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `goe worker`."""
     parser.add_argument("--study", required=True, metavar="NAME", help="name of the study (--study_name of goe tune)")
     parser.add_argument(
-        "--storage", metavar="URL", help=f"its database (default: $GOE_STORAGE, else {tune.DEFAULT_STORAGE})"
+        "--storage", metavar="URL", help=f"its database (default: $GOE_STORAGE, else {DEFAULT_STORAGE})"
     )
     parser.add_argument("--db", metavar="URL_OR_PATH", help=DB_HELP)
     parser.add_argument("--max_trials", type=int, metavar="K", help="stop after so many trials")
@@ -46,14 +51,21 @@ def worker_command(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--max_seconds: expected a number above 0, got {seconds}")
     import_torch()  # after what can be checked without it
     with phase("importing the program"):
+        from research_eval.studies.batch import CONFIGS, batch_options
+        from research_eval.studies.launchers import Elsewhere, LaunchOptions
         from research_eval.studies.queue import stored_flags
         from research_eval.studies.storage import storage_url
         from research_eval.studies.tune import work_alone
 
-    storage = storage_url(arguments.storage or tune.default_storage())
+    storage = storage_url(arguments.storage or default_storage())
     flags, n_trials = stored_flags(storage, arguments.study)
-    given = {**flags, "storage": storage, "db": arguments.db, "n_trials": n_trials}
-    options = tune.study_options(argparse.Namespace(**given))
+    if CONFIGS in flags:
+        options: StudyOptions = batch_options(
+            flags[CONFIGS], n_trials, arguments.db, Elsewhere(storage, LaunchOptions())
+        )
+    else:
+        given = {**flags, "storage": storage, "db": arguments.db, "n_trials": n_trials}
+        options = tune.study_options(argparse.Namespace(**given))
     if arguments.end_with_stdin:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
     return work_alone(options, seconds, arguments.max_trials, arguments.quiet, arguments.slot)

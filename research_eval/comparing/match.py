@@ -22,7 +22,7 @@ from research_eval.config.construction import without_draws
 from research_eval.config.sections import ExperimentConfig
 from research_eval.datasets.token_data import DataSplits
 from research_eval.errors import ConfigError
-from research_eval.models.base_model import EvaluableModel, adapt
+from research_eval.models.base_model import EvaluableModel, adapt, formula_of
 from research_eval.registry import models_for
 from research_eval.runs.prepare import create_model, model_context, prepare
 from research_eval.system.phases import phase
@@ -218,7 +218,7 @@ def _formula(config: ExperimentConfig, data: DataSplits) -> float:
     """The model's own count of FLOPs, averaged over the lengths of the validation split; executed ones without it."""
     model = _without_memory(config, data)
     lengths, counts = _lengths(data)
-    found = [model.get_flops_per_sample(length) for length in lengths]
+    found = [formula_of(model, length) for length in lengths]
     if None in found:
         return cost_of(config, "flops", data)
     return float(np.average(np.array(found, float), weights=counts))

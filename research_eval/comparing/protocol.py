@@ -26,6 +26,7 @@ from research_eval.routing.alarms import STILL_LEARNING
 from research_eval.runs.journal import Result
 from research_eval.store.data_facts import Baselines
 from research_eval.store.metrics import gain_sign
+from research_eval.studies.launchers import Elsewhere
 from research_eval.studies.seeds import endings_of
 from research_eval.system.phases import phase
 from research_eval.tasks.base import task_of
@@ -105,7 +106,18 @@ class Outcome:
         return next((found.baselines for runs in self.results.values() for found in runs if found.baselines), {})
 
 
-def compare(base: ExperimentConfig, plan: Plan, data: DataSplits, db: str | None = None) -> Outcome:
+@dataclass(frozen=True)
+class Place:
+    """Where runs are stored, and how many processes, or which workers of a launcher, train them."""
+
+    db: str | None = None
+    workers: Elsewhere | int | None = None
+
+
+HERE = Place()
+
+
+def compare(base: ExperimentConfig, plan: Plan, data: DataSplits, place: Place = HERE) -> Outcome:
     """Carry out the plan. The base gives data and training; its model has the size that the others are matched to.
 
     Raises ConfigError for what the user has to change, and KeyboardInterrupt after a signal: the same call continues.
@@ -124,8 +136,8 @@ def compare(base: ExperimentConfig, plan: Plan, data: DataSplits, db: str | None
         if not found.is_matched:
             log.warning("%s is not matched: it costs %.3f times the base", name, found.ratio)
     outcome = Outcome(plan, base, arms, matches, f"final_val_{score}", f"test_{score}")
-    _tune(outcome, db)
-    _report_seeds(outcome, db)
+    _tune(outcome, place)
+    _report_seeds(outcome, place)
     return outcome
 
 
@@ -140,7 +152,7 @@ def _wanted(base: ExperimentConfig, plan: Plan) -> list[tuple[str, str, dict[str
     return found
 
 
-def _tune(outcome: Outcome, db: str | None) -> None:
+def _tune(outcome: Outcome, place: Place) -> None:
     """Tune all arms; once more with twice the training for all if the best trial of one is still learning."""
     plan = outcome.plan
 
@@ -152,7 +164,7 @@ def _tune(outcome: Outcome, db: str | None) -> None:
             for seed in seeds
         ]
         names = [f"{arm.name} {_short(changes)}" for arm, changes in wanted for _ in seeds]
-        results = _trained(configs, names, outcome.metric, db)
+        results = _trained(configs, names, outcome.metric, place)
         for number, (arm, changes) in enumerate(wanted):
             own = results[number * len(seeds) : (number + 1) * len(seeds)]
             arm.trials.append(_trial(changes, own, outcome.metric))
@@ -193,12 +205,12 @@ def _trial(changes: Changes, results: Sequence[Result], metric: str) -> Trial:
     return Trial(changes, gain_sign(metric) * mean if finite else -math.inf, mean if finite else None, ids, is_learning)
 
 
-def _report_seeds(outcome: Outcome, db: str | None) -> None:
+def _report_seeds(outcome: Outcome, place: Place) -> None:
     """Train every arm with fresh seeds and its best settings, and score the test split."""
     seeds = range(outcome.plan.num_seeds)
     configs = [cell_config(arm.configured(), seed) for seed in seeds for arm in outcome.arms]
     names = [f"{arm.name} seed {seed}" for seed in seeds for arm in outcome.arms]
-    results = _trained(configs, names, outcome.test_metric, db)
+    results = _trained(configs, names, outcome.test_metric, place)
     for number, arm in enumerate(outcome.arms):
         outcome.results[arm.name] = results[number :: len(outcome.arms)]
 
@@ -214,7 +226,7 @@ def _seeded(config: ExperimentConfig, seed: int) -> ExperimentConfig:
     return changed(config, {"seed": seed, **instance})
 
 
-def _trained(configs: Sequence[ExperimentConfig], names: Sequence[str], metric: str, db: str | None) -> list[Result]:
+def _trained(configs: Sequence[ExperimentConfig], names: Sequence[str], metric: str, place: Place) -> list[Result]:
     """The results of all configs; those of an earlier call are read from the store. A diverged run has no metrics.
 
     If a run raises or its process is killed, the others continue, and at the end the first exception is raised: a run
@@ -222,7 +234,7 @@ def _trained(configs: Sequence[ExperimentConfig], names: Sequence[str], metric: 
     """
     found: list[Result] = []
     failure: Exception | None = None
-    endings = endings_of(configs, names, db=db, resume=True, quiet=True, show_data=False)
+    endings = endings_of(configs, names, db=place.db, resume=True, quiet=True, show_data=False, workers=place.workers)
     for (_, ending), name in zip(endings, names, strict=False):
         if isinstance(ending, Exception):
             failure = failure or ending

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from research_eval.analysis.tables import Table, bounds_of
 from research_eval.comparing.match import check_axis
-from research_eval.comparing.protocol import Plan, compare, with_test_split
+from research_eval.comparing.protocol import HERE, Place, Plan, compare, with_test_split
 from research_eval.comparing.report import pairs_table, summary, write_files
 from research_eval.comparing.verdicts import MARGIN, verdicts
 from research_eval.config.sections import ExperimentConfig
@@ -39,7 +39,7 @@ class Report:
 
 
 def compare_and_report(
-    base: ExperimentConfig, plan: Plan, report: Report, db: str | None = None
+    base: ExperimentConfig, plan: Plan, report: Report, place: Place = HERE
 ) -> tuple[list[Table], list[Path]]:
     """Compare the models of the plan; returns the tables and the files that were written. Raises as `compare`."""
     check_axis(plan.axis)
@@ -48,13 +48,13 @@ def compare_and_report(
         data = load_splits(base.dataset_type, base.dataset_name, base.dataset_params, base.seed)
     log.info("%s", "\n".join(data_block(base.dataset_name, data)))
     _fit_baselines(base)
-    outcome = compare(base, plan, data, db)
+    outcome = compare(base, plan, data, place)
     scores = {arm.name: outcome.scores(arm) for arm in outcome.arms}
     noise = {arm.name: outcome.noise(arm) for arm in outcome.arms}
     found = verdicts(
         scores, sign=outcome.sign, margin=report.margin, bounds=bounds_of(outcome.test_metric), noise=noise
     )
-    paths = write_files(report.folder, outcome, found, db, report.solved_at, report.margin)
+    paths = write_files(report.folder, outcome, found, place.db, report.solved_at, report.margin)
     return [summary(outcome, report.solved_at), pairs_table(outcome, found, report.margin)], paths
 
 

@@ -46,6 +46,7 @@ class EncoderSettings:
     token_dropout: Share = 0.0
     embedding_scale: Positive = 1.0
     char_ngram_buckets: Annotated[Natural, Younger()] = 0
+    pretrained_dir: Annotated[str | None, Younger()] = None
 
     def feed_forward_width(self, default: float) -> int:
         """The inner width of the feed-forward part: as given, or `default` times `embed_dim`.

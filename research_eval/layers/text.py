@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from research_eval.layers.characters import CharacterNgrams
+from research_eval.layers.pretrained import PretrainedTrunk
 from research_eval.layers.settings import EncoderSettings
 from research_eval.layers.settings import Pool as Pool
 from research_eval.layers.settings import PositionalEncoding as PositionalEncoding
@@ -105,8 +106,10 @@ class TokenEmbedding(nn.Module):
         self._positions_LD = torch.empty(0, embed_dim)
 
     @classmethod
-    def of(cls, vocab_size: int, padding_idx: int, settings: EncoderSettings) -> TokenEmbedding:
-        """The embedding of an encoder with these settings."""
+    def of(cls, vocab_size: int, padding_idx: int, settings: EncoderSettings) -> nn.Module:
+        """The embedding of an encoder with these settings, or the pretrained encoder that stands in its place."""
+        if settings.pretrained_dir:
+            return PretrainedTrunk(settings.pretrained_dir, vocab_size, settings.embed_dim, settings.dropout)
         return cls(
             vocab_size,
             settings.embed_dim,

@@ -24,6 +24,7 @@ from research_eval.errors import ConfigError
 from research_eval.layers.dispatch import Executing
 from research_eval.layers.losses import AuxiliaryLoss as AuxiliaryLoss
 from research_eval.layers.packing import Packing, Samples
+from research_eval.layers.pretrained import PretrainedTrunk
 from research_eval.routing.automaton import WalkerAutomaton
 from research_eval.routing.record import EvaluationRecorder
 from research_eval.tasks.base import Task
@@ -274,6 +275,13 @@ def logits_of(model: EvaluableModel, batch: Batch) -> Tensor:
     if isinstance(model, RoutedModel) and outcome.details is not None:
         model.outcome = outcome
     return outcome.outputs
+
+
+def formula_of(model: EvaluableModel, length: int) -> float | None:
+    """The model's own count of FLOPs; None if it has none, or if a part of it, a pretrained encoder, has none."""
+    if any(isinstance(part, PretrainedTrunk) for part in model.modules()):
+        return None
+    return model.get_flops_per_sample(length)
 
 
 def get_trainable_parameter_count(model: nn.Module) -> int:

@@ -52,6 +52,7 @@ class TrialRun:
     experiment_id: str
     watch: Watch
     check_data: Callable[[dict[str, Any]], None] = lambda _: None
+    run_type: str = "optuna_trial"
 
 
 class RunEntry:
@@ -237,7 +238,7 @@ class RunEntry:
         if self._resume:
             log.info("no earlier run of this config to resume: starting a new one")
         # `find_experiment` ignores trials, so that a resume of the same config never continues one.
-        run_type = "json" if self._trial is None else "optuna_trial"
+        run_type = "json" if self._trial is None else self._trial.run_type
         with_retries(lambda: start_row(store, name, self._config, environment, run_type, self._parent_id))
         return FIRST_ATTEMPT
 

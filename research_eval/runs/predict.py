@@ -29,6 +29,7 @@ from research_eval.datasets.kinds import dataset_kind
 from research_eval.datasets.language import vocabulary
 from research_eval.datasets.text import UNK, UNK_ID, TextDataset, encode_texts
 from research_eval.datasets.text.normalizing import has_our_steps
+from research_eval.datasets.text.pretrained import has_known_steps
 from research_eval.datasets.text.source import FILE_TYPES, file_type
 from research_eval.datasets.token_data import CLASSIFICATION, Batches, TokenData
 from research_eval.errors import ConfigError
@@ -351,7 +352,8 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
     content = parse_json(text, str(path))
     try:
         is_language = vocabulary.kind_in_json(content) is not None
-        if not is_language and not (isinstance(content, dict) and has_our_steps(content)):
+        known = isinstance(content, dict) and (has_our_steps(content) or has_known_steps(content))
+        if not is_language and not known:
             raise ValueError("holds steps that no run of ours has")
         tokenizer = Tokenizer.from_str(text.decode())
         largest = max(tokenizer.get_vocab().values(), default=-1)

@@ -19,6 +19,7 @@ from research_eval.errors import ConfigError
 from research_eval.layers.block import compile_blocks
 from research_eval.layers.characters import CharacterNgrams
 from research_eval.layers.dispatch import Execution, set_execution
+from research_eval.layers.pretrained import PretrainedTrunk
 from research_eval.models.base_model import EvaluableModel, adapt
 from research_eval.models.language.base import LanguageModel
 from research_eval.registry import CLASSIFICATION, DISPATCHERS, NEXT_TOKEN, models_for
@@ -63,7 +64,7 @@ def prepare(config: ExperimentConfig, data: DataSplits | None = None) -> Prepare
         model = adapt(made, config.model_type)
         if isinstance(model, LanguageModel):
             model.learn_text(data.train.tokens, derive_seed(config.seed, "routes"))
-        _learn_words(model, data)
+        _learn_tokens(model, data)
         _check_weighted_loss(config, model)
         set_execution(model, Execution(options.kernels, DISPATCHERS.get_or_explain(options.dispatcher)()))
         if options.compile:
@@ -84,8 +85,13 @@ def _check_options(config: ExperimentConfig, data: DataSplits) -> None:
         )
 
 
-def _learn_words(model: EvaluableModel, data: DataSplits) -> None:
-    """Give the words of the vocabulary to the parts that read letters. Raises ConfigError if tokens are no words."""
+def _learn_tokens(model: EvaluableModel, data: DataSplits) -> None:
+    """Give the vocabulary to the parts that read letters, or that have a tokenizer of their own.
+
+    Raises ConfigError if the tokens are no words, or come from another tokenizer.
+    """
+    for trunk in (part for part in model.modules() if isinstance(part, PretrainedTrunk)):
+        trunk.learn(data.tokenizer, data.max_length)
     parts = [part for part in model.modules() if isinstance(part, CharacterNgrams)]
     if not parts:
         return

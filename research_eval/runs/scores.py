@@ -14,7 +14,7 @@ from research_eval.datasets.kinds import dataset_kind
 from research_eval.datasets.language.stream import StreamBatches
 from research_eval.datasets.token_data import Batches, DataSplits, TokenData
 from research_eval.files import file_stem
-from research_eval.models.base_model import EvaluableModel
+from research_eval.models.base_model import EvaluableModel, formula_of
 from research_eval.models.language.base import LanguageModel
 from research_eval.routing.alarms import SCORE
 from research_eval.routing.automaton import certification_metrics
@@ -135,7 +135,7 @@ def _costs(
     forward_flops, training_flops = measure_flops(model, validation, runtime, task=task)
     # One analytic count per distinct length, weighted by the number of its samples.
     lengths, counts = np.unique(data.validation.lengths, return_counts=True)
-    analytic = [model.get_flops_per_sample(length) for length in lengths.tolist()]
+    analytic = [formula_of(model, length) for length in lengths.tolist()]
     costs = {
         "epochs_completed": state.step // per_epoch,
         "training_duration_seconds": state.seconds,

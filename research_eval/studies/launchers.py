@@ -61,6 +61,14 @@ class LaunchOptions:
                 )
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """Where runs are trained that this process does not train itself: the storage of their queue, and the workers."""
+
+    storage: str
+    launch: LaunchOptions
+
+
 class Launcher(Protocol):
     """Workers that an engine keeps alive. `output` says where a user finds what they printed."""
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from research_eval.config.check import stored_config
+from research_eval.config.sections import ExperimentConfig
 from research_eval.store.metrics import DEFAULT_METRIC, FLOPS_VERSION, Direction, direction
+from research_eval.store.values import canonical_json
 from research_eval.studies.launchers import LaunchOptions
 from research_eval.studies.space import SearchSpace
 
@@ -82,3 +86,22 @@ class StudyOptions:
             "max_flops": self.budget.max_flops,
             **({"flops_version": FLOPS_VERSION} if "train_flops" in self.objectives else {}),
         }
+
+
+@dataclass(frozen=True)
+class BatchOptions(StudyOptions):
+    """Runs that are given and not drawn, as a study: each trial has one of the `configs`, and none is pruned."""
+
+    configs: tuple[dict[str, Any], ...] = ()
+
+    def config(self, number: int) -> ExperimentConfig:
+        """One of the configs. Raises ConfigError if this version of the program cannot read it."""
+        return stored_config(self.configs[number], source=f"config {number} of {self.study_name}")
+
+    def settings(self) -> dict[str, Any]:
+        return {"configs_sha256": configs_sha256(self.configs)}
+
+
+def configs_sha256(configs: tuple[dict[str, Any], ...]) -> str:
+    """The hash of the configs of a batch."""
+    return hashlib.sha256(canonical_json(list(configs)).encode()).hexdigest()

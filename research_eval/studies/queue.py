@@ -15,6 +15,7 @@ The life of a trial:
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -29,7 +30,10 @@ from research_eval.studies.options import StudyOptions
 from research_eval.studies.pruning import make_pruner
 from research_eval.studies.storage import lock_of_study, study_attributes, study_names, while_away
 from research_eval.studies.trials import Outcome
+from research_eval.system.environment import program_record
 from research_eval.wording import hint, shown
+
+log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3  # a trial fails after so many workers died while they trained it
 SHOWN_SETTING = 200  # characters of a setting in a message
@@ -82,8 +86,9 @@ class TrialQueue:
             )
 
     def open_to_workers(self) -> None:
-        """Store what `goe worker` needs to take part: the flags, and the number of trials."""
+        """Store what `goe worker` needs to take part: the flags, the number of trials and this program's versions."""
         self.study.set_user_attr("flags", self.options.flags)
+        self.study.set_user_attr("program", program_record())
         self.study.set_user_attr("n_trials", self.options.budget.n_trials)
 
     def own_trials(self) -> list[FrozenTrial]:
@@ -172,7 +177,10 @@ class TrialQueue:
 
 
 def stored_flags(storage: str, study_name: str) -> tuple[dict[str, Any], int]:
-    """The flags of a study, and its number of trials. Raises ConfigError for a study that `goe tune` has not begun."""
+    """The flags of a study, and its number of trials. Warns if it was begun by other versions of libraries or code.
+
+    Raises ConfigError for a study that no command has begun, or that another version of this program has begun.
+    """
     names = study_names(storage)
     if study_name not in names:
         known = f" It has {', '.join(names[:10])}.{hint(study_name, names)}" if names else " It has none."
@@ -181,10 +189,23 @@ def stored_flags(storage: str, study_name: str) -> tuple[dict[str, Any], int]:
     flags, n_trials = attributes.get("flags"), attributes.get("n_trials")
     if not isinstance(flags, dict) or not isinstance(n_trials, int):
         raise ConfigError(
-            f"--study: {study_name!r} does not say how it was begun: give its `goe tune` command once more, and start "
-            "workers then"
+            f"--study: {study_name!r} does not say how it was begun: give its command once more, and start workers then"
         )
+    _compare_programs(attributes.get("program"))
     return flags, n_trials
+
+
+def _compare_programs(begun: Any) -> None:
+    """Raise ConfigError if a study was begun by another version of the program; warn of other differences."""
+    here, begun = program_record(), begun if isinstance(begun, dict) else {}
+    other = {name: value for name, value in begun.items() if value is not None and here.get(name) != value}
+    if "research_eval" in other:
+        raise ConfigError(
+            f"--study: it was begun by version {shown(other['research_eval'])} of this program, and this is "
+            f"{here['research_eval']}: the runs would not compare. Install the same version here."
+        )
+    for name, value in other.items():
+        log.warning("the study was begun with %s %s, and this worker has %s", name, shown(value), here.get(name))
 
 
 def _with_former_defaults(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -34,6 +34,7 @@ from research_eval.runs.journal import Result
 from research_eval.store.connection import database_url
 from research_eval.store.csv_file import csv_accepts_rows
 from research_eval.store.store import Store
+from research_eval.studies.launchers import Elsewhere
 from research_eval.studies.processes import process_context
 from research_eval.system.best_effort import best_effort_output
 from research_eval.system.environment import usable_cores
@@ -59,9 +60,16 @@ ERRORS: dict[str, type[Exception]] = {
 
 
 def run_all(
-    configs: Sequence[ExperimentConfig], *, db: str | None = None, resume: bool = False, quiet: bool = False
+    configs: Sequence[ExperimentConfig],
+    *,
+    db: str | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+    workers: Elsewhere | int | None = None,
 ) -> Iterator[tuple[ExperimentConfig, Result]]:
     """Run all configs, which differ in their seeds only. Yields each with its result, in their order.
+
+    `workers` is the number of processes, instead of one per core, or says where workers of a launcher train the runs.
 
     If the CSV file cannot be continued, there is one warning for all runs.
 
@@ -70,7 +78,7 @@ def run_all(
     with the signal's number, if a signal kept runs from beginning and stopped none.
     """
     failure, is_interrupted = None, False
-    for config, ending in endings_of(configs, db=db, resume=resume, quiet=quiet):
+    for config, ending in endings_of(configs, db=db, resume=resume, quiet=quiet, workers=workers):
         if isinstance(ending, Exception):
             failure = failure or ending
             continue
@@ -88,15 +96,20 @@ def endings_of(
     resume: bool = False,
     quiet: bool = False,
     show_data: bool = True,
+    workers: Elsewhere | int | None = None,
 ) -> Iterator[tuple[ExperimentConfig, Ending]]:
     """As `run_all`, but a run that raises has its exception as its ending, and the configs may differ in anything.
 
     Messages call the runs by their `names`; without them by their seeds. `show_data` logs what the first run knows of
     its data.
     """
+    if isinstance(workers, Elsewhere):
+        from research_eval.studies.batch import endings_elsewhere  # with Optuna, which takes a second to import
+
+        return endings_elsewhere(configs, db=db, resume=resume, quiet=quiet, place=workers)
     if resume and len(configs) > 1:  # one run finds it out itself
         check_continuations(configs, db)
-    names, size = names or [f"seed {config.seed}" for config in configs], pool_size(configs)
+    names, size = names or [f"seed {config.seed}" for config in configs], pool_size(configs, workers)
     if size > 1:
         return _Pool(configs, names, size, _Options(db, resume, quiet, show_data)).endings()
     return _in_turn(configs, names, _Options(db, resume, quiet, show_data))
@@ -111,15 +124,15 @@ class _Options(NamedTuple):
     show_data: bool
 
 
-def pool_size(configs: Sequence[ExperimentConfig]) -> int:
-    """How many runs work at a time: one per core, or per `num_threads` cores.
+def pool_size(configs: Sequence[ExperimentConfig], wanted: int | None = None) -> int:
+    """How many runs work at a time: as many as `wanted`, else one per core, or per `num_threads` cores.
 
     One alone on a GPU, or if only this process knows the model or the dataset (a class of a notebook, for example).
     """
     options = configs[0].training_params
     if choose_device(options.device).type != "cpu" or not all(map(_can_be_sent, _foreign_classes(configs))):
         return 1
-    return max(1, min(len(configs), usable_cores() // (options.num_threads or 1)))
+    return max(1, min(len(configs), wanted or usable_cores() // (options.num_threads or 1)))
 
 
 def _in_turn(

@@ -11,17 +11,18 @@ import functools
 import logging
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from research_eval.config.check import stored_config
 from research_eval.config.sections import ExperimentConfig
-from research_eval.errors import RunIsBusy, Superseded
+from research_eval.datasets.kinds import dataset_kind
+from research_eval.errors import ConfigError, RunIsBusy, Superseded
 from research_eval.experiment import TrialRun, run
 from research_eval.runs.folder import new_id
 from research_eval.store.store import Store
-from research_eval.studies.adapter import StoredTrial
-from research_eval.studies.options import StudyOptions
+from research_eval.studies.adapter import StoredTrial, given_values
+from research_eval.studies.options import BatchOptions, StudyOptions
 from research_eval.studies.proposals import choose_config
 from research_eval.studies.pruning import PruningCallback
 from research_eval.studies.storage import while_away
@@ -34,6 +35,7 @@ from research_eval.training.state import Pruned
 
 log = logging.getLogger(__name__)
 
+CONFIG = "config"  # the value of a trial of a batch: the number of its config
 LEFT = "left"  # a trial that this worker does not end, because another process is at it
 
 
@@ -48,12 +50,17 @@ class Outcome:
 
 
 def train_trial(trial: StoredTrial, options: StudyOptions) -> Outcome:
-    """Choose the settings of a trial and train every seed.
+    """Choose the settings of a trial, or take the config that it was given, and train every seed.
 
     A trial that was interrupted keeps its settings and continues from its checkpoint.
     """
     try:
-        config = choose_config(trial, options)
+        if isinstance(options, BatchOptions):
+            config = options.config(given_values(trial.frozen())[CONFIG])
+        else:
+            config = choose_config(trial, options)
+    except ConfigError as problem:
+        return Outcome("failed", reason=str(problem))
     except Pruned as problem:
         return Outcome("pruned", reason=str(problem))
     return train_config(trial, options, config)
@@ -102,20 +109,18 @@ def _train_seed(
     if known is not None:  # a run that was begun continues with its own settings of threads and device
         seeded = stored_config(stored_object(known["full_config_json"]), source=f"run {ids[index]}")
     callback = PruningCallback(trial, options, seeded, judges=index == 0)
-    result = run(
-        seeded,
-        db=options.db,
-        quiet=True,
-        parent_id=ids[0] if index else None,
-        trial=TrialRun(
-            options.study_name,
-            trial.number,
-            ids[index],
-            callback.epoch_end,
-            check_data=functools.partial(check_data, trial.study, seeded),
-        ),
+    is_batch = isinstance(options, BatchOptions)
+    trial_run = TrialRun(
+        options.study_name,
+        trial.number,
+        ids[index],
+        callback.epoch_end,
+        run_type="json" if is_batch else "optuna_trial",
     )
-    if result.status != "interrupted":
+    if not (is_batch and dataset_kind(seeded.dataset_type).generated):  # the seeds of a batch generate other data
+        trial_run = replace(trial_run, check_data=functools.partial(check_data, trial.study, seeded))
+    result = run(seeded, db=options.db, quiet=True, parent_id=ids[0] if index else None, trial=trial_run)
+    if result.status != "interrupted" and not is_batch:
         with attempted(log, f"run {result.experiment_id}: its checkpoint stays"):
             # The checkpoints of hundreds of trials would fill the disk.
             delete_checkpoint(result.folder / CHECKPOINT_FILE)

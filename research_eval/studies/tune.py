@@ -33,7 +33,7 @@ from research_eval.studies.adapter import StoredTrial, trial_records
 from research_eval.studies.distributions import Infeasible, random_pick
 from research_eval.studies.initial_trials import add_past_runs, add_trials, enqueue_grid
 from research_eval.studies.launchers import launch, places, wait_for_end
-from research_eval.studies.options import StudyOptions
+from research_eval.studies.options import BatchOptions, StudyOptions
 from research_eval.studies.proposals import MAX_PROPOSALS, over_budget, splits_of
 from research_eval.studies.queue import TrialQueue
 from research_eval.studies.results import StudyFiles, summary, write_csv_of, write_results
@@ -59,7 +59,7 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def _signals_raise() -> Iterator[None]:
+def signals_raise() -> Iterator[None]:
     """SIGINT and SIGTERM raise `Stopped`. A run handles them itself while it trains."""
 
     def receive(number: int, frame: FrameType | None) -> None:
@@ -96,12 +96,14 @@ def _checked_queue(options: StudyOptions, timeout: float | None) -> Iterator[tup
     """
     if timeout is not None:
         options = options.with_budget(deadline=time.time() + timeout)
-    config = check_feasible(options)
+    is_batch = isinstance(options, BatchOptions)
+    config = options.config(0) if isinstance(options, BatchOptions) else check_feasible(options)
     with Store(options.db):  # a trial would wait for minutes for a server that was never there
         pass
     queue = TrialQueue(options)
     try:
-        check_present_data(queue, config)
+        if not is_batch:
+            check_present_data(queue, config)
         yield queue, config
     finally:
         queue.close()
@@ -126,7 +128,7 @@ def _run_study(queue: TrialQueue, quiet: bool) -> int:
     files = files_of(options)
     exit_code = 0
     try:
-        with _signals_raise(), _progress(options, quiet) as progress:
+        with signals_raise(), study_progress(options, quiet) as progress:
             progress.update(trial_records(queue.study))
             progress.also(CsvWriter(queue, files).write_sometimes)
             exit_code = _train(queue, progress)
@@ -156,8 +158,8 @@ def work_alone(
         with (
             _checked_queue(options, timeout) as (queue, _),
             quiet_runs(),
-            _signals_raise(),
-            _progress(queue.options, quiet) as progress,
+            signals_raise(),
+            study_progress(queue.options, quiet) as progress,
         ):
             progress.update(trial_records(queue.study))
             return _run_here(queue, progress, max_trials, slot)
@@ -165,7 +167,7 @@ def work_alone(
         return 128 + stopped.number
 
 
-def _progress(options: StudyOptions, quiet: bool) -> StudyProgress:
+def study_progress(options: StudyOptions, quiet: bool) -> StudyProgress:
     """A line per finished trial on stderr, and a bar on a terminal."""
     largest_is_best = options.directions[0] == "maximize"
     return StudyProgress(options.budget.n_trials, options.objectives, largest_is_best, quiet)
@@ -180,7 +182,7 @@ def files_of(options: StudyOptions) -> StudyFiles:
 def _train(queue: TrialQueue, progress: StudyProgress) -> int:
     """Train in this process, in some of this machine, or elsewhere. Returns the exit code."""
     if queue.options.launch.name != "local":
-        return _supervise_elsewhere(queue, progress)
+        return supervise_elsewhere(queue, progress)
     return _run_here(queue, progress) if queue.options.n_jobs == 1 else _supervise(queue, progress)
 
 
@@ -226,14 +228,14 @@ def _supervise(queue: TrialQueue, progress: StudyProgress) -> int:
     return 0
 
 
-def _supervise_elsewhere(queue: TrialQueue, progress: StudyProgress) -> int:
+def supervise_elsewhere(queue: TrialQueue, progress: StudyProgress) -> int:
     """Let a launcher start workers on other machines, and watch the study.
 
     Workers of an earlier call that still train count as ours. Raises ConfigError if all workers are gone too early.
     """
     options = queue.options
-    missing = max(0, options.launch.workers - queue.num_at_work())
-    log.info("%d workers are at work, %d are started", options.launch.workers - missing, missing)
+    missing = max(0, min(options.launch.workers, queue.num_left()) - queue.num_at_work())
+    log.info("%d workers are at work, %d are started", queue.num_at_work(), missing)
     where = places(options.storage, database_url(options.db))
     launcher = launch(options.launch, options.study_name, where, missing)
     try:

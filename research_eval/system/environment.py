@@ -37,6 +37,16 @@ def environment_record(device: str) -> dict[str, Any]:
     }
 
 
+def program_record() -> dict[str, Any]:
+    """What decides the numbers of a run besides its config and the machine, as JSON: the versions of the program."""
+    return {
+        "research_eval": research_eval.__version__,
+        "torch": _version("torch"),
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        **_git_facts(),
+    }
+
+
 def usable_cores() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from tokenizers import Tokenizer
 
-from research_eval.annotations import Choice, accept_flat_options
+from research_eval.annotations import Choice, Younger, accept_flat_options
 from research_eval.datasets.label_facts import length_facts
 from research_eval.datasets.text.advice import tokenizer_advice
 from research_eval.datasets.text.baselines import FILES, fit_linear_baseline, stored_scores
@@ -35,6 +35,7 @@ from research_eval.datasets.text.cache import (
 )
 from research_eval.datasets.text.facts import text_facts, warn_of
 from research_eval.datasets.text.hub import hub_copy
+from research_eval.datasets.text.pretrained import folder_tokenizer
 from research_eval.datasets.text.source import AS_USUAL, TEXT_FIELDS, ColumnNames, FileSettings, TextSource, source_name
 from research_eval.datasets.text.splits import (
     NOTHING_HELD_OUT,
@@ -77,6 +78,8 @@ class TextDataset:
     `sources` instead of `data_dir` mixes several folders or files: each keeps its own classes ("imdb/positive"), and
     validation rows and subsets are taken from each. `groups` then holds every sample's source, and so does each of the
     `path_length` steps of its `paths`. There is a test split if all sources have one.
+
+    `tokenizer_dir` is the folder of a pretrained model whose tokenizer is taken instead of one that is trained.
     """
 
     VERSION = 2  # goes up if the same rows and options give other tokens; 1 removed accents with `lowercase`
@@ -95,6 +98,7 @@ class TextDataset:
         tokenizer_settings: TokenizerSettings = DEFAULT_TOKENIZER,
         truncation: Truncation = "head",
         cache_dir: str | None = None,
+        tokenizer_dir: Annotated[str | None, Younger()] = None,
     ) -> None:
         self.dataset_name = dataset_name
         self.max_length = max_length
@@ -103,6 +107,11 @@ class TextDataset:
             raise ConfigError(f"data_dir={data_dir!r} and sources={sources} are both given: choose one of them")
         if path_length and not sources:
             raise ConfigError(f"path_length={path_length} gives the paths of a mix: name its sources")
+        if tokenizer_dir and tokenizer_settings != DEFAULT_TOKENIZER:
+            raise ConfigError(
+                f"tokenizer_dir={tokenizer_dir!r} has a tokenizer that is ready: leave out the options of training one"
+            )
+        self.tokenizer_dir = tokenizer_dir
         self.data_dir = data_dir
         self.sources = sources
         self.path_length = path_length
@@ -133,7 +142,9 @@ class TextDataset:
                 "%s: unknown to the tokenizer (%s, min_frequency %d) are %s of the tokens. %s",
                 *(self.dataset_name, settings.tokenizer, settings.min_frequency),
                 ", ".join(f"{share:.0%} in {name}" for name, share in unknown.items()),
-                tokenizer_advice(rows["train"].texts, rows["validation"].texts, settings),
+                "Use another model."
+                if self.tokenizer_dir
+                else tokenizer_advice(rows["train"].texts, rows["validation"].texts, settings),
             )
         facts = text_facts(rows)
         warn_of(facts, {name: len(part.texts) for name, part in rows.items()}, self.dataset_name)
@@ -233,7 +244,9 @@ class TextDataset:
         return read_text_column(path, replace(self._names(places[0]), text=tuple(texts)), self.file_settings)
 
     def _tokenizer(self, texts: list[str]) -> Tokenizer:
-        """The tokenizer of these texts, from the cache if it is there."""
+        """The tokenizer of a pretrained model, or else that of these texts, from the cache if it is there."""
+        if self.tokenizer_dir:
+            return folder_tokenizer(user_path(self.tokenizer_dir, "dataset_params.tokenizer_dir"))[0]
         options = asdict(self.tokenizer_settings)  # all of them are a part of the key
         key = digest(digest_texts(texts), json.dumps(options), tokenizers.__version__)
 

@@ -125,6 +125,15 @@ def words_of(tokenizer: Tokenizer) -> list[str | None]:
     return words
 
 
+def special_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer puts before and behind a text; none with a tokenizer that the program trained."""
+    if tokenizer.post_processor is None:
+        return [], []
+    encoding = tokenizer.encode("a")
+    own = [place for place, special in enumerate(encoding.special_tokens_mask) if not special]
+    return encoding.ids[: own[0]], encoding.ids[own[-1] + 1 :]
+
+
 class EncodedTexts(NamedTuple):
     """`tokens` [S]; sample i is `tokens[offsets[i]:offsets[i + 1]]`, of the `full_lengths[i]` tokens of its text."""
 
@@ -138,17 +147,25 @@ def encode_texts(
 ) -> EncodedTexts:
     """Texts -> ids, cut to `max_length`; a text without tokens becomes one [UNK].
 
-    `head_tail` keeps the first quarter of `max_length` and the rest from the end (Sun et al., 2019).
+    `head_tail` keeps the first quarter of `max_length` and the rest from the end (Sun et al., 2019). The special tokens
+    of a pretrained model's tokenizer stand around each text, within `max_length`. Raises ConfigError if they leave no
+    room.
     """
-    head = max_length if truncation == "head" else max_length // 4
-    tail = max_length - head
+    before, behind = special_ids(tokenizer)
+    around, room = len(before) + len(behind), max_length - len(before) - len(behind)
+    if room < 1:
+        raise ConfigError(f"dataset_params.max_length={max_length}: expected more than the {around} special tokens")
+    head = room if truncation == "head" else room // 4
+    tail = room - head
     tokens, full_lengths, lengths = [np.zeros(0, np.int32)], [], []
     for start in range(0, len(texts), ENCODE_ROWS):
         report(f"{start / len(texts):.0%}")
         encodings = tokenizer.encode_batch_fast(texts[start : start + ENCODE_ROWS], add_special_tokens=False)
         rows = [encoding.ids or [UNK_ID] for encoding in encodings]
-        full_lengths += [len(row) for row in rows]
-        rows = [row if len(row) <= max_length else row[:head] + row[len(row) - tail :] for row in rows]
+        full_lengths += [len(row) + around for row in rows]
+        rows = [row if len(row) <= room else row[:head] + row[len(row) - tail :] for row in rows]
+        if around:
+            rows = [[*before, *row, *behind] for row in rows]
         tokens.append(np.fromiter(chain.from_iterable(rows), np.int32))
         lengths += [len(row) for row in rows]
     offsets = np.zeros(len(texts) + 1, np.int64)
