@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -22,6 +23,7 @@ from research_eval.annotations import accept_flat_options
 from research_eval.datasets.token_data import Batch
 from research_eval.errors import ConfigError
 from research_eval.layers.dispatch import Executing
+from research_eval.layers.intervention import NOTHING, Intervened, Intervention
 from research_eval.layers.losses import AuxiliaryLoss as AuxiliaryLoss
 from research_eval.layers.packing import Packing, Samples
 from research_eval.layers.pretrained import PretrainedTrunk
@@ -46,7 +48,7 @@ class Losses(NamedTuple):
     terms: dict[str, AuxiliaryLoss]
 
 
-class EvaluableModel(Executing):
+class EvaluableModel(Executing, Intervened):
     """Base class of all models. A class with the same methods also works without inheriting (see `adapt`).
 
     A simple model overrides `forward`, and optionally `task_loss` and `auxiliary_losses`, which refer to the last
@@ -147,6 +149,59 @@ class EvaluableModel(Executing):
         Returns False if the model has no paths; it then continues as before.
         """
         return False
+
+    @contextmanager
+    def intervene(
+        self,
+        *,
+        skip: Collection[int] = (),
+        forbid: Collection[int] = (),
+        swap: Mapping[int, int] | None = None,
+        path: Sequence[int] | None = None,
+        step: int | None = None,
+    ) -> Iterator[None]:
+        """Within the block, evaluations have another routing; after it, the model is what it was, to the bit.
+
+        `skip`: the work of these experts is left out, and their samples or tokens keep their states. `forbid`: the
+        routers choose the best of the other experts. `swap`: an expert works in the place of another one, with the
+        other one's factor. `path`: the experts of every sample or token in order, with the factors of the router's own
+        choices; `goe_original` stops where it ends. `step`: only at this step or layer, counted from 0.
+
+        Raises ConfigError for a model without experts, for numbers that it does not have, and for a path where a token
+        has several experts.
+        """
+        found = Intervention(frozenset(skip), frozenset(forbid), tuple((swap or {}).items()), _path(path), step)
+        self._check_intervention(found)
+        self._set_intervention(found)
+        try:
+            yield
+        finally:
+            self._set_intervention(NOTHING)
+
+    def _set_intervention(self, intervention: Intervention) -> None:
+        """Let all parts that choose experts know what is changed."""
+        for module in self.modules():
+            if isinstance(module, Intervened):
+                module.intervention = intervention
+
+    def _check_intervention(self, wanted: Intervention) -> None:
+        """Raise ConfigError for what this model cannot do."""
+        recorder = self.recorder()
+        if recorder is None:
+            raise ConfigError(f"intervene: {self.model_type} has no experts that a router chooses")
+        if self.training:
+            raise ConfigError("intervene: the model is in training mode. Call model.eval() first.")
+        num_experts, num_steps = recorder.num_experts, recorder.num_steps
+        named = [*wanted.skip, *wanted.forbid, *(wanted.path or ()), *(one for pair in wanted.swap for one in pair)]
+        wrong = [number for number in named if not 0 <= number < num_experts]
+        if wrong:
+            raise ConfigError(f"intervene: there is no expert {wrong[0]}; the model has {num_experts}, from 0")
+        if len(wanted.forbid) == num_experts:
+            raise ConfigError("intervene: every expert is forbidden. Leave one.")
+        if wanted.step is not None and not 0 <= wanted.step < num_steps:
+            raise ConfigError(f"intervene: there is no step {wanted.step}; the model has {num_steps}, from 0")
+        if wanted.path is not None and not 0 < len(wanted.path) <= num_steps:
+            raise ConfigError(f"intervene: a path has 1 to {num_steps} experts, and this one has {len(wanted.path)}")
 
     def read_automaton(self) -> WalkerAutomaton | None:
         """The finite automaton that the model computes; None for a model that is not an automaton."""
@@ -264,6 +319,19 @@ class ScheduledModel(RoutedModel):
 
 
 @functools.cache
+def check_experts_per_token(wanted: Intervention, num_experts: int, top_k: int) -> None:
+    """Raise ConfigError if tokens with `top_k` experts cannot have this routing."""
+    if wanted.path is not None and top_k > 1:
+        raise ConfigError(f"intervene: a token has {top_k} experts in a layer, so that no path can be given")
+    if len(wanted.forbid) > num_experts - top_k:
+        few = f"{len(wanted.forbid)} of {num_experts} experts are forbidden"
+        raise ConfigError(f"intervene: {few}, and a token needs {top_k}")
+
+
+def _path(path: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if path is None else tuple(int(expert) for expert in path)
+
+
 def _arguments(function: Callable[..., Any]) -> frozenset[str]:
     """Names of a function's arguments."""
     return frozenset(inspect.signature(function).parameters)

@@ -15,6 +15,7 @@ from research_eval.datasets.token_data import Batch
 from research_eval.layers.block import block_flops
 from research_eval.layers.collective import batch_mean
 from research_eval.layers.experts import ExpertPool
+from research_eval.layers.intervention import NOTHING
 from research_eval.layers.routing import balance_loss, entropy, members
 from research_eval.layers.settings import EncoderSettings
 from research_eval.layers.stacked import one_pass
@@ -128,6 +129,10 @@ class GoEClassifier(RoutedModel):
                 probabilities_BN, state_BG = router(masked_mean(h_BLD, keep_BL), state_BG)
                 # The coefficient carries the gradient; the choice is an integer and has none.
                 coefficient_B, choice_B = probabilities_BN.max(-1)
+                if self.intervention is not NOTHING:
+                    now = self.intervention.at(len(balance))
+                    coefficient_B, choice_B = now.permitted(probabilities_BN).max(-1)
+                    choice_B, coefficient_B = now.changed(choice_B, coefficient_B)
                 h_BLD = self.experts.step(h_BLD, packing, choice_B, coefficient_B, all_run=True).h_BLD
                 load_N = batch_mean(members(choice_B, self.experts.num_experts).sum(0) / len(choice_B), len(choice_B))
                 if not self.training:

@@ -11,6 +11,7 @@ F functions of a task with known paths
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,13 +21,14 @@ from torch import Tensor
 from research_eval.datasets.token_data import Batch
 from research_eval.layers.block import block_flops
 from research_eval.layers.experts import ExpertPool, PoolSettings
+from research_eval.layers.intervention import NOTHING
 from research_eval.layers.losses import AuxiliaryLoss
 from research_eval.layers.packing import Packing
 from research_eval.layers.path.balance import Balance, BalanceSettings
 from research_eval.layers.path.choice import ChoiceSettings
 from research_eval.layers.path.halting import HaltingSettings
 from research_eval.layers.path.older_names import accept_older_names
-from research_eval.layers.path.policy import CONTROLS, GivenPaths, PolicySettings, policy_of
+from research_eval.layers.path.policy import CONTROLS, GivenPaths, PolicySettings, policy_of, without
 from research_eval.layers.path.report import PathReport
 from research_eval.layers.path.terms import TermSettings, path_heads, term_losses
 from research_eval.layers.path.value import ValueEstimate, ValueSettings
@@ -37,7 +39,7 @@ from research_eval.layers.stacked import one_pass
 from research_eval.layers.text import ClassificationHead, TokenEmbedding, masked_mean
 from research_eval.models.base_model import Outcome, ScheduledModel, joined_on_host, routed_parameters
 from research_eval.registry import MODELS_MAP
-from research_eval.routing.record import EvaluationRecorder
+from research_eval.routing.record import STOPPED, EvaluationRecorder
 from research_eval.tasks.base import Task
 
 
@@ -115,16 +117,20 @@ class GoEOriginalClassifier(ScheduledModel):
 
     def _walk(self, batch: Batch, all_exits: bool) -> Outcome:
         ids_BL, keep_BL = batch.input_ids, batch.attention_mask
-        given_BT = self.given.of(batch.paths)
+        given_BT = self._forced(len(ids_BL)) if self.intervention.path else self.given.of(batch.paths)
         h_BLD = self.embedding(ids_BL, keep_BL)
         packing = self.experts.packing(keep_BL, batch.num_tokens)
-        everyone_runs = given_BT is None and self._nothing_ends_a_path()
+        free = given_BT is None and self.intervention is NOTHING
+        everyone_runs = free and self._nothing_ends_a_path()
         walk = Walk.begin(h_BLD, self.num_experts, self.path.max_path_len, self.training, everyone_runs)
         keep_decisions = self.value.action_values is not None or self.halting.sampled  # only losses read them
         if not self.training:
             self.report.begin_batch(len(h_BLD))
         for step in range(self.path.max_path_len):
             view = self.policy(h_BLD, keep_BL, ids_BL, walk, given_BT, step, self.value)
+            now = self.intervention.at(step)
+            if now is not NOTHING and given_BT is None:
+                view = without(view, now, self.num_experts)
             if step >= self.path.min_path_len:
                 head = partial(self.head, h_BLD, keep_BL)
                 walk.keep_running(self.halting.continuing(view, head, walk, all_exits))
@@ -136,6 +142,9 @@ class GoEOriginalClassifier(ScheduledModel):
                 self.training,
                 may_stop=self.training and self.halting.sampled,
             )
+            if now is not NOTHING:
+                action_B, coefficient_B = replace(now, path=None).changed(choice.action_B, choice.coefficient_B)
+                choice = choice._replace(action_B=action_B, coefficient_B=coefficient_B)
             walk.decide(view.router, choice, keep_decisions)
             if walk.is_over():  # for every sample of the batch
                 break
@@ -150,6 +159,12 @@ class GoEOriginalClassifier(ScheduledModel):
         if self.path_heads is not None:
             walk.pooled_BD = masked_mean(h_BLD.detach(), keep_BL)  # the heads do not change the states
         return Outcome(outputs_BC, walk)
+
+    def _forced(self, num_samples: int) -> Tensor:
+        """The path of an intervention for each sample, [B, T], STOPPED after its end."""
+        path = self.intervention.path or ()
+        steps = [*path, *[STOPPED] * (self.path.max_path_len - len(path))]
+        return torch.tensor(steps, device=self.head.linear.weight.device).expand(num_samples, -1)
 
     def _nothing_ends_a_path(self) -> bool:
         """Whether it is certain before the walk that no halting rule and no visit limit ends a path early."""

@@ -17,6 +17,7 @@ from research_eval.layers.assignments import Assignments
 from research_eval.layers.block import Attention, FeedForward, block_flops
 from research_eval.layers.collective import batch_mean, batch_sum
 from research_eval.layers.dispatch import Dispatch, Executing
+from research_eval.layers.intervention import Intervened, Intervention
 from research_eval.layers.packing import Layout, Samples
 from research_eval.layers.routing import balance_loss, balanced_bias, entropy, z_loss
 from research_eval.layers.settings import EncoderSettings, PositionalEncoding
@@ -26,6 +27,7 @@ from research_eval.models.base_model import (
     AuxiliaryLoss,
     Outcome,
     RoutedModel,
+    check_experts_per_token,
     joined_on_host,
     routed_parameters,
 )
@@ -47,7 +49,7 @@ class LayerRouting(NamedTuple):
         return batch_mean(self.sizes_N / max(count, 1), count)
 
 
-class RoutedFeedForward(Executing):
+class RoutedFeedForward(Executing, Intervened):
     """Sum over the chosen K of w_i FFN_i(x).
 
     w are the softmax scores, renormalised over the chosen experts unless K = 1. `balance_bias` changes which experts
@@ -76,10 +78,12 @@ class RoutedFeedForward(Executing):
             logits_SN = self.router(x_SD.float())
             scores_SN = logits_SN.softmax(-1)
         # The bias balances the choice alone (loss-free balancing, DeepSeek-V3), so it has no gradient.
-        chosen_SK = (scores_SN.detach() + self.balance_bias).topk(self.top_k, dim=-1).indices
+        biased_SN = self.intervention.permitted(scores_SN.detach() + self.balance_bias)
+        chosen_SK = biased_SN.topk(self.top_k, dim=-1).indices
         weights_SK = scores_SN.gather(-1, chosen_SK)
         if self.top_k > 1:  # with one expert the renormalised weight is 1, without a gradient
             weights_SK = weights_SK / weights_SK.sum(-1, keepdim=True)
+        chosen_SK, weights_SK = self.intervention.changed(chosen_SK, weights_SK)
         assignments = Assignments.of(chosen_SK, self.num_experts)
         if self.training:
             self.counts += batch_sum(assignments.sizes_N)
@@ -197,6 +201,14 @@ class MoETransformerClassifier(RoutedModel):
         if not self.training:
             self._push(layers, samples)
         return Outcome(self.head(samples.grid(h), keep_BL), layers)
+
+    def _set_intervention(self, intervention: Intervention) -> None:
+        for number, routed in enumerate(self._routed()):
+            routed.intervention = intervention.at(number)
+
+    def _check_intervention(self, wanted: Intervention) -> None:
+        super()._check_intervention(wanted)
+        check_experts_per_token(wanted, self.num_experts, self.top_k_experts)
 
     def _routed(self) -> list[RoutedFeedForward]:
         """The routed part of every layer, in the order of the layers."""

@@ -21,6 +21,7 @@ from research_eval.layers.causal.attention import full_precision, normed
 from research_eval.layers.causal.context import Context
 from research_eval.layers.causal.settings import NGRAM_ORDER, RouteSettings
 from research_eval.layers.collective import batch_mean, batch_sum
+from research_eval.layers.intervention import NOTHING, Intervened, Intervention
 from research_eval.layers.losses import AuxiliaryLoss
 from research_eval.layers.routing import balance_loss, balanced_bias, z_loss
 
@@ -212,7 +213,7 @@ def balanced_table(counts_E: NDArray[np.int64], num_experts: int, rng: np.random
     return table_E
 
 
-class Routes(nn.Module):
+class Routes(nn.Module, Intervened):
     """The experts of every row at every step, and the balance of their load.
 
     `balance_bias` changes which experts a learned route chooses, but not their weights (DeepSeek-V3). `counts` sums the
@@ -280,17 +281,31 @@ class Routes(nn.Module):
 
     def choose(self, step: int, h_SD: Tensor, context: Context, begun: list[Tensor] | None) -> Choice:
         """The experts of the rows at one step."""
+        now = self.intervention.at(step)
+        choice = self._fixed(step, context) if self.router is None else self._learned(step, h_SD, context, begun, now)
+        if now is NOTHING:
+            return choice
         if self.router is None:
-            return self._fixed(step, context)
+            choice.chosen_SK = now.rerouted(choice.chosen_SK, self.num_experts)
+        weights_SK = torch.ones_like(choice.chosen_SK, dtype=h_SD.dtype)
+        if choice.weights_SK is not None:
+            weights_SK = choice.weights_SK
+        return Choice(*now.changed(choice.chosen_SK, weights_SK), choice.logits_SN)
+
+    def _learned(
+        self, step: int, h_SD: Tensor, context: Context, begun: list[Tensor] | None, now: Intervention
+    ) -> Choice:
+        """The experts that the router chooses, as far as an intervention permits them."""
         if begun is not None:
             logits_SN = begun[step]
         elif isinstance(self.router, TableRouter):
             assert self.table is not None
             logits_SN = self.router(self.table.entries(context), step)
         else:
+            assert self.router is not None
             logits_SN = self.router(normed(h_SD), step if self.settings.router_per_step else 0)
         scores_SN = logits_SN.softmax(-1)
-        biased_SN = scores_SN.detach() + self.balance_bias[step]
+        biased_SN = now.permitted(scores_SN.detach() + self.balance_bias[step])
         chosen_SK = biased_SN.topk(self.top_k, dim=-1).indices if self.top_k > 1 else biased_SN.argmax(-1, keepdim=True)
         weights_SK = scores_SN.gather(-1, chosen_SK)
         if self.top_k > 1:

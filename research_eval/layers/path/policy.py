@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from research_eval.annotations import Count, Natural, Weight
 from research_eval.errors import ConfigError
+from research_eval.layers.intervention import Intervention
 from research_eval.layers.path.choice import ChoiceMode
 from research_eval.layers.path.halting import Halting
 from research_eval.layers.path.router import Router, TokenFeatures, fixed_route
@@ -225,6 +226,20 @@ def policy_of(
             'use "confidence"'
         )
     return FixedPolicy(settings, num_experts)
+
+
+def without(view: View, now: Intervention, num_experts: int) -> View:
+    """The view of a step in which an intervention forbids experts. Given actions stay as they are."""
+    router = view.router
+    if not now.forbid:
+        return view
+    if router is None:
+        return view if view.given_B is None else view._replace(given_B=now.rerouted(view.given_B, num_experts))
+    full_BN = router.full_BN | now.forbidden(num_experts, router.full_BN.device)
+    may_stop_B1 = ~router.masked_BA[:, -1:] | full_BN.all(1, keepdim=True)
+    masked_BA = torch.cat([full_BN, ~may_stop_B1], dim=-1)
+    logits_BA = router.logits_BA.masked_fill(masked_BA, MASKED)
+    return view._replace(router=router._replace(full_BN=full_BN, masked_BA=masked_BA, logits_BA=logits_BA))
 
 
 def action_of(given_BT: Tensor, step: int, num_experts: int) -> Tensor:

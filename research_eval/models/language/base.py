@@ -22,6 +22,7 @@ from research_eval.layers.causal.products import ExpertMatrix
 from research_eval.layers.causal.routes import Choice, Routes, hashed
 from research_eval.layers.causal.settings import CausalSettings
 from research_eval.layers.dispatch import Dispatch
+from research_eval.layers.intervention import Intervention
 from research_eval.layers.routing import entropy
 from research_eval.layers.stacked import Dropout
 from research_eval.layers.text import sinusoids_at
@@ -29,6 +30,7 @@ from research_eval.models.base_model import (
     AuxiliaryLoss,
     Outcome,
     RoutedModel,
+    check_experts_per_token,
     joined_on_host,
     routed_parameters,
 )
@@ -293,6 +295,11 @@ class LanguageModel(RoutedModel):
 
     def scheduled_options(self) -> tuple[str, ...]:
         return ()
+
+    def _check_intervention(self, wanted: Intervention) -> None:
+        super()._check_intervention(wanted)
+        assert self.routes is not None
+        check_experts_per_token(wanted, self.routes.num_experts, self.routes.top_k)
 
     def start_recording(self) -> None:
         if self._recorder is not None:
