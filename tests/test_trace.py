@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from support import ROOT, generator_draws, history, repeatable, run_in, small_config
@@ -27,7 +28,7 @@ from research_eval.layers.stacked import Dropout, StackedLinear
 from research_eval.models.base_model import EvaluableModel, joined_on_host, logits_of
 from research_eval.routing import trace_files
 from research_eval.routing.record import EvaluationRecorder, RoutingRecord
-from research_eval.routing.trace_files import ROUTING_FOLDER, read_trace
+from research_eval.routing.trace_files import ROUTING_FOLDER, read_samples, read_trace
 from research_eval.schema import ExperimentConfig
 from research_eval.tasks.classification import Classification
 from research_eval.training.checkpoint import load_tensors
@@ -123,10 +124,43 @@ def test_pandas_alone_reads_it(traced: Traced) -> None:
     assert table["path"].map(len).max() <= 2
 
 
+def test_the_samples_and_the_weights_of_the_run_are_named(traced: Traced) -> None:
+    _, data, _ = prepare(config_of())
+    samples, names = read_samples(traced.run)
+    split = data.validation
+    assert [row.tolist() for row in np.split(split.tokens, split.offsets[1:-1])] == samples.to_pylist()
+    assert names == {"labels": list(data.label_names), "tokens": {}}  # generated tokens are numbers
+    epochs = list(read_trace(traced.run))
+    assert [epoch.version for epoch in epochs] == [2, 2, 2]
+    scores = [dict(_points(traced, "val_f1"))[6 * epoch.epoch] for epoch in epochs]
+    assert [epoch.summary["best_so_far"] for epoch in epochs] == [
+        all(score > earlier for earlier in scores[:place]) for place, score in enumerate(scores)
+    ]
+    assert epochs[0].summary["router"]["router_mode"] == "st"
+    strengths = np.concatenate(epochs[-1].samples["strength"].to_pylist())
+    assert strengths == pytest.approx(1, abs=1e-6), "c is 1 in this mode"
+
+
+def _points(traced: Traced, wanted: str) -> list[tuple[int, float]]:
+    return [(step, value) for step, name, value in history(*_place(traced)) if name == wanted]
+
+
+def test_a_trace_of_the_first_version_opens(traced: Traced, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(traced.run, folder)
+    (folder / ROUTING_FOLDER / "samples.parquet").unlink()
+    path = folder / ROUTING_FOLDER / "epoch_0001.parquet"
+    table = pq.read_table(path).drop_columns(["prediction", "strength"]).replace_schema_metadata(None)
+    pq.write_table(table, path)
+    first, *_ = read_trace(folder)
+    assert first.version == 1
+    assert read_samples(folder) == (None, {"labels": [], "tokens": {}})
+
+
 def test_the_last_summary_is_what_the_run_stores(traced: Traced) -> None:
     summary = list(read_trace(traced.run))[-1].summary
     stored = traced.result.metrics
-    shared = set(summary) - {"epoch", "alarms"}
+    shared = set(summary) - {"epoch", "alarms", "best_so_far", "router"}
     assert {name: stored[name] for name in shared} == {name: summary[name] for name in shared}
     assert {"path_class_nmi", "path_group_nmi_adjusted", "training_mode_gap", "planted_recovery"} <= shared
     assert stored["num_alarms"] == len(stored["alarms"])
@@ -172,6 +206,7 @@ def test_a_resumed_run_writes_the_same_files(traced: Traced, tmp_path: Path, mon
         "epoch_0001.json",
         "epoch_0001.parquet",
         "epoch_0002.json",
+        "samples.parquet",
     }
     monkeypatch.undo()
     again = Traced(tmp_path, run_in(tmp_path, config_of(), resume=True))
@@ -184,7 +219,7 @@ def test_a_resumed_run_writes_the_same_files(traced: Traced, tmp_path: Path, mon
 def test_a_model_without_paths_is_traced_without_them(tmp_path: Path) -> None:
     result = run_in(tmp_path, small_config(epochs=1, training_params={"trace_routing": True}))
     (epoch,) = read_trace(tmp_path / result.folder)
-    assert epoch.samples.column_names == ["sample", "label", "correct", "loss"]
+    assert epoch.samples.column_names == ["sample", "label", "correct", "prediction", "loss"]
     assert "num_alarms" not in result.metrics
     shutil.rmtree(tmp_path / result.folder / ROUTING_FOLDER)
     with pytest.raises(ConfigError, match="trace_routing"):

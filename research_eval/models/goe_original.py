@@ -131,6 +131,7 @@ class GoEOriginalClassifier(ScheduledModel):
             now = self.intervention.at(step)
             if now is not NOTHING and given_BT is None:
                 view = without(view, now, self.num_experts)
+            decided_B = walk.running_B
             if step >= self.path.min_path_len:
                 head = partial(self.head, h_BLD, keep_BL)
                 walk.keep_running(self.halting.continuing(view, head, walk, all_exits))
@@ -146,12 +147,12 @@ class GoEOriginalClassifier(ScheduledModel):
                 action_B, coefficient_B = replace(now, path=None).changed(choice.action_B, choice.coefficient_B)
                 choice = choice._replace(action_B=action_B, coefficient_B=coefficient_B)
             walk.decide(view.router, choice, keep_decisions)
+            if not self.training:
+                self.report.push(step, view.router, choice, walk, decided_B)
             if walk.is_over():  # for every sample of the batch
                 break
             h_BLD = self._execute(h_BLD, packing, choice, walk)
             walk.advance(choice, step)
-            if not self.training:
-                self.report.push(step, view.router, choice, walk)
         if self.training:
             self.balance.count(walk.path_BT)  # read by `after_step`
         outputs_BC: Tensor = self.head(h_BLD, keep_BL)

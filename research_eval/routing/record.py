@@ -197,6 +197,14 @@ class EvaluationRecorder:
         """Action values, [S, T, A], 0 after the end; None for a model without them."""
         return self._joined(lambda record: record.values_DA)
 
+    def strengths(self) -> NDArray[np.float32] | None:
+        """The factor of each expert's change, [S, T], 0 after the end; None for decisions about tokens."""
+        if self._shares:
+            return None
+        strengths_ST = np.zeros((self._num_samples, self.num_steps), np.float32)
+        self._fill(strengths_ST, lambda record: record.weights_DK[:, 0])
+        return strengths_ST * (self.paths() != STOPPED)
+
     def entropies(self) -> NDArray[np.float64]:
         """Entropy of each decision in nats, [S, T]; 0 after the end."""
         entropies_ST = np.zeros((self._num_samples, self.num_steps))

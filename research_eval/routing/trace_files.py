@@ -1,5 +1,7 @@
 """Routing traces on disk: for each epoch a Parquet file with a row per validation sample, and a JSON file of metrics.
 
+One more file holds what does not change from epoch to epoch: the samples, and names of what has numbers.
+
 S samples  T steps of a path  A actions or experts
 """
 
@@ -22,6 +24,9 @@ from research_eval.files import write_atomically
 from research_eval.store.values import canonical_json
 
 ROUTING_FOLDER = "routing"
+SAMPLES_FILE = "samples.parquet"
+NAMES = "goe.names"  # in the metadata of the samples: JSON
+FORMAT = {"goe.trace": "2"}  # in the metadata of the Parquet files; version 1 has none
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class TracedEpoch:
     epoch: int
     samples: pa.Table
     summary: dict[str, Any]
+    version: int = 1
 
 
 def write_trace(folder: Path, columns: Mapping[str, NDArray[Any]], summary: dict[str, Any]) -> None:
@@ -42,11 +48,23 @@ def write_trace(folder: Path, columns: Mapping[str, NDArray[Any]], summary: dict
     folder.mkdir(exist_ok=True)
     kinds = {1: pa.array, 2: _paths, 3: _nested}
     content = io.BytesIO()
-    table = pa.table({name: kinds[values.ndim](values) for name, values in columns.items()})
+    table = pa.table({name: kinds[values.ndim](values) for name, values in columns.items()}, metadata=FORMAT)
     pq.write_table(table, content, compression="zstd")
     stem = f"epoch_{summary['epoch']:04}"
     write_atomically(folder / f"{stem}.json", canonical_json(summary).encode())
     write_atomically(folder / f"{stem}.parquet", content.getvalue())  # last: the summary already exists
+
+
+def write_samples(folder: Path, tokens: NDArray[np.int32], offsets: NDArray[np.int64], names: dict[str, Any]) -> None:
+    """Write the tokens of every sample, and the names of classes, groups and tokens, unless they are there."""
+    folder.mkdir(exist_ok=True)
+    if (folder / SAMPLES_FILE).exists():
+        return
+    content = io.BytesIO()
+    lists = pa.ListArray.from_arrays(offsets.astype(np.int32), tokens.astype(np.int32))
+    table = pa.table({"tokens": lists}, metadata={**FORMAT, NAMES: canonical_json(names)})
+    pq.write_table(table, content, compression="zstd")
+    write_atomically(folder / SAMPLES_FILE, content.getvalue())
 
 
 def _paths(paths_ST: NDArray[np.int64]) -> pa.Array:
@@ -72,5 +90,21 @@ def read_trace(folder: Path) -> Iterator[TracedEpoch]:
     if not files:
         raise ConfigError(f"{folder}: no routing trace; train with training_params.trace_routing: true")
     for file in files:
-        summary = json.loads(file.with_suffix(".json").read_text())
-        yield TracedEpoch(summary["epoch"], pq.read_table(file), summary)
+        yield read_epoch(file)
+
+
+def read_epoch(file: Path) -> TracedEpoch:
+    """One traced epoch, from its Parquet file."""
+    summary = json.loads(file.with_suffix(".json").read_text())
+    table = pq.read_table(file)
+    version = (table.schema.metadata or {}).get(b"goe.trace", b"1")
+    return TracedEpoch(summary["epoch"], table, summary, int(version))
+
+
+def read_samples(folder: Path) -> tuple[pa.Array | None, dict[str, Any]]:
+    """The tokens of every sample, lists of numbers, and names; None and no names for a trace of the first version."""
+    path = folder / ROUTING_FOLDER / SAMPLES_FILE
+    if not path.exists():
+        return None, {"labels": [], "tokens": {}}
+    table = pq.read_table(path)
+    return table["tokens"].combine_chunks(), json.loads(table.schema.metadata[NAMES.encode()])

@@ -35,7 +35,7 @@ from research_eval.routing.roles import (
     spread_evenly,
     token_members,
 )
-from research_eval.routing.trace_files import ROUTING_FOLDER, write_trace
+from research_eval.routing.trace_files import ROUTING_FOLDER, write_samples, write_trace
 from research_eval.store.metrics import gain_sign
 from research_eval.tasks.base import Evaluation, Task
 from research_eval.training.evaluate import evaluate
@@ -71,6 +71,10 @@ class RoutingWatch:
         self._num_classes = data.num_classes
         self._runtime = runtime
         self._folder = folder / ROUTING_FOLDER if config.training_params.trace_routing else None
+        self._params = config.model_params
+        if self._folder is not None:
+            split = data.validation
+            write_samples(self._folder, split.tokens, split.offsets, _names(data))
         evaluations = Length.of(config, data.train).evaluations
         self._circumstances = Circumstances.of(evaluations, config.model_params)
         self._initial = [parameter.detach().clone() for parameter in routed_parameters(model, "router")]
@@ -87,11 +91,19 @@ class RoutingWatch:
             metrics |= routing_metrics(model, evaluation, self._validation.data, self._num_classes, self._task)
             metrics |= training_mode_metrics(model, self._validation, evaluation, self._runtime, self._task)
         kept = {name: value for name, value in metrics.items() if _is_kept(name, value)}
-        reports.append(kept | {SCORE: gain_sign(f"val_{self._selected_by}") * evaluation.metric(self._selected_by)})
+        score = gain_sign(f"val_{self._selected_by}") * evaluation.metric(self._selected_by)
+        is_best = all(score > report[SCORE] for report in reports if SCORE in report)
+        reports.append(kept | {SCORE: score})
         # Each alarm fires once per run: report it in its own epoch only.
         alarms = [alarm for alarm in find_alarms(reports, self._circumstances) if alarm.epoch == epoch]
         if self._folder is not None:
-            summary = {"epoch": epoch, **metrics, "alarms": [asdict(alarm) for alarm in alarms]}
+            summary = {
+                "epoch": epoch,
+                **metrics,
+                "alarms": [asdict(alarm) for alarm in alarms],
+                "best_so_far": bool(is_best),
+                "router": _router_facts(model, self._params),
+            }
             write_trace(self._folder, _columns(model, self._validation.data, evaluation), summary)
         return {**metrics, **{f"alarm_{alarm.name}": alarm.value for alarm in alarms}, "alarms": alarms}
 
@@ -324,6 +336,24 @@ def training_mode_metrics(
     }
 
 
+def _names(data: DataSplits) -> dict[str, Any]:
+    """The names of the classes, and those of the tokens that occur in the validation split."""
+    tokens = np.unique(data.validation.tokens).tolist()
+    names = [] if data.tokenizer is None else token_names(data, tokens)
+    return {"labels": list(data.label_names), "tokens": {str(t): n for t, n in zip(tokens, names, strict=False)}}
+
+
+def _router_facts(model: EvaluableModel, params: dict[str, Any]) -> dict[str, Any]:
+    """How the router chooses: the options that say so, and the bias that may overturn its probabilities."""
+    names = ("router_mode", "halt", "route", "gate_scale", "max_visits", "top_k_experts")
+    facts = {name: params[name] for name in names if name in params}
+    buffers = dict(model.named_buffers())
+    bias = [buffer.tolist() for name, buffer in buffers.items() if name.endswith("balance_bias")]
+    if bias:
+        facts["balance_bias"] = bias[0] if len(bias) == 1 else bias  # of a path's steps, or of layers
+    return facts | {name: float(buffers[f"halting.{name}"]) for name in ("threshold",) if f"halting.{name}" in buffers}
+
+
 def _columns(model: EvaluableModel, data: TokenData, evaluation: Evaluation) -> dict[str, Any]:
     """The columns of a trace: one row per sample, in the order of the split.
 
@@ -334,6 +364,8 @@ def _columns(model: EvaluableModel, data: TokenData, evaluation: Evaluation) -> 
     columns: dict[str, Any] = {"sample": rows_S, "label": data.labels[rows_S]}
     if evaluation.correct_N is not None:
         columns["correct"] = evaluation.correct_N[order_S]
+        if evaluation.answers_N is not None and evaluation.answers_N.ndim == 1:
+            columns["prediction"] = evaluation.answers_N[order_S]
     columns["loss"] = evaluation.losses_N[order_S]
     if data.groups is not None:
         columns["group"] = data.groups[rows_S]
@@ -347,6 +379,7 @@ def _columns(model: EvaluableModel, data: TokenData, evaluation: Evaluation) -> 
             "probabilities": recorder.probabilities(),
             "values": recorder.values(),
             "expert_share": recorder.expert_shares(),
+            "strength": recorder.strengths(),
         }
         columns |= {name: found[order_S] for name, found in recorded.items() if found is not None}
     return columns

@@ -33,8 +33,12 @@ class PathReport:
         self.recorder.begin_batch(num_samples)
 
     @torch.no_grad()
-    def push(self, step: int, view: RouterView | None, choice: Choice, walk: Walk) -> None:
-        """Record the decisions of one step; zeros and STOPPED for samples whose path has ended."""
+    def push(self, step: int, view: RouterView | None, choice: Choice, walk: Walk, decided_B: Tensor) -> None:
+        """Record the decisions of one step; zeros and STOPPED for samples whose path has ended.
+
+        `decided_B` is True at samples whose path went on until this step: the probabilities with which a path ends are
+        recorded too.
+        """
         experts_B = choice.action_B
         probabilities_BA = None if view is None else view.logits_BA.softmax(-1)
         entropy_B = None if view is None else entropy(choice.probabilities_BN.detach())
@@ -42,9 +46,8 @@ class PathReport:
         running_B = None if walk.everyone_runs else walk.running_B
         if running_B is not None:
             experts_B = experts_B.masked_fill(~running_B, STOPPED)
-            probabilities_BA, entropy_B, values_BA = (
-                _only(found, running_B) for found in (probabilities_BA, entropy_B, values_BA)
-            )
+            probabilities_BA, values_BA = (_only(found, decided_B) for found in (probabilities_BA, values_BA))
+            entropy_B = _only(entropy_B, running_B)
         self.recorder.push(
             RoutingRecord(
                 step,
