@@ -11,7 +11,6 @@ F functions of a task with known paths
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -39,7 +38,7 @@ from research_eval.layers.stacked import one_pass
 from research_eval.layers.text import ClassificationHead, TokenEmbedding, masked_mean
 from research_eval.models.base_model import Outcome, ScheduledModel, joined_on_host, routed_parameters
 from research_eval.registry import MODELS_MAP
-from research_eval.routing.record import STOPPED, EvaluationRecorder
+from research_eval.routing.record import EvaluationRecorder
 from research_eval.tasks.base import Task
 
 
@@ -117,35 +116,25 @@ class GoEOriginalClassifier(ScheduledModel):
 
     def _walk(self, batch: Batch, all_exits: bool) -> Outcome:
         ids_BL, keep_BL = batch.input_ids, batch.attention_mask
-        given_BT = self._forced(len(ids_BL)) if self.intervention.path else self.given.of(batch.paths)
+        given_BT = self.given.of(batch.paths, self.intervention.path, ids_BL)
         h_BLD = self.embedding(ids_BL, keep_BL)
         packing = self.experts.packing(keep_BL, batch.num_tokens)
-        free = given_BT is None and self.intervention is NOTHING
-        everyone_runs = free and self._nothing_ends_a_path()
+        everyone_runs = given_BT is None and self._nothing_ends_a_path()
         walk = Walk.begin(h_BLD, self.num_experts, self.path.max_path_len, self.training, everyone_runs)
         keep_decisions = self.value.action_values is not None or self.halting.sampled  # only losses read them
+        may_stop = self.training and self.halting.sampled
         if not self.training:
             self.report.begin_batch(len(h_BLD))
         for step in range(self.path.max_path_len):
-            view = self.policy(h_BLD, keep_BL, ids_BL, walk, given_BT, step, self.value)
             now = self.intervention.at(step)
-            if now is not NOTHING and given_BT is None:
-                view = without(view, now, self.num_experts)
+            view = self.policy(h_BLD, keep_BL, ids_BL, walk, given_BT, step, self.value)
+            view = without(view, now, self.num_experts)
             decided_B = walk.running_B
             if step >= self.path.min_path_len:
                 head = partial(self.head, h_BLD, keep_BL)
                 walk.keep_running(self.halting.continuing(view, head, walk, all_exits))
-            choice = self.choice(
-                view,
-                self.num_experts,
-                self.balance.bias_at(step),
-                self.done(),
-                self.training,
-                may_stop=self.training and self.halting.sampled,
-            )
-            if now is not NOTHING:
-                action_B, coefficient_B = replace(now, path=None).changed(choice.action_B, choice.coefficient_B)
-                choice = choice._replace(action_B=action_B, coefficient_B=coefficient_B)
+            bias_N = self.balance.bias_at(step)
+            choice = self.choice(view, self.num_experts, bias_N, self.done(), self.training, may_stop).after(now)
             walk.decide(view.router, choice, keep_decisions)
             if not self.training:
                 self.report.push(step, view.router, choice, walk, decided_B)
@@ -161,16 +150,11 @@ class GoEOriginalClassifier(ScheduledModel):
             walk.pooled_BD = masked_mean(h_BLD.detach(), keep_BL)  # the heads do not change the states
         return Outcome(outputs_BC, walk)
 
-    def _forced(self, num_samples: int) -> Tensor:
-        """The path of an intervention for each sample, [B, T], STOPPED after its end."""
-        path = self.intervention.path or ()
-        steps = [*path, *[STOPPED] * (self.path.max_path_len - len(path))]
-        return torch.tensor(steps, device=self.head.linear.weight.device).expand(num_samples, -1)
-
     def _nothing_ends_a_path(self) -> bool:
         """Whether it is certain before the walk that no halting rule and no visit limit ends a path early."""
         visits_suffice = self.policy.router is None or self.path.max_path_len <= self.num_experts * self.path.max_visits
-        return not self.halting.has_exits and not self.halting.decided_by_router and visits_suffice
+        may_halt = self.halting.has_exits or self.halting.decided_by_router
+        return visits_suffice and not may_halt and self.intervention is NOTHING
 
     def _execute(self, h_BLD: Tensor, packing: Packing, choice: Choice, walk: Walk) -> Tensor:
         """The states after the step; samples that do not run keep theirs."""

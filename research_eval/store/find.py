@@ -133,6 +133,7 @@ def find_runs(
     reverse: bool = False,
     limit: int | None = None,
     metrics: Sequence[str] = (),
+    offset: int = 0,
 ) -> list[dict[str, Any]]:
     """Rows with the values of `metrics` under "metrics": the newest first, or sorted by a column or a metric.
 
@@ -146,7 +147,7 @@ def find_runs(
     else:
         check_metric(store, key, "--sort", [*SHORT_NAMES, *COLUMNS], chooses=True)
         descending = direction(key) == "maximize"
-    rows = store.find_runs(wanted, sort=key, descending=descending != reverse, limit=limit)
+    rows = store.find_runs(wanted, sort=key, descending=descending != reverse, limit=limit, offset=offset)
     values = store.metrics_of([row["experiment_id"] for row in rows], metrics)
     return [{**row, "metrics": values[row["experiment_id"]]} for row in rows]
 

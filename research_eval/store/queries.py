@@ -195,14 +195,16 @@ class Queries(Database):
         )
         return {row["metric_name"]: row["metric_value"] for row in self._rows(query)}
 
-    def history(self, experiment_id: str, name: str | None = None) -> list[HistoryRow]:
-        """The points of one series, or of all, by step and then name."""
+    def history(self, experiment_id: str, name: str | None = None, after_step: int | None = None) -> list[HistoryRow]:
+        """The points of one series, or of all, by step and then name; only those behind `after_step` if it is given."""
         columns = history_view.c
         query = sa.select(columns.step, columns.epoch, columns.name, columns.value).where(
             columns.experiment_id == experiment_id
         )
         if name is not None:
             query = query.where(columns.name == name)
+        if after_step is not None:
+            query = query.where(columns.step > after_step)
         with self._engine.connect() as connection:
             return [HistoryRow(*row) for row in connection.execute(query.order_by(columns.step, columns.name))]
 
@@ -332,8 +334,11 @@ class Queries(Database):
         descending: bool = False,
         limit: int | None = None,
         with_json: bool = False,
+        offset: int = 0,
     ) -> list[dict[str, Any]]:
         """The runs that `wanted` describes, sorted by a column or a metric; runs without a number there come last.
+
+        The first `offset` of them are left out.
 
         Runs with equal values are in the order of their ids. Config and environment are left out unless `with_json`.
         """
@@ -342,14 +347,15 @@ class Queries(Database):
         order = self._order(sort, descending)
         query = sa.select(*[column for column in table.columns if with_json or column.name not in JSON_COLUMNS])
         if limit is None or limit > IDS_PER_QUERY:
-            return self._rows(query.where(*conditions).order_by(*order).limit(limit))
+            return self._rows(query.where(*conditions).order_by(*order).limit(limit).offset(offset))
         # A short list takes two queries. The first finds the ids in an index alone, because reading the long rows, or
         # a metric of every run, is slow. The second reads the rows of these ids.
         if sort in table.columns:
             with self._engine.connect() as connection:
-                first = list(connection.scalars(sa.select(ids).where(*conditions).order_by(*order).limit(limit)))
+                some = sa.select(ids).where(*conditions).order_by(*order).limit(limit).offset(offset)
+                first = list(connection.scalars(some))
         else:
-            first = self._first_by_metric(sort, conditions, descending, limit)
+            first = self._first_by_metric(sort, conditions, descending, offset + limit)[offset:]
         rows = {row["experiment_id"]: row for row in self._rows(query.where(ids.in_(first)))}
         return [rows[experiment_id] for experiment_id in first if experiment_id in rows]
 

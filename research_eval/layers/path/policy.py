@@ -57,11 +57,15 @@ class GivenPaths:
         self._num_experts = num_experts
         self.mapping_TF: Tensor | None = None  # function f at step t -> expert
 
-    def of(self, right_BT: Tensor | None) -> Tensor | None:
+    def of(self, right_BT: Tensor | None, forced: tuple[int, ...] | None, ids_BL: Tensor) -> Tensor | None:
         """The given paths [B, T], STOPPED after their end, from the task's right paths, if it knows them.
 
-        None if the route is free. Raises ConfigError for paths that the model cannot follow.
+        A path that an intervention has `forced` is that of every sample. None if the route is free. Raises ConfigError
+        for paths that the model cannot follow.
         """
+        if forced:
+            steps = [*forced, *[STOPPED] * (self._max_path_len - len(forced))]
+            return torch.tensor(steps, device=ids_BL.device).expand(len(ids_BL), -1)
         if not self._always and self.mapping_TF is None:
             return None
         if right_BT is None:

@@ -5,7 +5,7 @@ B batch  D width  N experts  A = N + 1 actions (the last one stops)  T steps  R 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from research_eval.annotations import Aka, Count, Natural, Range, Steps
 from research_eval.errors import ConfigError
 from research_eval.layers.collective import batch_any
 from research_eval.layers.experts import Step
+from research_eval.layers.intervention import Intervention
 from research_eval.layers.routing import members
 from research_eval.routing.record import STOPPED
 
@@ -61,6 +62,13 @@ class Choice(NamedTuple):
     action_B: Tensor
     coefficient_B: Tensor
     probabilities_BN: Tensor
+
+    def after(self, now: Intervention) -> Choice:
+        """The choice with swapped experts, and without the work of those that are left out."""
+        if not now.swap and not now.skip:
+            return self
+        action_B, coefficient_B = replace(now, path=None).changed(self.action_B, self.coefficient_B)
+        return self._replace(action_B=action_B, coefficient_B=coefficient_B)
 
 
 class Decision(NamedTuple):
