@@ -273,6 +273,11 @@ def test_a_probe_without_a_change_is_the_trace_and_one_with_a_change_is_another_
         status, answer = site.probe(site.goe, **body)
         assert status == 400, body
         assert words in answer["error"]
+    _, tokens = site.probe(site.moe, kind="tokens", sample=5)
+    shares = site.get(f"/api/run/{site.moe}/atlas/3/5")["expert_share"]
+    assert len(tokens["layers"]) == len(shares) == 2
+    assert "for tokens" in site.probe(site.goe, kind="tokens", sample=5)[1]["error"]
+    assert "sample" in site.probe(site.moe, kind="tokens", sample=10**5)[1]["error"]
     status, answer = site.probe(site.running, kind="none")
     assert (status, "its weights are not here" in answer["error"]) == (400, True)
 
@@ -591,6 +596,8 @@ def test_a_sample_shows_its_path_and_probabilities(watched: Watched, site: Site)
     assert page.locator("#panel .taken").count() == 2
     page = watched.open(f"/atlas/{site.moe}?sample=2", "atlas")
     page.locator("#panel").get_by_text("layer 2:").wait_for()
+    page.get_by_label("tokens by their expert in").select_option("1")
+    assert re.fullmatch(r"expert \d", page.locator("#panel .tokens span").first.get_attribute("title"))
 
 
 def test_taking_an_expert_away_is_computed_and_told(watched: Watched, site: Site) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 from research_eval.errors import ConfigError
 from research_eval.files import run_folder
 
-KINDS = ("none", "skip", "forbid", "swap", "path")
+KINDS = ("none", "skip", "forbid", "swap", "path", "tokens")
 SECONDS = 60.0  # for one evaluation
 MOST_WAITING = 8
 MOST_KEPT = 200  # results
@@ -41,18 +41,20 @@ class Probe:
     to: int | None = None
     step: int | None = None
     path: tuple[int, ...] | None = None
+    sample: int | None = None  # of "tokens": the experts of each of its tokens
 
     @classmethod
     def of(cls, run: str, body: Any) -> Probe:
         """From the body of a request. Raises ConfigError."""
         if not isinstance(body, dict) or body.get("kind") not in KINDS:
             raise ConfigError(f"kind: expected one of {', '.join(KINDS)}")
-        numbers = {name: body.get(name) for name in ("expert", "to", "step")}
+        numbers = {name: body.get(name) for name in ("expert", "to", "step", "sample")}
         path = body.get("path")
         whole = [*numbers.values(), *(path if isinstance(path, list) else [])]
         if any(value is not None and (type(value) is not int or not 0 <= value < 10**6) for value in whole):
-            raise ConfigError("expert, to, step and path: expected whole numbers from 0")
-        needed = {"skip": ["expert"], "forbid": ["expert"], "swap": ["expert", "to"]}.get(body["kind"], [])
+            raise ConfigError("expert, to, step, sample and path: expected whole numbers from 0")
+        needs = {"skip": ["expert"], "forbid": ["expert"], "swap": ["expert", "to"], "tokens": ["sample"]}
+        needed = needs.get(body["kind"], [])
         if any(numbers[name] is None for name in needed) or (body["kind"] == "path") != isinstance(path, list):
             raise ConfigError(f"{body['kind']}: needs {' and '.join(needed) or 'no path'}")
         return cls(run, body["kind"], **numbers, path=tuple(path) if isinstance(path, list) else None)
@@ -111,7 +113,7 @@ class Probes:
         process = self._process
         assert process is not None
         assert process.stdin is not None
-        question = {"folder": str(run_folder(probe.run)), "change": probe.change()}
+        question = {"folder": str(run_folder(probe.run)), "change": probe.change(), "sample": probe.sample}
         try:
             process.stdin.write(json.dumps(question) + "\n")
             process.stdin.flush()
@@ -208,6 +210,29 @@ class Evaluator:
             "columns": {name: packed(column) for name, column in columns.items()},
         }
 
+    def tokens(self, sample: int) -> dict[str, Any]:
+        """The expert with the most weight of each token of one sample, for every layer [T][L]."""
+        import numpy as np
+        import torch
+
+        from research_eval.models.base_model import logits_of
+
+        model = self.trained.model
+        recorder = model.recorder()
+        if not 0 <= sample < len(self.batches.data):
+            raise ConfigError(f"sample: expected a number below {len(self.batches.data)}, got {sample}")
+        model.eval()
+        model.start_recording()
+        with torch.no_grad():
+            logits_of(model, self.batches.take(np.array([sample])))
+        if recorder is None or not recorder.is_about_tokens():
+            raise ConfigError("this model does not choose experts for tokens")
+        layers = []
+        for layer in range(recorder.num_steps):
+            _, token_D, expert_D = recorder.token_choices(layer)
+            layers.append(expert_D[np.argsort(token_D)].tolist())
+        return {"layers": layers}
+
 
 def main() -> None:
     """Answer questions until the standard input ends."""
@@ -221,7 +246,11 @@ def main() -> None:
             question = json.loads(line)
             if question["folder"] != folder or evaluator is None:
                 evaluator, folder = Evaluator(Path(question["folder"])), question["folder"]
-            answer = evaluator.answer(question["change"] | {"swap": _numbered(question["change"].get("swap"))})
+            if question["sample"] is None:
+                change = question["change"]
+                answer = evaluator.answer(change | {"swap": _numbered(change.get("swap"))})
+            else:
+                answer = evaluator.tokens(question["sample"])
         except Exception as problem:  # whatever happens is the answer
             answer = {"error": f"{problem}" or type(problem).__name__}
         answers.write(json.dumps(answer) + "\n")

@@ -438,8 +438,10 @@ class Atlas {
     const { data, parts, turn } = this;
     const title = h("h2", {}, `Sample ${row}`, h("button", { type: "button", class: "close", onclick: () => this.change({ sample: "" }, true) }, "close"));
     const words = h("p", { class: "tokens" }, this.words(row, 400).map((word) => h("span", {}, word)));
+    const coloured = h("div");
     const facts = h("p", {}, `class ${this.labelName(data.label[row])}, ${data.prediction ? `answer ${this.labelName(data.prediction[row])}, ` : ""}loss ${num(data.loss[row])}, probability of the right class ${num(Math.exp(-data.loss[row]), 3)}.`);
-    put(parts.panel, title, facts, words);
+    put(parts.panel, title, facts, coloured, words);
+    if (data.about_tokens && this.probes) this.colourTokens(row, words, coloured, turn);
     const found = await get(`/api/run/${this.id}/atlas/${data.epoch}/${row}`).catch(() => null);
     if (turn !== this.turn || !found) return;
     const all = found.probabilities || found.expert_share;
@@ -456,6 +458,24 @@ class Atlas {
       return h("section", {}, h("h3", {}, `${data.about_tokens ? "layer" : "step"} ${step + 1}: ${says}`), moved ? h("p", { class: "soft" }, moved) : null, h("table", { class: "shares" }, h("tbody", {}, bars)));
     });
     parts.panel.append(...steps);
+  }
+
+  /** Give each token the colour of its expert in one layer, as the run's weights choose it. */
+  async colourTokens(row, words, place, turn) {
+    const found = await post(`/api/run/${this.id}/probe`, { kind: "tokens", sample: row, anyway: true }).catch(() => null);
+    if (!found || turn !== this.turn) return;
+    const paint = (layer) => {
+      const experts = found.layers[layer];
+      [...words.children].forEach((word, n) => {
+        const expert = experts[n];
+        word.style.borderColor = colour(expert);
+        word.style.boxShadow = `inset 0 -4px 0 ${colour(expert)}`;
+        word.title = `expert ${expert}`;
+      });
+      const used = [...new Set(experts)].sort((a, b) => a - b);
+      put(place, select("tokens by their expert in", found.layers.map((_, n) => [n, `layer ${n + 1}`]), layer, (value) => paint(Number(value))), h("ul", { class: "legend" }, used.map((expert) => h("li", {}, h("i", { class: "dot", css: { background: colour(expert) } }), `expert ${expert}`))));
+    };
+    paint(0);
   }
 
   key(event) {
