@@ -72,6 +72,7 @@ REWRITES = [
     (r"python\S* -m venv .*|source \S*activate", ":", "the environment is there"),
     (r"(?:\S*python -m )?pip install .*-r (\S+)", r"test -s \1", "the environment stays as it is"),
     (r"pip install 'graph-of-experts\[dashboard\]'", "python -c 'import starlette'", "the environment stays as it is"),
+    (r"pip install 'graph-of-experts\[trace\]'", "python -c 'import transformers'", "the environment stays as it is"),
     (r"goe dashboard", "goe dashboard --help", "serves until it is stopped; test_dashboard.py drives it"),
     (r"\.venv/bin/(goe atlas .*)", r"\1", "the environment is elsewhere"),
     (r"pip install scikit-learn", "python -c 'import sklearn'", "the environment stays as it is"),

@@ -55,6 +55,7 @@ def commands() -> tuple[Command, ...]:
         routes,
         runs,
         suggest,
+        trace,
         worker,
     )
 
@@ -76,6 +77,7 @@ def commands() -> tuple[Command, ...]:
         Command("measure", measure.add_arguments, measure.measure_command, measure.DESCRIPTION),
         Command("dashboard", dashboard.add_arguments, dashboard.dashboard_command, dashboard.DESCRIPTION),
         Command("atlas", dashboard.add_atlas_arguments, dashboard.atlas_command, dashboard.ATLAS_DESCRIPTION),
+        Command("trace", trace.add_arguments, trace.trace_command, trace.DESCRIPTION),
         Command("predict", predict.add_arguments, predict.predict_command, predict.DESCRIPTION),
         Command("generate", generate.add_arguments, generate.generate_command, generate.DESCRIPTION),
         Command("routes", routes.add_arguments, routes.routes_command, routes.DESCRIPTION),

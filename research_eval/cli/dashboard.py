@@ -13,6 +13,7 @@ import webbrowser
 from research_eval.cli.common import DB_HELP, add_flag
 from research_eval.errors import ConfigError
 from research_eval.system.best_effort import print_product
+from research_eval.system.untrusted import user_path
 
 DESCRIPTION = "a local page: runs while they train, groups over seeds, studies, and what the experts do"
 ATLAS_DESCRIPTION = "one file that shows the paths of a run: experts, classes, tokens, samples"
@@ -49,7 +50,8 @@ def dashboard_command(arguments: argparse.Namespace) -> int:
 
 def add_atlas_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `goe atlas`."""
-    parser.add_argument("--run", required=True, metavar="RUN", help="a run with a routing trace: its id, or latest")
+    parser.add_argument("--run", metavar="RUN", help="a run with a routing trace: its id, or latest")
+    parser.add_argument("--trace", metavar="FOLDER", help="a trace of another model, as goe trace writes it")
     parser.add_argument("--out", default="atlas.html", metavar="FILE", help="the file (default: atlas.html)")
     parser.add_argument("--epoch", type=int, metavar="N", help="the epoch that the file opens with, and keeps alone")
     parser.add_argument("--ablate", action="store_true", help="also what happens without each expert (takes a while)")
@@ -59,12 +61,19 @@ def add_atlas_arguments(parser: argparse.ArgumentParser) -> None:
 
 def atlas_command(arguments: argparse.Namespace) -> int:
     """Write the file and print its name."""
+    if (arguments.run is None) == (arguments.trace is None):
+        raise ConfigError("goe atlas: give --run for a run of this program, or --trace for a trace of another model")
     from research_eval.dashboard.export import write_atlas
+    from research_eval.dashboard.foreign import write_trace_atlas
     from research_eval.runs.inputs import output_file
     from research_eval.store.find import find_run
     from research_eval.store.store import Store
 
     out = output_file(arguments.out, [])
+    if arguments.trace is not None:
+        write_trace_atlas(out, user_path(arguments.trace, "--trace"))
+        print_product(f"{out}\n")
+        return 0
     with Store(arguments.db, read_only=True) as store:
         experiment_id = find_run(store, arguments.run)["experiment_id"]
     write_atlas(out, experiment_id, arguments.epoch, arguments.db if arguments.ablate else None, arguments.ablate)

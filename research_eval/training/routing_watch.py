@@ -72,9 +72,7 @@ class RoutingWatch:
         self._runtime = runtime
         self._folder = folder / ROUTING_FOLDER if config.training_params.trace_routing else None
         self._params = config.model_params
-        if self._folder is not None:
-            split = data.validation
-            write_samples(self._folder, split.tokens, split.offsets, _names(data))
+        self._data = data
         evaluations = Length.of(config, data.train).evaluations
         self._circumstances = Circumstances.of(evaluations, config.model_params)
         self._initial = [parameter.detach().clone() for parameter in routed_parameters(model, "router")]
@@ -97,6 +95,8 @@ class RoutingWatch:
         # Each alarm fires once per run: report it in its own epoch only.
         alarms = [alarm for alarm in find_alarms(reports, self._circumstances) if alarm.epoch == epoch]
         if self._folder is not None:
+            split = self._data.validation
+            write_samples(self._folder, split.tokens, split.offsets, _names(self._data))
             summary = {
                 "epoch": epoch,
                 **metrics,

@@ -102,7 +102,7 @@ class Atlas {
     const wanted = (name) => (asked.get(name) === null ? null : Number(asked.get(name)));
     const [label, group, length] = ["class", "group", "len"].map(wanted);
     const correct = asked.get("correct");
-    const thirds = this.thirds();
+    const thirds = data.loss ? this.thirds() : [];
     const hard = { easy: 0, middle: 1, hard: 2 }[asked.get("hard")];
     for (let row = 0; row < data.samples; row += 1) {
       if (label !== null && data.label[row] !== label) continue;
@@ -147,14 +147,14 @@ class Atlas {
       select("class", [["", "all"], ...labels.map((one) => [one, this.labelName(one)])], asked.get("class"), pick("class")),
       data.group ? select("group", [["", "all"], ...count(data.group).map((one) => [one, `group ${one}`])], asked.get("group"), pick("group")) : null,
       data.correct ? select("answer", [["", "all"], ["1", "right"], ["0", "wrong"]], asked.get("correct"), pick("correct")) : null,
-      select("difficulty", [["", "all"], ["easy", "easy third"], ["middle", "middle third"], ["hard", "hard third"]], asked.get("hard"), pick("hard")),
+      data.loss && select("difficulty", [["", "all"], ["easy", "easy third"], ["middle", "middle third"], ["hard", "hard third"]], asked.get("hard"), pick("hard")),
       lengths.length > 1 ? select("path length", [["", "all"], ...lengths.map((one) => [one, one])], asked.get("len"), pick("len")) : null,
     ];
     const chosen = ["class", "group", "correct", "hard", "len"].some((name) => asked.get(name));
     const reset = h("button", { type: "button", disabled: !chosen, onclick: () => this.change({ class: "", group: "", correct: "", hard: "", len: "" }) }, "all samples");
     this.keepFocus(this.parts.filters, h("form", { class: "controls", onsubmit: (event) => event.preventDefault() }, controls, reset));
     const outcome = asked.get("correct") || asked.get("hard") ? " Selected on the outcome: kinds that are hard look special here." : "";
-    this.parts.said.textContent = `${num(this.kept.length)} of ${num(data.samples)} validation samples.${outcome}`;
+    this.parts.said.textContent = `${num(this.kept.length)} of ${num(data.samples)} ${data.unit || "validation samples"}.${outcome}`;
   }
 
   /** Put new controls in the place of old ones; the control with the focus keeps it. */
@@ -425,7 +425,7 @@ class Atlas {
       h("td", {}, this.labelName(data.label[row])),
       h("td", {}, data.prediction ? this.labelName(data.prediction[row]) : "–"),
       h("td", {}, data.correct ? (data.correct[row] ? "right" : "wrong") : "–"),
-      h("td", { class: "number" }, num(data.loss[row])),
+      h("td", { class: "number" }, data.loss ? num(data.loss[row]) : "–"),
       h("td", {}, Array.from(data.path.subarray(row * data.steps, (row + 1) * data.steps)).filter((one) => one >= 0).join(" → ")),
       h("td", { class: "words" }, this.words(row).join(" ")),
     );
@@ -439,7 +439,7 @@ class Atlas {
     const title = h("h2", {}, `Sample ${row}`, h("button", { type: "button", class: "close", onclick: () => this.change({ sample: "" }, true) }, "close"));
     const words = h("p", { class: "tokens" }, this.words(row, 400).map((word) => h("span", {}, word)));
     const coloured = h("div");
-    const facts = h("p", {}, `class ${this.labelName(data.label[row])}, ${data.prediction ? `answer ${this.labelName(data.prediction[row])}, ` : ""}loss ${num(data.loss[row])}, probability of the right class ${num(Math.exp(-data.loss[row]), 3)}.`);
+    const facts = h("p", {}, `class ${this.labelName(data.label[row])}, ${data.prediction ? `answer ${this.labelName(data.prediction[row])}, ` : ""}${data.loss ? `loss ${num(data.loss[row])}, probability of the right class ${num(Math.exp(-data.loss[row]), 3)}` : data.unit}.`);
     put(parts.panel, title, facts, coloured, words);
     if (data.about_tokens && this.probes) this.colourTokens(row, words, coloured, turn);
     const found = await get(`/api/run/${this.id}/atlas/${data.epoch}/${row}`).catch(() => null);

@@ -1,0 +1,1 @@
+"""A microscope for any torch Mixture-of-Experts model: `research_eval.trace` records what its routers decide."""
