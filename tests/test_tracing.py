@@ -7,6 +7,7 @@ B batch  n tokens  E experts  K experts per token
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 import research_eval
 from research_eval.cli.app import goe
 from research_eval.errors import ConfigError
-from research_eval.registry import MODELS_MAP
+from research_eval.registry import LANGUAGE_MODELS, MODELS_MAP
 from research_eval.tracing.contracts import FAILS, HOLDS, SKIPPED, Contract, agreement, contracts
 from research_eval.tracing.find import find_layers
 from research_eval.tracing.microscope import Trace
@@ -315,6 +316,10 @@ def test_our_models_are_traced_through_the_same_recorder(model_type: str) -> Non
     else:
         assert (experts_of(record)[:, :, 0] == model.recorded_paths()[-3:]).all()
     assert "load" in record.report()
+    language = LANGUAGE_MODELS["goe"](vocab_size=VOCAB, max_length=12, embed_dim=16, num_heads=2).eval()
+    with research_eval.trace(language) as record:
+        language(batch["input_ids"], batch["attention_mask"])
+    assert record.num_tokens == real
     dense = MODELS_MAP["dense"](vocab_size=VOCAB, num_classes=3, embed_dim=16, num_heads=2)
     with pytest.raises(ConfigError, match="has no routed layer"):
         research_eval.trace(dense)
@@ -421,7 +426,8 @@ def saved(tmp_path: Path) -> Path:
 
 def test_a_saved_model_is_traced_by_one_command(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(saved)
-    words = ["trace", "--model", "model", "--data", "texts.txt", "--out", "traces/m", "--agree", "model"]
+    (saved / "roses.txt").write_text("A rose\n" * 3)
+    words = ["trace", "--model", "model", "--data", "texts.txt", "roses.txt", "--out", "traces/m", "--agree", "model"]
     ended = command(goe, *words, "--batch_size", "2")
     assert ended.code == 0, ended.err
     for name in ("load", "sparsity", "causality", "padding", "aux loss"):
@@ -439,6 +445,9 @@ def test_a_saved_model_is_traced_by_one_command(saved: Path, monkeypatch: pytest
     data = json.loads(re.search(r'id="goe-data">(.*?)</script>', out.read_text(), re.DOTALL)[1])  # type: ignore[index]
     epoch = data["answers"]["/api/run/trace/atlas/1"]
     assert (epoch["experts"], epoch["steps"], epoch["samples"]) == (E, 2, int(np.asarray(table["real"]).sum()))
+    group_R = np.frombuffer(base64.b64decode(epoch["columns"]["group"]["data"]), np.int16)
+    assert np.bincount(group_R).tolist()[1] == 6, "three texts of two words"
+    assert data["answers"]["/api/run/trace/samples"]["names"]["groups"] == ["texts", "roses"]
 
 
 def test_what_the_commands_refuse(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,13 @@
 """`goe trace`: what the routers of a saved Mixture-of-Experts model decide about the texts of a file.
 
-goe trace --model mixtral-tiny --data texts.txt --out traces/mixtral
+goe trace --model mixtral-tiny --data news.txt code.txt --out traces/mixtral
 goe atlas --trace traces/mixtral --out atlas.html
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from research_eval.errors import ConfigError
@@ -21,7 +22,9 @@ MODEL_HELP = "a folder as save_pretrained writes it: config, safetensors, tokeni
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `goe trace`."""
     parser.add_argument("--model", required=True, metavar="FOLDER", help=MODEL_HELP)
-    parser.add_argument("--data", required=True, metavar="FILE", help="UTF-8 texts, one per line")
+    parser.add_argument(
+        "--data", required=True, nargs="+", metavar="FILE", help="UTF-8 texts, one per line; several files are domains"
+    )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for the trace")
     parser.add_argument("--agree", metavar="FOLDER", help="another checkpoint: how often both choose alike")
     parser.add_argument("--batch_size", "--batch-size", type=int, default=8, metavar="N", help="texts per call (8)")
@@ -40,9 +43,13 @@ def trace_command(arguments: argparse.Namespace) -> int:
     for flag in ("batch_size", "max_length", "every"):
         if getattr(arguments, flag) < 1:
             raise ConfigError(f"--{flag}: expected at least 1, got {getattr(arguments, flag)}")
-    texts = [line for line in read_text(arguments.data, "--data").split("\n") if line.strip()]
-    if not texts:
-        raise ConfigError(f"--data: {arguments.data} has no text")
+    texts: dict[str, list[str]] = {}
+    for name in arguments.data:
+        lines = [line for line in read_text(name, "--data").split("\n") if line.strip()]
+        if not lines or Path(name).stem in texts:
+            problem = "has the name of another file" if lines else "has no text"
+            raise ConfigError(f"--data: {name} {problem}")
+        texts[Path(name).stem] = lines
     import_torch()
     with phase("importing transformers"):
         from research_eval.tracing.contracts import FAILS, agreement, contract_lines

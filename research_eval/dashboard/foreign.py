@@ -42,7 +42,7 @@ def write_trace_atlas(out: Path, folder: Path) -> None:
         "steps": len(facts["layers"]),
         "experts": max(facts["num_experts"]),
         "about_tokens": True,
-        "unit": f"tokens of {facts['tokens']:,}",
+        "unit": f"tokens, out of {facts['tokens']:,}",
         "router": {},
         "columns": {
             "path": packed(columns["path"].astype(np.int16)),
@@ -50,8 +50,11 @@ def write_trace_atlas(out: Path, folder: Path) -> None:
             "label": packed(class_numbers([_plain_piece(one) for one in pieces]).astype(np.int16)),
         },
     }
+    domains = facts.get("sequence_domains") or []
+    if len(facts.get("domains", [])) > 1 and len(domains) > int(columns["sequence"].max(initial=0)):
+        epoch["columns"]["group"] = packed(np.array(domains, np.int16)[columns["sequence"]])
     samples = {
-        "names": {"labels": list(CLASSES), "tokens": names},
+        "names": {"labels": list(CLASSES), "tokens": names, "groups": facts.get("domains", [])},
         "columns": {
             "tokens": packed(columns["token"].astype(np.int32)),
             "offsets": packed(np.arange(number + 1, dtype=np.int32)),
@@ -72,10 +75,10 @@ def _columns(path: Path, facts: dict[str, Any]) -> dict[str, NDArray[Any]]:
     """
     file = pq.ParquetFile(path)
     stride = max(1, -(-file.metadata.num_rows // SHOWN_TOKENS))
-    found: dict[str, list[NDArray[Any]]] = {"token": [], "path": [], "chosen": []}
+    found: dict[str, list[NDArray[Any]]] = {"token": [], "sequence": [], "path": [], "chosen": []}
     layers, seen = len(facts["layers"]), 0
     for group in range(file.num_row_groups):
-        table = file.read_row_group(group, columns=["token", "real", "experts", "weights"])
+        table = file.read_row_group(group, columns=["token", "sequence", "real", "experts", "weights"])
         kept_R = ((seen + np.arange(table.num_rows)) % stride == 0) & np.asarray(table["real"])
         seen += table.num_rows
         rows = int(kept_R.sum())
@@ -85,7 +88,8 @@ def _columns(path: Path, facts: dict[str, Any]) -> dict[str, NDArray[Any]]:
         )
         weights_RLK = np.nan_to_num(weights_RLK.astype(np.float32), nan=0.0)
         best_RL = weights_RLK.argmax(2)[..., None]
-        found["token"].append(np.asarray(table["token"])[kept_R])
+        for name in ("token", "sequence"):
+            found[name].append(np.asarray(table[name])[kept_R])
         found["path"].append(np.take_along_axis(experts_RLK, best_RL, 2).reshape(rows * layers))
         chosen_RL = np.take_along_axis(weights_RLK, best_RL, 2)[..., 0]
         found["chosen"].append(np.rint(255 * chosen_RL.clip(0, 1)).astype(np.uint8).reshape(rows * layers))

@@ -133,6 +133,8 @@ class Recorder:
             self.layer_names = [layer.name for layer in self.layers]
             sizes = [layer.num_experts for layer in self.layers]
         self.totals = [Totals(size) for size in sizes]
+        self.domains: list[str] = []  # names, if the sequences come from several sources
+        self.sequence_domains: list[int] = []  # the number of each sequence's domain
         self.first_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.num_tokens = self.num_sequences = 0
         self._handles: list[Any] = []
@@ -363,6 +365,8 @@ class Recorder:
             "entropy": [total.mean_entropy() for total in self.totals],
             "dropped": [total.dropped for total in self.totals],
             "weight_sums": [total.weight_sums() for total in self.totals],
+            "domains": self.domains,
+            "sequence_domains": self.sequence_domains,
         }
 
     def save(self, folder: str | Path) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,18 @@ LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 def traced_texts(
-    folder: Path, texts: Sequence[str], batch_size: int, max_length: int, *, every: int = 1, device: str = "cpu"
+    folder: Path,
+    texts_by_domain: Mapping[str, Sequence[str]],
+    batch_size: int,
+    max_length: int,
+    *,
+    every: int = 1,
+    device: str = "cpu",
 ) -> Recorder:
-    """The trace of a saved language model on texts. Raises ConfigError for a folder that holds no such model."""
+    """The trace of a saved language model on the texts of one or several domains.
+
+    Raises ConfigError for a folder that holds no such model.
+    """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
@@ -35,8 +44,11 @@ def traced_texts(
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     tokenizer.padding_side = "right"
     with Recorder(model, tokenizer=tokenizer, every=every) as record, torch.no_grad():
-        for start in range(0, len(texts), batch_size):
-            some = list(texts[start : start + batch_size])
-            batch = tokenizer(some, return_tensors="pt", padding=True, truncation=True, max_length=max_length)
-            model(input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device))
+        record.domains = list(texts_by_domain)
+        for domain, texts in enumerate(texts_by_domain.values()):
+            for start in range(0, len(texts), batch_size):
+                some = list(texts[start : start + batch_size])
+                batch = tokenizer(some, return_tensors="pt", padding=True, truncation=True, max_length=max_length)
+                record.sequence_domains += [domain] * len(some)
+                model(input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device))
     return record

@@ -132,6 +132,10 @@ class Atlas {
     return data.thirds;
   }
 
+  groupName(group) {
+    return this.samples?.names.groups?.[group] ?? `group ${group}`;
+  }
+
   labelName(label) {
     return this.samples?.names.labels[label] ?? String(label);
   }
@@ -145,7 +149,7 @@ class Atlas {
     const pick = (name) => (value) => this.change({ [name]: value });
     const controls = [
       select("class", [["", "all"], ...labels.map((one) => [one, this.labelName(one)])], asked.get("class"), pick("class")),
-      data.group ? select("group", [["", "all"], ...count(data.group).map((one) => [one, `group ${one}`])], asked.get("group"), pick("group")) : null,
+      data.group ? select("group", [["", "all"], ...count(data.group).map((one) => [one, this.groupName(one)])], asked.get("group"), pick("group")) : null,
       data.correct ? select("answer", [["", "all"], ["1", "right"], ["0", "wrong"]], asked.get("correct"), pick("correct")) : null,
       data.loss && select("difficulty", [["", "all"], ["easy", "easy third"], ["middle", "middle third"], ["hard", "hard third"]], asked.get("hard"), pick("hard")),
       lengths.length > 1 ? select("path length", [["", "all"], ...lengths.map((one) => [one, one])], asked.get("len"), pick("len")) : null,
@@ -169,6 +173,7 @@ class Atlas {
   // ------------------------------------------------------------------------------------------------------- time
 
   drawTime() {
+    if (this.data.unit) return; // a trace of another model has no epochs
     const epoch = this.number();
     const place = this.epochs.findIndex((one) => one.epoch === epoch);
     const here = this.epochs[place];
@@ -282,7 +287,7 @@ class Atlas {
     const facts = [
       ["samples", `${num(mine.length)} of ${num(reached.length)} that reach ${data.about_tokens ? "layer" : "step"} ${step} (${percent(mine.length / Math.max(reached.length, 1))})`],
       hits === null ? null : ["right answers", `${percent(hits / Math.max(mine.length, 1))}, 95 % interval ${percent(interval[0])} to ${percent(interval[1])}`],
-      chosen === null ? null : [data.about_tokens ? "share of their tokens" : "mean probability", num(chosen)],
+      chosen === null ? null : [data.unit ? "mean weight" : data.about_tokens ? "share of their tokens" : "mean probability", num(chosen)],
     ].filter(Boolean);
     const members = (column) => {
       const kinds = new Map();
@@ -298,7 +303,7 @@ class Atlas {
       this.parts.panel,
       h("h2", {}, h("i", { class: "dot", css: { background: colour(expert) } }), `Expert ${expert} at ${data.about_tokens ? "layer" : "step"} ${step}`, h("button", { type: "button", class: "close", onclick: () => this.change({ node: "" }, true) }, "close")),
       h("dl", {}, facts.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])),
-      data.group ? grouping("Groups", data.group, (kind) => `group ${kind}`) : "",
+      data.group ? grouping(data.unit ? "Domains" : "Groups", data.group, (kind) => this.groupName(kind)) : "",
       grouping("Classes", data.label, (kind) => this.labelName(kind)),
       this.tokenShares(reached, inside) || "",
       this.probeForm(step, expert),

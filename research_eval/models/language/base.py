@@ -152,7 +152,8 @@ class LanguageModel(RoutedModel):
     # ------------------------------------------------------------------------------------------------------- forward
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        self.outcome = self.pass_over(input_ids)
+        recorded_BL = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
+        self.outcome = self.pass_over(input_ids, recorded_BL=None if self.training else recorded_BL)
         return self.outcome.outputs
 
     def run(self, batch: Batch) -> Outcome:
