@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import io
 import json
 import math
 import os
@@ -26,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from scipy.optimize import linear_sum_assignment
 from support import command, small_settings
@@ -33,6 +36,7 @@ from support import command, small_settings
 from research_eval.analysis.statistics import holm, mcnemar, wilson_interval
 from research_eval.cli.app import goe
 from research_eval.db_utils import DB_FILE, Store
+from research_eval.errors import ConfigError
 from research_eval.experiment import run
 from research_eval.routing.trace_files import read_trace
 from research_eval.runs.folder import claimed_folder
@@ -40,7 +44,7 @@ from research_eval.schema import config_from_dict
 from research_eval.store.records import HistoryRow, RunFilter
 
 pytest.importorskip("starlette", reason="needs the extra `dashboard`")
-from research_eval.dashboard import queries
+from research_eval.dashboard import atlas, queries
 from research_eval.dashboard.export import bundle
 from research_eval.dashboard.server import Options, serve
 
@@ -249,6 +253,36 @@ def test_the_columns_of_an_epoch_are_those_of_its_trace(site: Site) -> None:
     epochs = site.get(f"/api/run/{site.goe}/atlas")["epochs"]
     assert [one["epoch"] for one in epochs] == [1, 2, 3]
     assert sum(one["saved"] for one in epochs) == 1
+
+
+def test_a_damaged_trace_is_said_and_the_other_epochs_are_shown(site: Site, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(site.folder / "runs" / site.goe, folder)
+    routing = folder / "routing"
+    good = [one["epoch"] for one in atlas.epoch_list(folder)]
+    summary = routing / f"epoch_{good[0]:04}.json"
+    text = summary.read_text()
+    summary.write_text(text.replace('"epoch":', '"router_entropy": NaN, "epoch":', 1))
+    assert len(atlas.epoch_list(folder)) == len(good), "a figure that is no number is left out"
+    for damage in ("[]", "{", '{"epoch": "1"}', "[" * 10_000):
+        summary.write_text(damage)
+        assert [one["epoch"] for one in atlas.epoch_list(folder)] == good[1:]
+        with pytest.raises(ConfigError, match=summary.name):
+            atlas.epoch_columns(folder, good[0])
+    summary.write_text(text)
+    table = routing / f"epoch_{good[0]:04}.parquet"
+    content = table.read_bytes()
+    other = io.BytesIO()
+    pq.write_table(pa.table({"path": [1, 2], "loss": ["a", "b"]}), other)
+    for damage in (content[: len(content) // 2], b"", other.getvalue()):
+        table.write_bytes(damage)
+        with pytest.raises(ConfigError, match=table.name):
+            atlas.epoch_columns(folder, good[0])
+    samples = routing / "samples.parquet"
+    for damage in (b"PAR1", other.getvalue()):
+        samples.write_bytes(damage)
+        with pytest.raises(ConfigError, match=samples.name):
+            atlas.samples_of(folder)
 
 
 def test_a_probe_without_a_change_is_the_trace_and_one_with_a_change_is_another_answer(site: Site) -> None:

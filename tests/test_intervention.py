@@ -192,6 +192,31 @@ def test_language_models_are_changed_too(options: dict[str, Any]) -> None:
     assert torch.equal(found, expected)
 
 
+def test_blocks_can_be_nested() -> None:
+    for kind in ("goe", "goe_original", "moe"):
+        model, batch = routed(kind), batch_of()
+        with model.intervene(skip=range(EXPERTS)):
+            outer, _ = outputs(model, batch)
+            with model.intervene(forbid=[1]):
+                inner, _ = outputs(model, batch)
+            again, _ = outputs(model, batch)
+        with model.intervene(forbid=[1]):
+            expected, _ = outputs(model, batch)
+        assert torch.equal(again, outer)
+        assert torch.equal(inner, expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"skip": [1.5]}, {"skip": 1}, {"skip": ["1"]}, {"step": "a"}, {"path": 5}, {"path": "01"}, {"swap": [(1, 2)]}],
+)
+def test_only_whole_numbers_are_taken(change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="expected whole numbers"), routed("goe").intervene(**change):
+        pass
+    with routed("goe").intervene(skip=[np.int64(1)], step=np.int32(0)):
+        pass
+
+
 def test_what_cannot_be_changed_is_said() -> None:
     model = routed("goe")
     for words, change in {

@@ -26,9 +26,9 @@ from research_eval.cli.app import goe
 from research_eval.errors import ConfigError
 from research_eval.registry import LANGUAGE_MODELS, MODELS_MAP
 from research_eval.tracing.contracts import FAILS, HOLDS, SKIPPED, Contract, agreement, contracts
+from research_eval.tracing.decisions import matched_rows
 from research_eval.tracing.find import find_layers
 from research_eval.tracing.microscope import Trace
-from research_eval.tracing.record import matched_rows
 
 transformers = pytest.importorskip("transformers", reason="needs the extra `trace`")
 
@@ -216,6 +216,121 @@ def test_equal_rows_are_matched_in_order() -> None:
     states = torch.tensor([[1.0], [2.0], [1.0], [3.0]])
     rows = {0: torch.tensor([[1.0], [3.0]]), 2: torch.tensor([[1.0], [1.0]]), 1: torch.tensor([[2.0]])}
     assert matched_rows(states, rows).tolist() == [[0, 2], [1, -1], [2, -1], [0, -1]]
+
+
+def test_rows_of_other_states_are_not_matched() -> None:
+    states = torch.tensor([[1.0, 2.0]])
+    for row in (torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0]]), torch.zeros(0, 2)):
+        assert matched_rows(states, {0: row}) is None
+
+
+class Changed(HandMade):
+    """A layer whose experts read states that it has changed: those of its gate, or nobody's."""
+
+    gate_too = True
+
+    def forward(self, x_BnI: Tensor) -> Tensor:
+        flat_RI = nn.functional.layer_norm(x_BnI.flatten(0, 1), x_BnI.shape[2:])
+        scores_RE = self.gate(flat_RI if self.gate_too else x_BnI.flatten(0, 1)).softmax(-1)
+        chosen_R = scores_RE.argmax(-1)
+        self.chosen = chosen_R
+        out_RI = torch.zeros_like(flat_RI)
+        for number, expert in enumerate(self.experts):
+            out_RI[chosen_R == number] = expert(x_RI=flat_RI[chosen_R == number])
+        return out_RI.view_as(x_BnI)
+
+
+class OwnMask(nn.Module):
+    """Two layers of the same kind, called as `model(ids, mask)`; `times` calls each of them several times."""
+
+    def __init__(self, kind: type[HandMade] = HandMade, times: int = 1, width: int = 16) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(VOCAB, width)
+        self.block, self.times = kind(width), times
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None, fail: bool = False) -> Tensor:
+        h_BnI = self.embedding(tokens)
+        self.calls += 1
+        for _ in range(self.times):
+            h_BnI = h_BnI + self.block(h_BnI)
+        if fail:
+            raise RuntimeError("in the middle")
+        return h_BnI
+
+
+def test_layers_that_cannot_be_read_are_reported() -> None:
+    batch = batch_of()
+    for model, words in (
+        (OwnMask(Changed), None),
+        (OwnMask(type("Hidden", (Changed,), {"gate_too": False})), "neither the gate nor the layer was given"),
+        (OwnMask(times=2), "several times"),
+    ):
+        with research_eval.trace(model.eval()) as record, torch.no_grad():
+            model(batch["input_ids"], batch["attention_mask"])
+        seen = by_name(contracts(record))["seen"]
+        assert (seen.verdict == HOLDS) == (words is None), seen
+        if words is None:
+            assert experts_of(record)[:, 0, 0].tolist() == model.block.chosen.tolist()
+        else:
+            assert words in seen.figure
+            assert words in str(record.facts()["unread"])
+
+
+def test_arguments_by_place_and_failed_calls() -> None:
+    model, batch = OwnMask().eval(), batch_of()
+    with research_eval.trace(model) as record, torch.no_grad():
+        model(batch["input_ids"], batch["attention_mask"])
+        with pytest.raises(RuntimeError, match="middle"):
+            model(batch["input_ids"], fail=True)
+        before = record.num_tokens, model.calls.item()
+        report = record.report()
+    assert (record.num_tokens, model.calls.item()) == before, "the report leaves the trace and the buffers alone"
+    assert column(record, "real").tolist() == batch["attention_mask"].flatten().bool().tolist()
+    assert before[0] == batch["input_ids"].numel()
+    assert re.search("causality +holds", report), report
+    with record, pytest.raises(ConfigError, match="entered already"):
+        record.__enter__()
+    embedded = made("mixtral")
+    with research_eval.trace(embedded) as record:
+        embedded(inputs_embeds=torch.randn(2, 5, 16), attention_mask=torch.ones(2, 5, dtype=torch.long))
+    assert column(record, "token").tolist() == [-1] * 10
+    assert by_name(contracts(record))["causality"].figure == "the model was called without token ids"
+
+
+def test_numbers_that_are_none_are_said_and_saved(tmp_path: Path) -> None:
+    model = HandMadeModel().eval()
+    nn.init.constant_(model.blocks[1].gate.bias, float("nan"))
+    with research_eval.trace(model) as record:
+        model(**batch_of())
+    assert by_name(contracts(record, checks=False))["entropy"].verdict == FAILS
+    facts = json.loads((record.save(tmp_path) / "trace.json").read_text())
+    assert facts["entropy"][0] > 0
+    assert facts["entropy"][1] is None
+
+
+def test_probabilities_of_a_gate_are_taken_as_they_are() -> None:
+    model = HandMadeModel().eval()
+    with research_eval.trace(model) as record:
+        model(**batch_of())
+    for block in model.blocks:
+        block.gate = nn.Sequential(block.gate, nn.Softmax(-1))
+    with research_eval.trace(model) as again:
+        model(**batch_of())
+    assert again.totals[0].mean_entropy() == pytest.approx(record.totals[0].mean_entropy(), rel=1e-5)
+
+
+def test_traces_of_one_model_can_be_nested() -> None:
+    torch.manual_seed(0)
+    model = MODELS_MAP["goe"](vocab_size=VOCAB, num_classes=3, embed_dim=16, num_heads=2).eval()
+    batch = {"input_ids": batch_of()["input_ids"]}
+    with research_eval.trace(model) as outer:
+        with research_eval.trace(model) as inner:
+            model(**batch)
+        model(**batch)
+    assert (outer.num_tokens, inner.num_tokens) == (6, 3)
+    assert "push" not in vars(model.recorder())
 
 
 def test_broken_copies_fail_their_contract() -> None:
@@ -448,6 +563,26 @@ def test_a_saved_model_is_traced_by_one_command(saved: Path, monkeypatch: pytest
     group_R = np.frombuffer(base64.b64decode(epoch["columns"]["group"]["data"]), np.int16)
     assert np.bincount(group_R).tolist()[1] == 6, "three texts of two words"
     assert data["answers"]["/api/run/trace/samples"]["names"]["groups"] == ["texts", "roses"]
+
+
+def test_a_damaged_trace_is_one_message(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(saved)
+    with research_eval.trace(made("mixtral")) as record:
+        record.model(**batch_of())
+    record.save("t")
+    facts, tokens = Path("t/trace.json"), Path("t/tokens.parquet")
+    good = facts.read_text(), tokens.read_bytes()
+    for text, content in (
+        ("[]", good[1]),
+        (good[0].replace('"layers"', '"other"'), good[1]),
+        (good[0].replace('"num_experts": [8, 8]', '"num_experts": "many"'), good[1]),
+        (good[0], good[1][:100]),
+    ):
+        facts.write_text(text)
+        tokens.write_bytes(content)
+        ended = command(goe, "atlas", "--trace", "t", "--out", "a.html")
+        assert (ended.code, ended.err.count("\n")) == (2, 1), ended.err
+    assert not Path("a.html").exists()
 
 
 def test_what_the_commands_refuse(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,8 @@ S samples  T steps of a path  A actions or experts
 from __future__ import annotations
 
 import base64
-import json
+import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,18 @@ from numpy.typing import NDArray
 
 from research_eval.errors import ConfigError
 from research_eval.files import run_folder
-from research_eval.routing.trace_files import ROUTING_FOLDER, TracedEpoch, read_epoch, read_samples
-from research_eval.system.untrusted import in_folder, read_limited
+from research_eval.routing.trace_files import (
+    ROUTING_FOLDER,
+    TracedEpoch,
+    damage_is_said,
+    read_epoch,
+    read_samples,
+    read_summary,
+)
+from research_eval.system.untrusted import in_folder
 
-MAX_SUMMARY_BYTES = 50_000_000
+log = logging.getLogger(__name__)
+
 KEPT = ("router_entropy", "path_class_nmi_adjusted", "path_group_nmi_adjusted", "planted_recovery", "mean_path_length")
 
 
@@ -34,13 +43,20 @@ def trace_folder(experiment_id: str) -> Path:
 
 
 def epoch_list(folder: Path) -> list[dict[str, Any]]:
-    """The traced epochs, with the numbers that stand above the slider. `saved` marks the epoch of the run's weights."""
+    """The traced epochs, with the numbers that stand above the slider. `saved` marks the epoch of the run's weights.
+
+    An epoch whose summary is damaged is left out, with a message in the log.
+    """
     found = []
     for path in sorted((folder / ROUTING_FOLDER).glob("epoch_*.json")):
         if not path.with_suffix(".parquet").exists():
             continue
-        summary = json.loads(read_limited(in_folder(path.parent, path.name), MAX_SUMMARY_BYTES, "a routing summary"))
-        alarms = [one.get("name") for one in summary.get("alarms", []) if isinstance(one, dict)]
+        try:
+            summary = read_summary(in_folder(path.parent, path.name))
+        except ConfigError as error:
+            log.warning("%s", error)
+            continue
+        alarms = [one.get("name") for one in summary.get("alarms") or () if isinstance(one, dict)]
         kept = {name: summary[name] for name in KEPT if isinstance(summary.get(name), int | float)}
         found.append({"epoch": summary["epoch"], "best": bool(summary.get("best_so_far")), "alarms": alarms, **kept})
     best = [one["epoch"] for one in found if one.pop("best")]
@@ -48,8 +64,16 @@ def epoch_list(folder: Path) -> list[dict[str, Any]]:
 
 
 def epoch_columns(folder: Path, epoch: int) -> dict[str, Any]:
-    """One epoch as columns of numbers in base64, little endian. Raises ConfigError for an epoch that was not traced."""
+    """One epoch as columns of numbers in base64, little endian.
+
+    Raises ConfigError for an epoch that was not traced, and for a damaged file.
+    """
     traced = read(folder, epoch)
+    with damage_is_said(folder / ROUTING_FOLDER / f"epoch_{epoch:04}.parquet"):
+        return _columns(folder, traced)
+
+
+def _columns(folder: Path, traced: TracedEpoch) -> dict[str, Any]:
     table, size = traced.samples, traced.samples.num_rows
     if "path" not in table.column_names:
         raise ConfigError(f"{folder.name}: the model has no experts that a router chooses")
@@ -140,7 +164,9 @@ def _num_experts(
 
 
 def plain(value: Any) -> Any:
-    """The value with short numbers, for JSON."""
+    """The value with short numbers, for JSON; None for what is no number."""
     if isinstance(value, list):
         return [plain(one) for one in value]
-    return round(value, 6) if isinstance(value, float) else value
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    return value

@@ -17,6 +17,7 @@ from research_eval.dashboard.export import page
 from research_eval.errors import ConfigError
 from research_eval.files import write_atomically
 from research_eval.routing.token_classes import CLASSES, class_numbers
+from research_eval.routing.trace_files import damage_is_said
 from research_eval.system.untrusted import in_folder, parse_json, read_limited
 
 FACTS_FILE, TOKENS_FILE = "trace.json", "tokens.parquet"  # as research_eval.tracing writes them
@@ -31,6 +32,13 @@ def write_trace_atlas(out: Path, folder: Path) -> None:
     tokens = in_folder(folder, TOKENS_FILE)
     if not isinstance(facts, dict) or facts.get("version") != 1 or not tokens.is_file():
         raise ConfigError(f"--trace: {folder} holds no trace of `goe trace` (or of a newer program)")
+    with damage_is_said(folder):
+        content = page(f"Path Atlas of {facts['model']}", {"run": "trace", "answers": _answers(tokens, facts)})
+    write_atomically(out, content.encode())
+
+
+def _answers(tokens: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """What the page would ask a server."""
     columns = _columns(tokens, facts)
     number = len(columns["token"])
     names = {str(key): str(value) for key, value in facts.get("names", {}).items()}
@@ -40,7 +48,7 @@ def write_trace_atlas(out: Path, folder: Path) -> None:
         "epoch": 1,
         "samples": number,
         "steps": len(facts["layers"]),
-        "experts": max(facts["num_experts"]),
+        "experts": int(max(facts["num_experts"])),
         "about_tokens": True,
         "unit": f"tokens, out of {facts['tokens']:,}",
         "router": {},
@@ -60,12 +68,11 @@ def write_trace_atlas(out: Path, folder: Path) -> None:
             "offsets": packed(np.arange(number + 1, dtype=np.int32)),
         },
     }
-    answers = {
+    return {
         f"{base}/atlas": {"epochs": [{"epoch": 1, "saved": False, "alarms": []}]},
         f"{base}/atlas/1": epoch,
         f"{base}/samples": samples,
     }
-    write_atomically(out, page(f"Path Atlas of {facts['model']}", {"run": "trace", "answers": answers}).encode())
 
 
 def _columns(path: Path, facts: dict[str, Any]) -> dict[str, NDArray[Any]]:

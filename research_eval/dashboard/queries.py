@@ -32,6 +32,10 @@ MOST_SELECTED = 20
 SEED_KEYS = ("seed", "experiment_name")
 
 
+class NotThere(LookupError):
+    """There is no such run or study."""
+
+
 @dataclass(frozen=True)
 class Wanted:
     """The runs that a page shows: filters, order and window. Raises ConfigError for nonsense."""
@@ -166,10 +170,10 @@ def _member(seed: int | str, run: RunRow, metric: str) -> dict[str, Any]:
 
 
 def run_facts(store: Store, experiment_id: str) -> dict[str, Any]:
-    """All facts of a run. Raises KeyError for an unknown one."""
+    """All facts of a run. Raises NotThere for an unknown one."""
     row = store.find_id(experiment_id)
     if row is None:
-        raise KeyError(experiment_id)
+        raise NotThere(experiment_id)
     metrics = store.metrics(experiment_id)
     environment = stored_object(row["env_details_json"])
     record = {key: value for key, value in environment.items() if key != "data"}
@@ -215,7 +219,7 @@ def study_trials(store: Store, name: str) -> dict[str, Any]:
     """The runs of a study, by their trials, with the values in which their configs differ."""
     rows = store.find_runs(RunFilter(study=name), sort="timestamp", with_json=True)
     if not rows:
-        raise KeyError(name)
+        raise NotThere(name)
     metric = default_metric_of(store, rows[0]["dataset_name"])
     values = store.metrics_of([row["experiment_id"] for row in rows], [metric, *SHOWN_COSTS])
     configs = [flat(stored_object(row["full_config_json"])) for row in rows]
@@ -262,7 +266,7 @@ class Histories:
         self._known: dict[str, Series] = {}
 
     def behind(self, experiment_id: str, since: int) -> dict[str, Any]:
-        """The points behind a step. Raises KeyError for an unknown run.
+        """The points behind a step. Raises NotThere for an unknown run.
 
         A reader whose `start` is another one than before begins again.
         """
@@ -271,7 +275,7 @@ class Histories:
             if time.monotonic() - series.read_at >= HISTORY_SECONDS:
                 try:
                     self._read(experiment_id, series)
-                except KeyError:
+                except NotThere:
                     del self._known[experiment_id]
                     raise
             found: dict[str, list[list[float]]] = {}
@@ -285,7 +289,7 @@ class Histories:
         with self._store() as store:
             row = store.find_id(experiment_id)
             if row is None:
-                raise KeyError(experiment_id)
+                raise NotThere(experiment_id)
             attempt = row["attempt"] or 0
             if attempt != series.attempt:  # a resumed run writes some steps again
                 series.rows, series.attempt, series.start = [], attempt, series.start + 1

@@ -148,18 +148,17 @@ class Pages:
         try:
             name = request.path_params.get("name")
             if name is not None and not (0 < len(name) <= 100 and set(name) <= ID_LETTERS):
-                raise KeyError(name)
-            content, status = answer(request), 200
-        except KeyError:
-            content, status = {"error": "there is no such run or study"}, 404
+                raise queries.NotThere(name)
+            body, status = _written(answer(request)), 200
+        except queries.NotThere:
+            body, status = _written({"error": "there is no such run or study"}), 404
         except ConfigError as error:
-            content, status = {"error": str(error)}, 400
+            body, status = _written({"error": str(error)}), 400
         except Busy as error:  # no failure: the page asks whether to compute anyway
-            content, status = {"error": str(error), "busy": True}, 200
+            body, status = _written({"error": str(error), "busy": True}), 200
         except Exception:
             log.exception("%s", request.url.path)
-            content, status = {"error": "the server has failed; its log says why"}, 500
-        body = json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
+            body, status = _written({"error": "the server has failed; its log says why"}), 500
         headers = dict(HEADERS)
         if len(body) >= FEWEST_ZIPPED and "gzip" in request.headers.get("accept-encoding", ""):
             body, headers["Content-Encoding"] = gzip.compress(body, 5), "gzip"
@@ -182,7 +181,7 @@ class Pages:
     def _compare(self, request: Request) -> Any:
         ids = request.query_params.get("sel", "").split(",")
         if not all(one and set(one) <= ID_LETTERS for one in ids):
-            raise KeyError("sel")
+            raise queries.NotThere("sel")
         with self._store() as store:
             return queries.compared(store, ids)
 
@@ -253,6 +252,10 @@ class Pages:
             return PlainTextResponse("there is no such file", 404, HEADERS)
         kind = "text/javascript" if path.suffix == ".js" else "text/css"
         return FileResponse(path, headers=HEADERS, media_type=kind)
+
+
+def _written(content: Any) -> bytes:
+    return json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
 
 
 def serve(options: Options, ready: Callable[[str], None]) -> None:

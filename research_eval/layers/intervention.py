@@ -5,10 +5,14 @@ D decisions  K experts per decision  N experts  T steps or layers
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from research_eval.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,28 @@ class Intervention:
 
 
 NOTHING = Intervention()
+
+
+def intervention_of(
+    skip: Collection[int],
+    forbid: Collection[int],
+    swap: Mapping[int, int] | None,
+    path: Sequence[int] | None,
+    step: int | None,
+) -> Intervention:
+    """What the arguments of `intervene` ask for. Raises ConfigError for anything but whole numbers."""
+    try:
+        return Intervention(
+            frozenset(map(operator.index, skip)),
+            frozenset(map(operator.index, forbid)),
+            tuple((operator.index(before), operator.index(after)) for before, after in (swap or {}).items()),
+            None if path is None else tuple(map(operator.index, path)),
+            None if step is None else operator.index(step),
+        )
+    except (TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"intervene: expected whole numbers: lists for skip, forbid and path, a dict for swap ({error})"
+        ) from error
 
 
 class Intervened:

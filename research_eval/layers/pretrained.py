@@ -87,7 +87,7 @@ def _encoder(folder: Path) -> tuple[Any, int]:
                 folder, config=config, use_safetensors=True, output_loading_info=True, **local, **options
             )
             lost = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers and safetensors have many kinds of errors
         raise ConfigError(f"{OPTION}: {folder}: {error}") from error
     if config.is_encoder_decoder or lost:
         problem = f"lacks the weights {', '.join(lost[:3])}" if lost else "has a decoder"

@@ -23,7 +23,7 @@ from research_eval.annotations import accept_flat_options
 from research_eval.datasets.token_data import Batch
 from research_eval.errors import ConfigError
 from research_eval.layers.dispatch import Executing
-from research_eval.layers.intervention import NOTHING, Intervened, Intervention
+from research_eval.layers.intervention import Intervened, Intervention, intervention_of
 from research_eval.layers.losses import AuxiliaryLoss as AuxiliaryLoss
 from research_eval.layers.packing import Packing, Samples
 from research_eval.layers.pretrained import PretrainedTrunk
@@ -167,16 +167,16 @@ class EvaluableModel(Executing, Intervened):
         other one's factor. `path`: the experts of every sample or token in order, with the factors of the router's own
         choices; `goe_original` stops where it ends. `step`: only at this step or layer, counted from 0.
 
-        Raises ConfigError for a model without experts, for numbers that it does not have, and for a path where a token
-        has several experts.
+        An inner block replaces the change of an outer one until it ends. Raises ConfigError for a model without
+        experts, for numbers that it does not have, and for a path where a token has several experts.
         """
-        found = Intervention(frozenset(skip), frozenset(forbid), tuple((swap or {}).items()), _path(path), step)
+        found, before = intervention_of(skip, forbid, swap, path, step), self.intervention
         self._check_intervention(found)
         self._set_intervention(found)
         try:
             yield
         finally:
-            self._set_intervention(NOTHING)
+            self._set_intervention(before)
 
     def _set_intervention(self, intervention: Intervention) -> None:
         """Let all parts that choose experts know what is changed."""
@@ -326,10 +326,6 @@ def check_experts_per_token(wanted: Intervention, num_experts: int, top_k: int) 
     if len(wanted.forbid) > num_experts - top_k:
         few = f"{len(wanted.forbid)} of {num_experts} experts are forbidden"
         raise ConfigError(f"intervene: {few}, and a token needs {top_k}")
-
-
-def _path(path: Sequence[int] | None) -> tuple[int, ...] | None:
-    return None if path is None else tuple(int(expert) for expert in path)
 
 
 def _arguments(function: Callable[..., Any]) -> frozenset[str]:

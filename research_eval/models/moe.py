@@ -203,6 +203,7 @@ class MoETransformerClassifier(RoutedModel):
         return Outcome(self.head(samples.grid(h), keep_BL), layers)
 
     def _set_intervention(self, intervention: Intervention) -> None:
+        self.intervention = intervention
         for number, routed in enumerate(self._routed()):
             routed.intervention = intervention.at(number)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from numpy.typing import NDArray
 from research_eval.errors import ConfigError
 from research_eval.files import write_atomically
 from research_eval.store.values import canonical_json
+from research_eval.system.untrusted import parse_json, read_limited
 
 ROUTING_FOLDER = "routing"
 SAMPLES_FILE = "samples.parquet"
+MAX_SUMMARY_BYTES = 50_000_000
 NAMES = "goe.names"  # in the metadata of the samples: JSON
 FORMAT = {"goe.trace": "2"}  # in the metadata of the Parquet files; version 1 has none
 
@@ -94,11 +97,32 @@ def read_trace(folder: Path) -> Iterator[TracedEpoch]:
 
 
 def read_epoch(file: Path) -> TracedEpoch:
-    """One traced epoch, from its Parquet file."""
-    summary = json.loads(file.with_suffix(".json").read_text())
-    table = pq.read_table(file)
-    version = (table.schema.metadata or {}).get(b"goe.trace", b"1")
-    return TracedEpoch(summary["epoch"], table, summary, int(version))
+    """One traced epoch, from its Parquet file. Raises ConfigError for a damaged file."""
+    summary = read_summary(file.with_suffix(".json"))
+    with damage_is_said(file):
+        table = pq.read_table(file)
+        version = int((table.schema.metadata or {}).get(b"goe.trace", b"1"))
+    return TracedEpoch(summary["epoch"], table, summary, version)
+
+
+def read_summary(file: Path) -> dict[str, Any]:
+    """The metrics of a traced epoch; None for one that is no number. Raises ConfigError for a damaged file."""
+    with damage_is_said(file):
+        summary = json.loads(read_limited(file, MAX_SUMMARY_BYTES, "a routing summary"), parse_constant=lambda _: None)
+    if not isinstance(summary, dict) or type(summary.get("epoch")) is not int:
+        raise ConfigError(f"{file}: damaged: expected an object with the number of the epoch")
+    return summary
+
+
+@contextmanager
+def damage_is_said(file: Path) -> Iterator[None]:
+    """What fails in this block is the fault of the file: raises ConfigError with its name."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{file}: damaged or no trace: {error}") from error
 
 
 def read_samples(folder: Path) -> tuple[pa.Array | None, dict[str, Any]]:
@@ -106,5 +130,9 @@ def read_samples(folder: Path) -> tuple[pa.Array | None, dict[str, Any]]:
     path = folder / ROUTING_FOLDER / SAMPLES_FILE
     if not path.exists():
         return None, {"labels": [], "tokens": {}}
-    table = pq.read_table(path)
-    return table["tokens"].combine_chunks(), json.loads(table.schema.metadata[NAMES.encode()])
+    with damage_is_said(path):
+        table = pq.read_table(path)
+        names = parse_json(table.schema.metadata[NAMES.encode()], str(path))
+        if not pa.types.is_list(table.schema.field("tokens").type) or not isinstance(names, dict):
+            raise ValueError("expected lists of tokens and an object of names")
+        return table["tokens"].combine_chunks(), names

@@ -69,7 +69,7 @@ def endings_elsewhere(
     known = _finished(configs, db) if resume else {}
     queue = TrialQueue(batch_options([config.to_dict() for config in configs], 0, db, place))
     try:
-        _enqueue(queue, [number for number in range(len(configs)) if number not in known])
+        _enqueue(queue, [number for number in range(len(configs)) if number not in known], db)
         queue.open_to_workers()
         log.info("%s: %d of %d runs are left", queue.options.study_name, queue.num_left(), len(configs))
         with quiet_runs(), signals_raise(), study_progress(queue.options, quiet) as progress:
@@ -98,15 +98,23 @@ def _finished(configs: Sequence[ExperimentConfig], db: str | None) -> dict[int, 
     return {number: result for number, result in found.items() if result is not None}
 
 
-def _enqueue(queue: TrialQueue, wanted: Collection[int]) -> None:
-    """Add a trial for each wanted config that has none, or whose trials have all failed."""
-    with queue.lock():
+def _enqueue(queue: TrialQueue, wanted: Collection[int], db: str | None) -> None:
+    """Add a trial for each wanted config that has none, or whose trials have all failed or lost their results."""
+    with queue.lock(), Store(db) as store:
         trials = queue.own_trials()
-        has_one = {given_values(trial)[CONFIG] for trial in trials if trial.state != TrialState.FAIL}
+        has_one = {given_values(trial)[CONFIG] for trial in trials if not _is_lost(trial, store)}
         missing = [number for number in wanted if number not in has_one]
         for number in missing:
             queue.study.enqueue_trial({CONFIG: number})
     queue.options = queue.options.with_budget(n_trials=len(trials) + len(missing))
+
+
+def _is_lost(trial: FrozenTrial, store: Store) -> bool:
+    """Whether a trial has failed, or has ended and its run is not in the database any more."""
+    if trial.state == TrialState.COMPLETE:
+        ids = trial.user_attrs.get("experiment_ids", [])
+        return not ids or store.find_id(ids[-1]) is None
+    return trial.state == TrialState.FAIL
 
 
 def _ending(trial: FrozenTrial, db: str | None) -> Result | Exception:

@@ -116,8 +116,14 @@ class Child:
         )
 
     def wait(self) -> int:
-        """The exit code of the worker."""
-        return self._process.wait()
+        """The exit code of the worker.
+
+        It looks from time to time: a signal handler that calls `stop` meanwhile has to see the end, too, and Popen's
+        own wait would hold a lock.
+        """
+        while (code := self._process.poll()) is None:
+            time.sleep(0.2)
+        return code
 
     def stop(self) -> None:
         """Let the worker write a checkpoint and end; kill it if that takes too long."""

@@ -17,13 +17,16 @@ from torch import Tensor, nn
 
 from research_eval.routing.report import load_metrics
 from research_eval.routing.token_classes import route_agreement
+from research_eval.tracing.decisions import UNKNOWN
 from research_eval.tracing.find import RoutedLayer
-from research_eval.tracing.record import UNKNOWN, Recorder
+from research_eval.tracing.record import Recorder
 
 HOLDS, FAILS, UNSURE, SKIPPED = "holds", "FAILS", "look", "not checked"
 CLOSE = 1e-4  # relative difference of a loss from its formula
 QUIET = (nn.modules.dropout._DropoutNd,)
 SEED = 7
+LEFT_OUT = ("labels", "use_cache")  # arguments of the first call that the checks do not give
+NOTHING_SEEN = "no token was seen"
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,7 @@ def contract_lines(record: Recorder, checks: bool = True) -> list[str]:
 
 def contracts(record: Recorder, checks: bool = True) -> list[Contract]:
     """All contracts in order."""
-    found = [_load(record), _entropy(record), _drops(record), _weights(record), _balance(record)]
-    if not checks or record.is_ours or record.first_call is None:
-        names = ("sparsity", "causality", "padding", "train/eval", "aux loss")
-        return found + [Contract(name, SKIPPED, "") for name in names]
+    found = [_seen(record), _load(record), _entropy(record), _drops(record), _weights(record), _balance(record)]
     called = {
         "sparsity": sparsity,
         "causality": causality,
@@ -57,7 +57,18 @@ def contracts(record: Recorder, checks: bool = True) -> list[Contract]:
         "train/eval": train_eval,
         "aux loss": auxiliary_loss,
     }
-    return found + [_attempt(name, record, check) for name, check in called.items()]
+    reason = _why_not(record, checks)
+    if reason is not None:
+        return found + [Contract(name, SKIPPED, reason) for name in called]
+    with record.paused():
+        return found + [_attempt(name, record, check) for name, check in called.items()]
+
+
+def _why_not(record: Recorder, checks: bool) -> str | None:
+    """Why the model is not called again; None if it is."""
+    if not checks or record.is_ours:
+        return "" if not checks else "the tests of this package hold its own models to it"
+    return "the model was called without token ids" if record.first_call is None else None
 
 
 def _attempt(name: str, record: Recorder, check: Callable[[Recorder], Contract]) -> Contract:
@@ -71,7 +82,21 @@ def _attempt(name: str, record: Recorder, check: Callable[[Recorder], Contract])
 # ------------------------------------------------------------------------------------------- from what was recorded
 
 
+def _seen(record: Recorder) -> Contract:
+    for (layer, reason), calls in record.unread.items():
+        if calls:
+            layers = len({name for (name, _), number in record.unread.items() if number})
+            text = f"{layers} of {len(record.layer_names)} layers were not read in some calls"
+            return Contract("seen", UNSURE, f"{text}; {layer} ({calls} calls): {reason}")
+    silent = [name for name, total in zip(record.layer_names, record.totals, strict=True) if not total.tokens]
+    if silent:
+        return Contract("seen", UNSURE, f"{len(silent)} layers made no decision, such as {silent[0]}")
+    return Contract("seen", HOLDS, "every decision of every layer was read")
+
+
 def _load(record: Recorder) -> Contract:
+    if not any(total.tokens for total in record.totals):
+        return Contract("load", SKIPPED, NOTHING_SEEN)
     dead, most = 0, 0.0
     for total in record.totals:
         if len(total.counts_E):
@@ -89,6 +114,8 @@ def _entropy(record: Recorder) -> Contract:
     ]
     if not shares:
         return Contract("entropy", SKIPPED, "no gate was seen")
+    if not np.isfinite(shares).all():
+        return Contract("entropy", FAILS, "the probabilities of a gate are not numbers")
     verdict = UNSURE if max(shares) > 0.98 or min(shares) < 0.02 else HOLDS
     return Contract("entropy", verdict, f"{min(shares):.3f} to {max(shares):.3f} of its largest value, by layer")
 
@@ -97,7 +124,7 @@ def _drops(record: Recorder) -> Contract:
     tokens = sum(total.tokens for total in record.totals)
     dropped = sum(total.dropped for total in record.totals)
     if not tokens:
-        return Contract("drops", SKIPPED, "no token was seen")
+        return Contract("drops", SKIPPED, NOTHING_SEEN)
     text = f"{dropped:,} of {tokens:,} decisions ran fewer experts than {max(total.k for total in record.totals)}"
     return Contract("drops", HOLDS if not dropped else UNSURE, text)
 
@@ -106,6 +133,8 @@ def _weights(record: Recorder) -> Contract:
     sums = [found for total in record.totals if (found := total.weight_sums()) is not None]
     if not sums:
         return Contract("weights", SKIPPED, "the experts' call has no weights")
+    if not np.isfinite(sums).all():
+        return Contract("weights", FAILS, "the weights of a token are not numbers")
     low, high = min(one[0] for one in sums), max(one[1] for one in sums)
     return Contract("weights", HOLDS, f"the weights of a token sum to {low:.4f} to {high:.4f}")
 
@@ -115,7 +144,7 @@ def _balance(record: Recorder) -> Contract:
     if not losses:
         return Contract("balance", SKIPPED, "no gate was seen")
     k = max(total.k for total in record.totals)
-    worst = max(losses)
+    worst = float(np.max(losses))  # keeps NaN
     text = f"formula on the executed choice: mean of the layers {np.mean(losses):.4f}, largest {worst:.4f} (even: {k})"
     return Contract("balance", HOLDS if worst < 1.5 * k else UNSURE, text)
 
@@ -125,8 +154,12 @@ def _balance(record: Recorder) -> Contract:
 
 @contextmanager
 def _steady(model: nn.Module, training: bool = False) -> Iterator[None]:
-    """The model in one mode without dropout, with fixed draws; afterwards mode and generators are what they were."""
+    """The model in one mode without dropout, with fixed draws.
+
+    Afterwards its mode, its buffers and the generators are what they were.
+    """
     modes = {module: module.training for module in model.modules()}
+    buffers = [(one, one.clone()) for one in model.buffers()]
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
             torch.manual_seed(SEED)
@@ -138,6 +171,9 @@ def _steady(model: nn.Module, training: bool = False) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 def _call(record: Recorder, **changes: Any) -> Recorder:
@@ -147,15 +183,11 @@ def _call(record: Recorder, **changes: Any) -> Recorder:
 
 def _called(record: Recorder, **changes: Any) -> tuple[Recorder, Any]:
     assert record.first_call is not None
-    args, kwargs = record.first_call
-    arguments = {**kwargs, **changes}
-    if "input_ids" in changes and args and isinstance(args[0], Tensor):
-        args = args[1:]
-    arguments = {name: value for name, value in arguments.items() if value is not None and name != "labels"}
-    arguments.pop("use_cache", None)
+    arguments = {**record.first_call, **changes}
+    arguments = {name: value for name, value in arguments.items() if value is not None and name not in LEFT_OUT}
     fresh = Recorder(record.model, names=[layer.name for layer in record.layers])
     with fresh:
-        output = record.model(*[one for one in args if one is not None], **arguments)
+        output = record.model(**arguments)
     return fresh, output
 
 
@@ -170,10 +202,7 @@ def _decisions(record: Recorder, layer: int) -> Tensor:
 def _ids_and_mask(record: Recorder) -> tuple[Tensor, Tensor]:
     """The first input: ids and mask [B, n]."""
     assert record.first_call is not None
-    args, kwargs = record.first_call
-    ids = kwargs.get("input_ids")
-    ids = args[0] if ids is None else ids
-    mask = kwargs.get("attention_mask")
+    ids, mask = record.first_call[record.ids_name], record.first_call.get("attention_mask")
     return ids, torch.ones_like(ids) if mask is None or mask.shape != ids.shape else mask
 
 
@@ -189,8 +218,10 @@ def sparsity(record: Recorder) -> Contract:
             with_kwargs=True,
         )
         with _steady(record.model):
-            _call(record)
-            handle.remove()
+            try:
+                _call(record)
+            finally:
+                handle.remove()
             row = state[0].reshape(-1, state[0].shape[-1])[:1].unsqueeze(0)
             before, chosen = _block_output(layer, row)
             with _changed_experts(layer, set(range(layer.num_experts)) - chosen):
@@ -243,7 +274,7 @@ def causality(record: Recorder) -> Contract:
     rows_B = torch.arange(len(ids_Bn))
     other_Bn[rows_B, last_B] = torch.where(ids_Bn[rows_B, last_B] > 4, ids_Bn[rows_B, last_B] - 1, 5)
     with _steady(record.model):
-        first, second = _call(record), _call(record, input_ids=other_Bn)
+        first, second = _call(record), _call(record, **{record.ids_name: other_Bn})
     earlier = (torch.arange(ids_Bn.shape[1]) < last_B[:, None]) & (mask_Bn != 0)
     changed = _share_changed(first, second, earlier.reshape(-1))
     return Contract(
@@ -259,8 +290,8 @@ def padding(record: Recorder) -> Contract:
     padded_1n = torch.cat([row_1n, torch.zeros(1, 5, dtype=row_1n.dtype)], 1)
     mask_1n = (torch.arange(length + 5) < length).long().unsqueeze(0)
     with _steady(record.model):
-        alone = _call(record, input_ids=row_1n, attention_mask=torch.ones_like(row_1n))
-        behind = _call(record, input_ids=padded_1n, attention_mask=mask_1n)
+        alone = _call(record, **{record.ids_name: row_1n, "attention_mask": torch.ones_like(row_1n)})
+        behind = _call(record, **{record.ids_name: padded_1n, "attention_mask": mask_1n})
     differ = [
         float((_decisions(alone, layer) != _decisions(behind, layer)[:length]).any(1).float().mean())
         for layer in range(len(record.layer_names))

@@ -13,6 +13,8 @@ from torch import nn
 from research_eval.errors import ConfigError
 from research_eval.wording import hint
 
+GATE_NAMES = ("gate", "router")
+
 
 @dataclass(frozen=True)
 class RoutedLayer:
@@ -35,7 +37,8 @@ def find_layers(model: nn.Module, names: Sequence[str] = ()) -> list[RoutedLayer
 
     A layer is a module with a child whose name ends in "experts" (and has no "shared" in it) that holds a list of two
     or more modules, or parameters of three dimensions with one common first size. The gate is a sibling with a matrix
-    [E, I]. Raises ConfigError if there is none, and for a name that is no such layer.
+    [E, I], if possible one with "gate" or "router" in its name. Raises ConfigError if there is no layer, and for a name
+    that is none.
     """
     found = [layer for name, block in model.named_modules() for layer in _layers_of(name, block)]
     known = [layer.name for layer in found]
@@ -57,14 +60,15 @@ def _layers_of(name: str, block: nn.Module) -> list[RoutedLayer]:
         size = _num_experts(experts)
         if not key.endswith("experts") or "shared" in key or size < 2:
             continue
-        gates = [
-            child
+        gates = {
+            other: child
             for other, child in children.items()
             if other != key and any(one.ndim == 2 and len(one) == size for one in child.parameters())
-        ]
+        }
+        gate = min(gates, key=lambda other: not any(part in other for part in GATE_NAMES), default=None)
         full = f"{name}.{key}" if name else key
         is_list = isinstance(experts, nn.ModuleList | nn.ModuleDict)
-        found.append(RoutedLayer(full, block, experts, gates[0] if gates else None, size, is_list))
+        found.append(RoutedLayer(full, block, experts, gates[gate] if gate else None, size, is_list))
     return found
 
 

@@ -5,12 +5,15 @@ R rows: tokens of one call  K experts per token  E experts  L layers  B batch  n
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,6 +29,7 @@ from research_eval.errors import ConfigError
 from research_eval.files import write_atomically
 from research_eval.models.base_model import EvaluableModel
 from research_eval.routing.record import RoutingRecord
+from research_eval.tracing.decisions import UNKNOWN, Seen, Totals
 from research_eval.tracing.find import RoutedLayer, find_layers
 from research_eval.wording import printable
 
@@ -33,69 +37,13 @@ FORMAT_VERSION = 1
 FACTS_FILE, TOKENS_FILE = "trace.json", "tokens.parquet"
 BUFFERED_TOKENS = 100_000  # in memory, before they go to the disk
 KEPT_ROWS, KEPT_TOKENS = 4, 64  # of the first call, for the checks that call the model again
-UNKNOWN = -1
+NO_IDS = ("mask", "position", "label", "type", "cache")  # in the name of an argument that is no matrix of token ids
 
-
-@dataclass
-class Totals:
-    """Sums over all real tokens of a layer, whether they are kept or not."""
-
-    num_experts: int
-    tokens: int = 0
-    k: int = 0
-    dropped: int = 0  # tokens with fewer than K experts
-    counts_E: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    probability_E: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
-    with_probability: int = 0
-    entropy: float = 0.0
-    weight_low: float = np.inf  # of the sums of a token's weights
-    weight_high: float = -np.inf
-
-    def add(self, chosen_RK: Tensor, weights_RK: Tensor | None, probabilities_RE: Tensor | None) -> None:
-        """Add the decisions about some real tokens."""
-        if not len(self.counts_E):
-            self.counts_E = np.zeros(self.num_experts, np.int64)
-            self.probability_E = np.zeros(self.num_experts)
-        self.tokens += len(chosen_RK)
-        self.k = max(self.k, chosen_RK.shape[1])
-        is_used_RK = chosen_RK >= 0
-        if weights_RK is not None and len(weights_RK):
-            is_used_RK = is_used_RK & (weights_RK != 0)
-            sums_R = weights_RK.sum(1)
-            self.weight_low = min(self.weight_low, float(sums_R.min()))
-            self.weight_high = max(self.weight_high, float(sums_R.max()))
-        self.dropped += int((is_used_RK.sum(1) < chosen_RK.shape[1]).sum())
-        self.counts_E += np.bincount(chosen_RK[chosen_RK >= 0].numpy(), minlength=self.num_experts)
-        if probabilities_RE is not None:
-            self.probability_E += probabilities_RE.double().sum(0).numpy()
-            self.with_probability += len(probabilities_RE)
-            self.entropy += float(torch.special.entr(probabilities_RE.double()).sum())
-
-    def mean_entropy(self) -> float | None:
-        """Of the gate's probabilities, in nats."""
-        return self.entropy / self.with_probability if self.with_probability else None
-
-    def weight_sums(self) -> list[float] | None:
-        """The smallest and the largest sum of a token's weights."""
-        return [self.weight_low, self.weight_high] if np.isfinite(self.weight_low) else None
-
-    def balance_loss(self) -> float | None:
-        """E sum_i f_i P_i with f the assignments of an expert per token, as transformers defines it; K is balanced."""
-        if not self.with_probability or not self.tokens:
-            return None
-        share_E = self.counts_E / self.tokens
-        return float(self.num_experts * (share_E * self.probability_E / self.with_probability).sum())
-
-
-@dataclass
-class _Seen:
-    """What one layer decided in the present call of the model."""
-
-    chosen_RK: Tensor | None = None
-    weights_RK: Tensor | None = None
-    logits_RE: Tensor | None = None
-    states: Tensor | None = None  # of a layer with a list of experts: the input of the block
-    rows: dict[int, Tensor] = field(default_factory=dict)  # expert -> its input rows
+OFTEN, OTHER_ROWS, NO_MATCH = (
+    "the model calls it several times in one forward pass",
+    "it gets another number of rows than other layers",
+    "its experts read rows that neither the gate nor the layer was given",
+)
 
 
 class Recorder:
@@ -104,7 +52,8 @@ class Recorder:
     `names` are the modules with the experts; without them the layers are found by their structure. `every` keeps each
     n-th token; sums over all tokens are exact all the same. At most `buffered` tokens are held in memory; more go to
     files in a temporary folder. Calls outside the model's own `forward`, as those of gradient checkpointing, are not
-    recorded. Raises ConfigError for a model without routed layers.
+    recorded, and neither is a call that fails. `unread` counts the calls of a layer whose decisions could not be read,
+    with the reason. Raises ConfigError for a model without routed layers.
     """
 
     def __init__(
@@ -135,11 +84,13 @@ class Recorder:
         self.totals = [Totals(size) for size in sizes]
         self.domains: list[str] = []  # names, if the sequences come from several sources
         self.sequence_domains: list[int] = []  # the number of each sequence's domain
-        self.first_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.unread: Counter[tuple[str, str]] = Counter()  # (layer, reason)
+        self.first_call: dict[str, Any] | None = None  # arguments by name; None without token ids
+        self.ids_name = ""  # of the argument with the token ids
         self.num_tokens = self.num_sequences = 0
         self._handles: list[Any] = []
-        self._inside = False
-        self._seen: list[_Seen] = []
+        self._inside = self._paused = False
+        self._seen: list[Seen] = []
         self._columns: list[dict[str, NDArray[Any]]] = []
         self._in_memory = 0
         self._parts: list[Path] = []
@@ -148,20 +99,23 @@ class Recorder:
     # ------------------------------------------------------------------------------------------------------- hooks
 
     def __enter__(self) -> Self:
+        if self._handles:
+            raise ConfigError("trace: the block is entered already")
         add = self._handles.append
         add(self.model.register_forward_pre_hook(self._before, with_kwargs=True))
         add(self.model.register_forward_hook(self._after, always_call=True))
         if self.is_ours:
-            self._listen()
+            add(_Listener(self._recorder, self._note_ours))
         for number, layer in enumerate(self.layers):
             if layer.gate is not None:
+                add(layer.gate.register_forward_pre_hook(self._input_hook(number), with_kwargs=True))
                 add(layer.gate.register_forward_hook(self._gate_hook(number)))
             if not layer.is_list:
                 add(layer.experts.register_forward_pre_hook(self._experts_hook(number), with_kwargs=True))
                 continue
-            add(layer.block.register_forward_pre_hook(self._block_hook(number), with_kwargs=True))
+            add(layer.block.register_forward_pre_hook(self._input_hook(number, is_block=True), with_kwargs=True))
             for expert, module in enumerate(layer.experts.children()):
-                add(module.register_forward_pre_hook(self._expert_hook(number, expert)))
+                add(module.register_forward_pre_hook(self._expert_hook(number, expert), with_kwargs=True))
         return self
 
     def __exit__(
@@ -170,22 +124,20 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self.is_ours:
-            self._recorder.__dict__.pop("push", None)
 
-    def _listen(self) -> None:
-        """Our models push their decisions to a recorder, in evaluation; this one listens too."""
-        recorder: Any = self._recorder
-        push = type(recorder).push
-
-        def listening(record: RoutingRecord) -> None:
-            push(recorder, record)
-            if self._inside:
-                self._note_ours(record)
-
-        recorder.push = listening
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Calls of the model in this block are not recorded."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
 
     def _note_ours(self, record: RoutingRecord) -> None:
+        """Our models push their decisions to a recorder, in evaluation; this one listens too."""
+        if not self._inside:
+            return
         chosen_DK = record.experts_DK.detach().cpu()
         weights_DK = record.weights_DK.detach().float().cpu()
         probabilities = None if record.probabilities_DA is None else record.probabilities_DA.detach().float().cpu()
@@ -193,32 +145,37 @@ class Recorder:
             probabilities = probabilities[:, : self.totals[0].num_experts]  # without the action to stop
         seen = self._seen[record.step]
         seen.chosen_RK, seen.weights_RK = chosen_DK, weights_DK
-        seen.logits_RE = None if probabilities is None else probabilities.clamp_min(1e-30).log()
+        seen.log_probabilities_RE = None if probabilities is None else probabilities.clamp_min(1e-30).log()
         if record.token_D is not None and record.sample_D is not None:
             self._places[record.step] = record.sample_D.detach().cpu(), record.token_D.detach().cpu()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._paused:
+            return
         self._inside = True
-        self._seen = [_Seen() for _ in self.layer_names]
+        self._seen = [Seen() for _ in self.layer_names]
         self._places: list[tuple[Tensor, Tensor] | None] = [None] * len(self.layer_names)
-        self._ids = _first(kwargs.get("input_ids"), *args)
-        places = kwargs.get("position_ids")
+        given = _by_name(module, args, kwargs)
+        self._ids = _token_ids(given)
+        places = given.get("position_ids")
         self._positions = places if isinstance(places, Tensor) and places.ndim == 2 else None
-        mask = kwargs.get("attention_mask")
+        mask = given.get("attention_mask")
         self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         if self.first_call is None and not self.is_ours and self._ids is not None:
-            self.first_call = _small(args), {key: _small_one(value) for key, value in kwargs.items()}
+            self.first_call = {name: _small(value) for name, value in given.items()}
+            self.ids_name = next(name for name, value in given.items() if value is self._ids)
 
     def _experts_hook(self, number: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self._inside:
                 return
+            seen = self._seen[number]
+            seen.calls += 1
             tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
             whole = [one for one in tensors if not one.is_floating_point() and one.dtype != torch.bool]
             if not whole:
                 return
             chosen_RK = whole[0].detach().reshape(-1, whole[0].shape[-1])
-            seen = self._seen[number]
             seen.chosen_RK = chosen_RK.cpu().long()
             size = self.layers[number].num_experts
             for one in tensors[1:]:
@@ -233,30 +190,31 @@ class Recorder:
 
     def _gate_hook(self, number: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not self._inside:
-                return
-            size = self.layers[number].num_experts
-            for one in output if isinstance(output, tuple | list) else (output,):
-                if isinstance(one, Tensor) and one.is_floating_point() and one.shape[-1] == size:
-                    self._seen[number].logits_RE = one.detach().reshape(-1, size).float().cpu()
-                    return
+            if self._inside:
+                self._seen[number].gate_put_out(output, self.layers[number].num_experts)
 
         return hook
 
-    def _block_hook(self, number: int) -> Any:
+    def _input_hook(self, number: int, is_block: bool = False) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._inside:
-                states = next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
-                self._seen[number].states = None if states is None else states.detach().reshape(-1, states.shape[-1])
+            states = _first_tensor(args, kwargs)
+            if not self._inside or states is None:
+                return
+            seen = self._seen[number]
+            seen.calls += is_block
+            if self.layers[number].is_list:
+                rows_RI = states.detach().reshape(-1, states.shape[-1])
+                seen.inputs = [*seen.inputs, rows_RI] if is_block else [rows_RI, *seen.inputs]
 
         return hook
 
     def _expert_hook(self, number: int, expert: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if self._inside and args and isinstance(args[0], Tensor):
-                rows = args[0].detach().reshape(-1, args[0].shape[-1])
-                known = self._seen[number].rows.get(expert)
-                self._seen[number].rows[expert] = rows if known is None else torch.cat([known, rows])
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states = _first_tensor(args, kwargs)
+            if self._inside and states is not None:
+                rows = states.detach().reshape(-1, states.shape[-1])
+                known = self._seen[number].rows
+                known.setdefault(expert, []).append(rows)
 
         return hook
 
@@ -266,25 +224,34 @@ class Recorder:
         if not self._inside:
             return
         self._inside = False
-        for seen in self._seen:
-            if seen.rows and seen.states is not None:
-                seen.chosen_RK = matched_rows(seen.states.cpu(), {e: rows.cpu() for e, rows in seen.rows.items()})
+        if output is None:  # the call has failed
+            return
+        for layer, seen in zip(self.layer_names, self._seen, strict=True):
+            if seen.calls > 1:
+                self.unread[layer, OFTEN] += 1
+                seen.chosen_RK = None
+            elif seen.rows:
+                seen.find_chosen()
+                self.unread[layer, NO_MATCH] += seen.chosen_RK is None
         known = [seen.chosen_RK for seen in self._seen if seen.chosen_RK is not None]
         if not known:
             return
-        rows = max(len(one) for one in known)
+        rows = self._ids.numel() if self._ids is not None else 0
+        if not any(len(one) == rows for one in known):
+            rows = max(len(one) for one in known)
         columns = self._where(rows)
         real_R = torch.from_numpy(columns["real"])
         width = max(one.shape[1] for one in known)
         experts_RLK = np.full((rows, len(self._seen), width), UNKNOWN, np.int16)
         weights_RLK = np.full((rows, len(self._seen), width), np.nan, np.float16)
         for number, seen in enumerate(self._seen):
-            if seen.chosen_RK is None or len(seen.chosen_RK) != rows:
+            if seen.chosen_RK is None:
+                continue
+            if len(seen.chosen_RK) != rows:
+                self.unread[self.layer_names[number], OTHER_ROWS] += 1
                 continue
             chosen_RK, weights_RK = seen.chosen_RK, seen.weights_RK
-            probabilities_RE = None if seen.logits_RE is None else seen.logits_RE.softmax(-1)
-            if probabilities_RE is not None and len(probabilities_RE) != rows:
-                probabilities_RE = None
+            probabilities_RE = seen.probabilities(rows)
             self.totals[number].add(
                 chosen_RK[real_R],
                 None if weights_RK is None else weights_RK[real_R],
@@ -351,8 +318,8 @@ class Recorder:
         return found + ([_table(self._columns)] if self._columns else [])
 
     def facts(self) -> dict[str, Any]:
-        """What holds for the whole trace, for JSON."""
-        return {
+        """What holds for the whole trace, for JSON. A figure that is no number is None."""
+        found = {
             "version": FORMAT_VERSION,
             "model": type(self.model).__name__,
             "layers": self.layer_names,
@@ -367,7 +334,9 @@ class Recorder:
             "weight_sums": [total.weight_sums() for total in self.totals],
             "domains": self.domains,
             "sequence_domains": self.sequence_domains,
+            "unread": [[layer, reason, calls] for (layer, reason), calls in self.unread.items() if calls],
         }
+        return {name: _numbers_only(value) for name, value in found.items()}
 
     def save(self, folder: str | Path) -> Path:
         """Write the trace into a folder, or replace it there: `tokens.parquet` and `trace.json`. Returns the folder."""
@@ -388,32 +357,11 @@ class Recorder:
                 writer.close()
         if writer is None:
             raise ConfigError("trace: nothing was recorded. Call the model inside the block.")
-        temporary.replace(place / TOKENS_FILE)
         facts = {**self.facts(), "names": _names(self.tokenizer, used - {UNKNOWN})}
-        write_atomically(place / FACTS_FILE, json.dumps(facts, allow_nan=False).encode())
+        content = json.dumps(facts, allow_nan=False).encode()
+        temporary.replace(place / TOKENS_FILE)
+        write_atomically(place / FACTS_FILE, content)
         return place
-
-
-def matched_rows(states_RI: Tensor, rows: dict[int, Tensor]) -> Tensor:
-    """Which experts read each row of the block's input, [R, K], the smaller number first.
-
-    UNKNOWN stands where a row has fewer. The rows of an expert are found by their values; equal ones are taken in
-    order.
-    """
-    places: dict[bytes, list[int]] = {}
-    for place, row in enumerate(states_RI.contiguous().float().numpy()):
-        places.setdefault(row.tobytes(), []).append(place)
-    chosen: list[list[int]] = [[] for _ in range(len(states_RI))]
-    for expert in sorted(rows):
-        taken: dict[bytes, int] = {}
-        for row in rows[expert].contiguous().float().numpy():
-            key = row.tobytes()
-            number = taken.get(key, 0)
-            taken[key] = number + 1
-            if number < len(places.get(key, ())):
-                chosen[places[key][number]].append(expert)
-    width = max((len(one) for one in chosen), default=0)
-    return torch.tensor([one + [UNKNOWN] * (width - len(one)) for one in chosen], dtype=torch.long).reshape(-1, width)
 
 
 def _table(columns: Sequence[dict[str, NDArray[Any]]]) -> pa.Table:
@@ -446,21 +394,66 @@ def _names(tokenizer: Any, used: set[int]) -> dict[str, str]:
     return {str(one): printable(tokenizer.id_to_token(one) or str(one)) for one in sorted(used)}
 
 
-def _first(*candidates: Any) -> Tensor | None:
-    """The token ids among the arguments of a model: the first matrix of whole numbers."""
-    for one in candidates:
-        ids = getattr(one, "input_ids", one)
+def _numbers_only(value: Any) -> Any:
+    """The value with None for NaN and infinities, which JSON cannot hold."""
+    if isinstance(value, list):
+        return [_numbers_only(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their names; those of `*args` have none, but for the first: the token ids."""
+    try:
+        signature = inspect.signature(model.forward)
+        bound = signature.bind(*args, **kwargs).arguments
+    except (TypeError, ValueError):
+        return dict(kwargs)
+    found: dict[str, Any] = {}
+    for name, value in bound.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            found |= dict(zip(("input_ids",), value, strict=False))
+        else:
+            found |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    return found
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    return next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor) and one.ndim), None)
+
+
+def _token_ids(given: dict[str, Any]) -> Tensor | None:
+    """The token ids among the arguments of a model: the first matrix of whole numbers that has no other purpose."""
+    for name, ids in {"input_ids": given.get("input_ids"), **given}.items():
+        if any(part in name for part in NO_IDS):
+            continue
         if isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point() and ids.dtype != torch.bool:
             return ids
     return None
 
 
-def _small(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(_small_one(one) for one in args)
-
-
-def _small_one(value: Any) -> Any:
+def _small(value: Any) -> Any:
     """A part of a matrix of the first call; other values as they are, but for caches and labels."""
     if isinstance(value, Tensor):
         return value[:KEPT_ROWS, :KEPT_TOKENS].detach().clone() if value.ndim == 2 else None
     return value if isinstance(value, bool | int | float | str) else None
+
+
+class _Listener:
+    """Hears what a model of ours pushes to its recorder, until it is removed. Several can hear the same recorder."""
+
+    def __init__(self, recorder: Any, heard: Callable[[RoutingRecord], None]) -> None:
+        self._recorder, self._before = recorder, vars(recorder).get("push")
+        push = recorder.push
+
+        def listening(record: RoutingRecord) -> None:
+            push(record)
+            heard(record)
+
+        recorder.push = listening
+
+    def remove(self) -> None:
+        if self._before is None:
+            del self._recorder.push
+        else:
+            self._recorder.push = self._before

@@ -38,10 +38,12 @@ def traced_texts(
         with phase("reading the model"):
             tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
             model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **LOCAL).to(device).eval()
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers, safetensors and tokenizers have many kinds of errors
         raise ConfigError(f"--model: {folder}: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise ConfigError(f"--model: the tokenizer in {folder} has no token to pad with (padding, end or unknown word)")
     tokenizer.padding_side = "right"
     with Recorder(model, tokenizer=tokenizer, every=every) as record, torch.no_grad():
         record.domains = list(texts_by_domain)
