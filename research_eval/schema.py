@@ -36,7 +36,13 @@ from research_eval.config.construction import (
 )
 from research_eval.config.json_schema import json_schema
 from research_eval.config.jsonc import MAX_BYTES, MAX_DEPTH, load_json
-from research_eval.config.sections import ExperimentConfig, OptimizerParams, SchedulerParams, TrainingParams
+from research_eval.config.sections import (
+    ExperimentConfig,
+    OptimizerParams,
+    ParallelParams,
+    SchedulerParams,
+    TrainingParams,
+)
 from research_eval.config.signatures import (
     MODEL_PROVIDED,
     SYNTHETIC_PROVIDED,
@@ -70,6 +76,7 @@ __all__ = [
     "Location",
     "Natural",
     "OptimizerParams",
+    "ParallelParams",
     "Positive",
     "Range",
     "SchedulerParams",

@@ -49,6 +49,7 @@ from research_eval.schema import (
     TEXT_PROVIDED,
     ExperimentConfig,
     OptimizerParams,
+    ParallelParams,
     SchedulerParams,
     TrainingParams,
     config_from_dict,
@@ -454,6 +455,7 @@ def sections() -> Iterator[tuple[list[str], type[BaseModel]]]:
     yield ["optimizer"], OptimizerParams
     yield ["scheduler"], SchedulerParams
     yield ["training"], TrainingParams
+    yield ["parallel"], ParallelParams
     yield ["text"], signature_model(TextDataset, TEXT_PROVIDED)
     for name, cls in MODELS_MAP.items():
         if cls.__module__.startswith("research_eval."):

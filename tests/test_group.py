@@ -33,6 +33,7 @@ from support import (
 )
 
 from research_eval import main
+from research_eval.config.sections import ParallelParams
 from research_eval.errors import ConfigError
 from research_eval.layers import collective
 from research_eval.runs.group import Silent
@@ -40,6 +41,7 @@ from research_eval.runs.prepare import prepare
 from research_eval.schema import config_from_dict
 from research_eval.system.world import rank_and_size
 from research_eval.tasks.base import Evaluation
+from research_eval.training.checkpoint import load_checkpoint
 from research_eval.training.fit import fit
 from research_eval.training.processes import Processes
 
@@ -153,11 +155,13 @@ def in_processes(size: int, folder: Path, work: Callable[[int], Any]) -> list[An
     return [torch.load(folder / f"answer.{rank}", weights_only=False) for rank in range(size)]  # our own file
 
 
-def in_a_group(size: int, folder: Path, work: Callable[[Processes], Any]) -> list[Any]:
+def in_a_group(
+    size: int, folder: Path, work: Callable[[Processes], Any], layout: ParallelParams | None = None
+) -> list[Any]:
     """What `work` returns in each process of a group."""
 
     def joined(rank: int) -> Any:
-        group = Processes(0, "cpu", f"file://{folder / 'meeting'}")
+        group = Processes(0, "cpu", layout, f"file://{folder / 'meeting'}")
         try:
             return work(group)
         finally:
@@ -189,6 +193,38 @@ def test_the_numbers_are_those_of_one_process(size: int, tmp_path: Path) -> None
         all_close(found[0][number], expected)
         for other in found[1:]:  # the processes themselves agree to the bit
             assert all(torch.equal(other[number][0][key], tensor) for key, tensor in found[0][number][0].items()), name
+
+
+CUT = ("moe", "goe", "all terms", "shared gradients", "q, ponder", "text, moe", "text, goe", "micro-batches")
+LAYOUTS: dict[str, tuple[int, dict[str, Any], tuple[str, ...]]] = {
+    "fsdp": (2, {"data": "fsdp"}, ("moe", "scan experts", "q, ponder", "text, goe")),
+    "experts": (2, {"experts": 2}, ("goe", "shared gradients", "text, moe")),
+    "experts in pairs": (4, {"data": "fsdp", "experts": 2}, ("all terms", "moe")),
+}
+if REPETITIONS:
+    LAYOUTS = {
+        "fsdp": (2, {"data": "fsdp"}, ("dense", "looped", "lstm", "goe_scan", "scan experts", *CUT)),
+        "experts": (2, {"experts": 2}, CUT),
+        "fsdp and experts": (2, {"data": "fsdp", "experts": 2}, CUT),
+        "fsdp of four": (4, {"data": "fsdp"}, CUT),
+        "experts in four": (4, {"experts": 4}, CUT),
+        "experts in pairs": (4, {"data": "fsdp", "experts": 2}, CUT),
+    }
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_slices_give_the_numbers_of_one_process(name: str, tmp_path: Path) -> None:
+    size, layout, cases = LAYOUTS[name]
+    found = in_a_group(
+        size,
+        tmp_path,
+        lambda group: [trained(CASES[case], tmp_path / str(group.rank) / case, group) for case in cases],
+        ParallelParams.model_validate(layout),
+    )
+    for number, case in enumerate(cases):
+        all_close(found[0][number], trained(CASES[case], tmp_path / "alone" / case))
+        for other in found[1:]:
+            assert all(torch.equal(other[number][0][key], tensor) for key, tensor in found[0][number][0].items()), case
 
 
 def test_an_epoch_with_dropout_is_repeated_exactly(tmp_path: Path) -> None:
@@ -339,10 +375,14 @@ def test_processes_that_are_killed_go_on_exactly(tmp_path: Path, port: None) -> 
         shutil.rmtree(folder / "machine0")
 
 
+@pytest.mark.parametrize("layout", [{}, {"data": "fsdp", "experts": 2}])
 @pytest.mark.parametrize("size", [1, 4] if REPETITIONS else [1])
-def test_a_signal_to_one_stops_all_and_the_checkpoint_fits_any_number(size: int, tmp_path: Path, port: None) -> None:
+def test_a_signal_to_one_stops_all_and_the_checkpoint_fits_any_number(
+    size: int, layout: dict[str, Any], tmp_path: Path, port: None
+) -> None:
     changes = {"model_params": {"dropout": 0.0}, "optimizer_params": {"name": "sgd", "lr": 0.05}}
-    path = write_config(tmp_path, **LONG | changes)
+    training = {"training_params": {**LONG["training_params"], "parallel": layout}}
+    path = write_config(tmp_path, **LONG | changes | training)
     members = started(tmp_path)
     until_a_checkpoint(tmp_path)
     os.kill(members[1].pid, signal.SIGTERM)
@@ -375,11 +415,103 @@ def test_several_processes_train_one_run_and_nothing_else(
 def test_options_that_are_not_tried_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.chdir(tmp_path)
-    for options, message in (({"compile": True}, "compile: is not tried"), ({"device": "cuda:1"}, "device: several")):
+    cut = {"data": "fsdp", "experts": 2}
+    for options, message in (
+        ({"compile": True}, "compile: is not tried"),
+        ({"device": "cuda:1"}, "device: several"),
+        ({"ema_decay": 0.9, "parallel": cut}, "ema_decay: a moving average needs whole weights"),
+    ):
         path = write_config(tmp_path, training_params=options)
         ended = command(main.cli, "run", "--json_config_path", path)
         assert ended.code == 2
         assert message in ended.err
+
+
+SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9}
+SHARDED = {"data": "fsdp", "experts": 2, "checkpoint": "sharded"}
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), (4, 2), (1, 4)] if REPETITIONS else [(2, 4)])
+def test_slices_in_files_fit_any_number_of_processes(sizes: tuple[int, int], tmp_path: Path) -> None:
+    """A training of which the first half is done by some processes, and the second by others."""
+    config = settings("goe_original") | {"optimizer_params": SGD}
+    half = {**config["training_params"], "max_steps": STEPS // 2, "checkpoint_every": STEPS // 2}
+    layout = ParallelParams.model_validate(SHARDED)
+    folder = tmp_path / "shared"
+    for number, (size, options) in enumerate(zip(sizes, (half, config["training_params"]), strict=True)):
+        changed = config | {"training_params": options}
+
+        def work(group: Processes, changed: dict[str, Any] = changed) -> Trained:
+            return trained(changed, folder if group.is_main else tmp_path / f"own.{group.rank}", group)
+
+        if size == 1:
+            found = trained(changed, folder)
+        else:
+            found = in_a_group(size, tmp_path / str(number), work, layout)[0]
+            written = sorted(file.name for file in (folder / "checkpoint.slices").iterdir())
+            assert {f"{options['max_steps']}.{rank}-of-{size}.safetensors" for rank in range(size)} <= set(written)
+    alone = trained(config, tmp_path / "alone")
+    for name, tensor in alone[0].items():
+        torch.testing.assert_close(found[0][name], tensor, rtol=0, atol=1e-5, msg=name)
+
+
+def test_slices_that_are_damaged_or_missing_are_named(tmp_path: Path) -> None:
+    config = settings("moe") | {"optimizer_params": SGD}
+    config["training_params"] = {**config["training_params"], "checkpoint_every": STEPS // 2}
+    folder, layout = tmp_path / "shared", ParallelParams.model_validate(SHARDED)
+    in_a_group(2, tmp_path, lambda group: trained(config, tmp_path / "shared", group), layout)
+    whole, _ = load_checkpoint(folder / "checkpoint.safetensors")
+    assert all(torch.isfinite(tensor).all() for name, tensor in whole.items() if tensor.is_floating_point())
+    newest, before = (folder / "checkpoint.slices" / f"{step}.1-of-2.safetensors" for step in (STEPS, STEPS // 2))
+    newest.write_bytes(newest.read_bytes()[:-1] + b"x")
+    _, values = load_checkpoint(folder / "checkpoint.safetensors")  # goes on from the one before
+    assert values["state"]["step"] == STEPS // 2
+    before.unlink()
+    with pytest.raises(ConfigError, match=before.name):
+        load_checkpoint(folder / "checkpoint.safetensors")
+
+
+def test_slices_need_a_folder_that_all_see(tmp_path: Path) -> None:
+    def work(group: Processes) -> str:
+        tell = group.tell
+
+        def elsewhere(message: bytes) -> bytes:
+            heard = tell(message)
+            return heard if group.is_main or not heard.startswith(b"/") else b"/nowhere/checkpoint"
+
+        group.tell = elsewhere  # type: ignore[method-assign]
+        try:
+            trained(settings("moe"), tmp_path / str(group.rank), group)
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    found = in_a_group(2, tmp_path, work, ParallelParams.model_validate(SHARDED))
+    assert all("1 of 2 processes do not see" in text for text in found), found
+
+
+def test_what_cannot_be_cut_is_said(tmp_path: Path) -> None:
+    muon = settings("moe") | {"optimizer_params": {"name": "muon"}}
+    cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        (settings("moe"), {"experts": 3}, "3 does not divide the 2 processes"),
+        (settings("dense"), {"experts": 2}, "the model has no experts"),
+        (settings("moe", num_experts=3), {"experts": 2}, "2 does not divide the 3 experts"),
+        (CASES["scan experts"], {"experts": 2}, "num_scan_experts"),
+        (muon, {"data": "fsdp"}, "muon needs them whole"),
+    ]
+
+    def work(group: Processes) -> list[str]:
+        said = []
+        for number, (config, layout, _) in enumerate(cases):
+            group._layout = ParallelParams.model_validate(layout)
+            with pytest.raises(ConfigError) as caught:
+                trained(config, tmp_path / f"{group.rank}.{number}", group)
+            said.append(str(caught.value))
+        return said
+
+    for said in in_a_group(2, tmp_path, work):
+        for text, (_, _, message) in zip(said, cases, strict=True):
+            assert message in text and text.startswith("training_params.parallel"), text
 
 
 @pytest.mark.parametrize(("rank", "size"), [("2", "2"), ("x", "2"), ("0", "0"), ("-1", "2")])

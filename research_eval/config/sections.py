@@ -91,6 +91,17 @@ def metric_of_validation(name: str) -> str:
 ValidationMetric = Annotated[str, AfterValidator(metric_of_validation)]
 
 
+class ParallelParams(_Section):
+    """How the processes of torchrun share one training; one process ignores it. It never changes what is computed."""
+
+    data: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Weights, gradients and moments: whole in every process (ddp), or in slices (fsdp); auto slices large models."""
+    experts: Count = 1
+    """So many processes hold the experts together, and rows travel. It divides the processes and the experts."""
+    checkpoint: Literal["auto", "single", "sharded"] = "auto"
+    """One process writes all of a checkpoint (single), or each its slices, into a folder that all share (sharded)."""
+
+
 class TrainingParams(_Section):
     """How the training runs; none of it changes what is trained."""
 
@@ -132,6 +143,8 @@ class TrainingParams(_Section):
     """How experts are executed: auto (what suits the device), plain (with the padding), slices or grouped."""
     dispatcher: Annotated[str, Registered(DISPATCHERS), Younger()] = "local"
     """How rows reach the process that holds their expert: local (one process), or a dispatcher of your own."""
+    parallel: Annotated[ParallelParams, Younger()] = ParallelParams()
+    """How the processes of torchrun share the model."""
     keep_memory: bool = False
     """Linux: let the process keep freed memory instead of giving it back to the system after every step."""
     max_steps: Annotated[Count | None, Younger()] = None

@@ -88,7 +88,11 @@ class Dispatcher:
     A subclass that is registered under another name becomes a value of `training_params.dispatcher`. In `moe` a row is
     one token. In a pool of whole Transformers the rows are the tokens of whole samples, and `samples` holds their
     places.
+
+    `is_shared` says that other processes take part: a process without rows has to dispatch too.
     """
+
+    is_shared = False
 
     def dispatch(self, rows: Tensor, plan: Dispatch, samples: Any = None) -> tuple[Tensor, Dispatch, Any]:
         """Rows sorted by expert -> the rows for this process's experts, their plan and their samples."""

@@ -66,6 +66,8 @@ class ExpertPool(Executing):
     them than experts.
     """
 
+    gradient_share = 0.0  # of the mean over all experts, in the gradient of each
+
     def __init__(
         self,
         num_experts: int,
@@ -112,8 +114,20 @@ class ExpertPool(Executing):
         )
         if settings.tie_experts:
             _start_alike(pool)
-        _share_gradients(pool, 1.0 if settings.tie_experts else settings.expert_sharing)
+        pool.gradient_share = share = 1.0 if settings.tie_experts else settings.expert_sharing
+        for parameter in pool.sharing():
+            parameter.register_hook(lambda gradient: torch.lerp(gradient, _mean_of_experts(gradient), share))
         return pool
+
+    def sharing(self) -> list[nn.Parameter]:
+        """The stacks of which each expert's gradient has a share of the mean over all experts.
+
+        Each expert then learns from the samples of the others too, which helps where samples are few. With a share of
+        1, experts that start alike stay alike. Scan experts have no stack, and keep their own gradients.
+        """
+        if not self.gradient_share:
+            return []
+        return [*self.blocks.parameters(), *(self.gate.parameters() if self.gate is not None else ())]
 
     def forward(self, h_RLD: torch.Tensor, keep_RL: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         """States [R, L, D] of samples sorted by expert -> E_e(h), the same shape."""
@@ -180,12 +194,12 @@ class ExpertPool(Executing):
         member_BN = members(choice_B, self.num_experts)
         rows_R = order_B if all_run else order_B[: int(member_BN.sum())]
         edge_entropy = self._edge_entropy(member_BN)
-        if not len(rows_R):
+        dispatcher = self.execution.dispatcher
+        if not len(rows_R) and not dispatcher.is_shared:
             return Step(h_BLD, rows_R, h_BLD.new_zeros(0, h_BLD.shape[-1]) if pooled else None, edge_entropy)
         samples = packing.samples(rows_R)
         counts_N = (member_BN * samples.num_rows(packing.lengths_B).unsqueeze(1)).sum(0)
         dispatch = Dispatch.of(counts_N, self.execution.kernels)
-        dispatcher = self.execution.dispatcher
         rows, plan, held = dispatcher.dispatch(samples.take(h_BLD), dispatch, samples)
         change = dispatcher.combine(self._change(rows, held, plan), plan)
         after_BLD = samples.add_to(h_BLD, samples.spread(coefficient_B[rows_R]) * change)
@@ -241,18 +255,6 @@ def _start_alike(pool: ExpertPool) -> None:
     for parameter in pool.parameters():
         with torch.no_grad():
             parameter.copy_(parameter[:1].expand_as(parameter))
-
-
-def _share_gradients(pool: ExpertPool, share: float) -> None:
-    """Let each expert's gradient be (1 - share) of its own and `share` of the mean over all experts.
-
-    Each expert then learns from the samples of the others too, which helps where samples are few. With a share of 1,
-    experts that start alike stay alike. Scan experts have no stack, and keep their own gradients.
-    """
-    if not share:
-        return
-    for parameter in (*pool.blocks.parameters(), *(pool.gate.parameters() if pool.gate is not None else ())):
-        parameter.register_hook(lambda gradient: torch.lerp(gradient, _mean_of_experts(gradient), share))
 
 
 def _mean_of_experts(gradient: torch.Tensor) -> torch.Tensor:

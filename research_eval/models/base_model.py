@@ -122,6 +122,10 @@ class EvaluableModel(Executing, Intervened):
         """
         return () if type(self).after_step is EvaluableModel.after_step else ("after_step",)
 
+    def units(self) -> list[nn.Module]:
+        """The parts whose own forward pass runs once in a pass. Their parameters need not be together before."""
+        return []
+
     def calibrate(self, batches: Iterable[Batch]) -> None:
         """The training loop calls this before each evaluation, for thresholds of early exits.
 

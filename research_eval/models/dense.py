@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from research_eval.annotations import Count, Range
 from research_eval.layers.block import block_flops, encoder_blocks
@@ -62,6 +62,9 @@ class DenseTransformerClassifier(EvaluableModel):
         for layer in self.layers:
             h = layer(h, samples.layout, everyone)
         return self.head(samples.grid(h), keep_BL)
+
+    def units(self) -> list[nn.Module]:
+        return list(self.layers)
 
     def get_flops_per_sample(self, length: int) -> float:
         """Blocks and head. The embedding is a look-up and costs none."""

@@ -202,6 +202,9 @@ class MoETransformerClassifier(RoutedModel):
             self._push(layers, samples)
         return Outcome(self.head(samples.grid(h), keep_BL), layers)
 
+    def units(self) -> list[nn.Module]:
+        return list(self.layers)
+
     def _set_intervention(self, intervention: Intervention) -> None:
         self.intervention = intervention
         for number, routed in enumerate(self._routed()):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from research_eval.config.sections import ExperimentConfig
+from research_eval.config.sections import ExperimentConfig, ParallelParams
 from research_eval.errors import ConfigError
 from research_eval.models.base_model import EvaluableModel
 from research_eval.runs.prepare import prepare
@@ -44,7 +44,7 @@ class _Leading(Processes):
 def lead(config: ExperimentConfig, run: Callable[[Parallel], Any]) -> Any:
     """What `run` returns, which trains the config with the group that it is given."""
     _check(config)
-    group = _Leading(config.seed, config.training_params.device)
+    group = _Leading(*_group_options(config))
     try:
         return run(group)
     finally:
@@ -56,7 +56,7 @@ def lead(config: ExperimentConfig, run: Callable[[Parallel], Any]) -> Any:
 def follow(config: ExperimentConfig) -> None:
     """Train with the first process, and return when the training ends, in whatever way."""
     _check(config)
-    group = Processes(config.seed, config.training_params.device)
+    group = Processes(*_group_options(config))
     try:
         runtime, data, model = prepare(config)
         if group.tell(b"") == TRAIN:
@@ -68,11 +68,27 @@ def follow(config: ExperimentConfig) -> None:
         group.close()
 
 
+def _group_options(config: ExperimentConfig) -> tuple[int, str, ParallelParams]:
+    """The arguments of a group. A moving average needs whole weights, so "auto" leaves them whole."""
+    layout = config.training_params.parallel
+    if config.training_params.ema_decay:
+        layout = layout.model_copy(update={"data": "ddp"})
+    return config.seed, config.training_params.device, layout
+
+
 def _check(config: ExperimentConfig) -> None:
     """Raise ConfigError for options that are not known to work in several processes."""
     options = config.training_params
     if options.compile:
         raise ConfigError("training_params.compile: is not tried with several processes. Set it to false.")
+    layout = options.parallel
+    if options.ema_decay and (layout.data == "fsdp" or layout.experts > 1):
+        raise ConfigError(
+            "training_params.ema_decay: a moving average needs whole weights: set parallel.data to ddp and "
+            "parallel.experts to 1, or leave it out"
+        )
+    if options.dispatcher != "local" and layout.experts > 1:
+        raise ConfigError("training_params.dispatcher: parallel.experts has a dispatcher of its own. Leave one out.")
     if options.device not in ("auto", "cpu", "cuda"):
         raise ConfigError(
             f"training_params.device: several processes need auto, cpu or cuda, got {options.device!r}: each takes a "

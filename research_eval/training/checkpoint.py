@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import random
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ from research_eval.system import checksum
 from research_eval.system.untrusted import check_regular_file, in_folder
 
 log = logging.getLogger(__name__)
+
+SLICES = "checkpoint.slices"  # the folder with what several processes write, beside the checkpoint that names its files
+SLICE_NAME = re.compile(r"\d+\.\d+-of-\d+\.safetensors")
 
 
 def save_tensors(
@@ -79,13 +84,13 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     """
     previous = previous_checkpoint(path)
     if not os.path.lexists(path):
-        return load_tensors(previous)
+        return _load_whole(previous)
     try:
-        return load_tensors(path)
+        return _load_whole(path)
     except ConfigError as problem:
         if not previous.exists():
             raise
-        found = load_tensors(previous)
+        found = _load_whole(previous)
         log.warning("%s Going on from the one before.", str(problem).removesuffix(" Run the experiment again."))
         path.unlink()  # otherwise the next save replaces the good file by this one
         return found
@@ -95,6 +100,64 @@ def delete_checkpoint(path: Path) -> None:
     """Delete the checkpoint and the one before it."""
     for file in (path, previous_checkpoint(path)):
         file.unlink(missing_ok=True)
+    drop_slices(path)
+
+
+def slice_name(step: int, number: int, of: int) -> str:
+    """The file of one of several processes."""
+    return f"{step}.{number}-of-{of}.safetensors"
+
+
+def save_slices(path: Path, name: str, tensors: Mapping[str, tuple[torch.Tensor, list[int]]]) -> None:
+    """Write what one process has of the tensors of a checkpoint.
+
+    For each these are its rows; the dimension that rows are counted along, the first row, and the number of all rows.
+    """
+    rows = {key: where for key, (_, where) in tensors.items()}
+    save_tensors(path.parent / SLICES / name, {key: part for key, (part, _) in tensors.items()}, {"rows": rows})
+
+
+def drop_slices(path: Path) -> None:
+    """Delete the slices that neither the checkpoint nor the one before it names."""
+    folder = path.parent / SLICES
+    if not folder.is_dir() or folder.is_symlink():
+        return
+    named = {name for file in (path, previous_checkpoint(path)) if file.exists() for name in _slices_of(file)}
+    for file in folder.iterdir():
+        if SLICE_NAME.fullmatch(file.name) and file.name not in named:
+            file.unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _slices_of(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as opened:
+        found: list[str] = json.loads((opened.metadata() or {}).get("values", "{}")).get("slices", [])
+        return found
+
+
+def _load_whole(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors and values of a checkpoint, joined with its slices if several processes have written it.
+
+    Raises ConfigError if a file is missing or damaged, or if they do not have all rows of a tensor.
+    """
+    tensors, values = load_tensors(path)
+    missing: dict[str, int] = {}
+    for name in values.get("slices", []):
+        if not SLICE_NAME.fullmatch(str(name)):
+            raise ConfigError(f"{path}: names {name!r}, which is no file of a checkpoint. Run the experiment again.")
+        parts, described = load_tensors(in_folder(path.parent, SLICES) / name)
+        for key, part in parts.items():
+            dim, first, number = described["rows"][key]
+            shape = [number if one == dim else size for one, size in enumerate(part.shape)]
+            whole = tensors.setdefault(key, part.new_empty(shape))
+            missing.setdefault(key, number)
+            whole.narrow(dim, first, part.shape[dim]).copy_(part)
+            missing[key] -= part.shape[dim]
+    lost = [key for key, number in missing.items() if number]
+    if lost:
+        raise ConfigError(f"{path}: its slices lack rows of {lost[0]}. Run the experiment again.")
+    return tensors, values
 
 
 def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:

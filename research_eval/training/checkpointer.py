@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -14,6 +16,7 @@ from research_eval.files import MODEL_FILE as MODEL_FILE
 from research_eval.models.base_model import EvaluableModel
 from research_eval.training.checkpoint import (
     checkpoint_exists,
+    drop_slices,
     flatten_optimizer,
     generator_states,
     load_checkpoint,
@@ -47,19 +50,30 @@ class Checkpointer:
         self._best = folder / MODEL_FILE
         self._model, self._average = model, average
         self._optimizer, self._schedule = optimizer, schedule
+        self.in_slices: Collection[str] = ()  # names of the tensors that other files hold
 
-    def save(self, state: TrainingState) -> None:
+    def save(
+        self, state: TrainingState, moments: dict[str, torch.Tensor] | None = None, slices: Sequence[str] = ()
+    ) -> None:
         """Write weights, weight average, optimiser moments, generator states and the training state.
 
-        The names in the file begin with "model/", "average/", "optimizer/" or "generator/".
+        The names in the file begin with "model/", "average/", "optimizer/" or "generator/". `moments` are those of the
+        whole optimiser, if this process has only a part of it. `slices` are the files in which several processes have
+        written a part of the tensors; this one holds the others.
         """
+        moments = flatten_optimizer(self._optimizer) if moments is None else moments
         generators, generator_values = generator_states()
         tensors = {f"model/{name}": tensor for name, tensor in self._model.state_dict().items()}
         if self._average is not None:
             tensors |= {f"average/{name}": tensor for name, tensor in self._average.state_dict().items()}
-        tensors |= {f"optimizer/{name}": tensor for name, tensor in flatten_optimizer(self._optimizer).items()}
+        tensors |= {f"optimizer/{name}": tensor for name, tensor in moments.items()}
         tensors |= {f"generator/{name}": tensor for name, tensor in generators.items()}
-        save_checkpoint(self.path, tensors, {"state": asdict(state), "generators": generator_values})
+        values: dict[str, Any] = {"state": asdict(state), "generators": generator_values}
+        if slices:
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in self.in_slices}
+            values["slices"] = list(slices)
+        save_checkpoint(self.path, tensors, values)
+        drop_slices(self.path)
 
     def save_best(self, scored: EvaluableModel, step: int, score: tuple[str, float]) -> None:
         """Write the weights with the best score so far.
@@ -111,3 +125,4 @@ class Checkpointer:
 def drop_previous(folder: Path) -> None:
     """Delete the checkpoint before the last one; a finished run does not need it."""
     previous_checkpoint(folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+    drop_slices(folder / CHECKPOINT_FILE)

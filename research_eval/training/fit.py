@@ -77,7 +77,7 @@ def fit(
     watch = RoutingWatch(model, validation, task, data, config, runtime, folder)
     runtime.seed(config.seed, "training")  # before `restore`, which loads the generators of a checkpoint
     checkpointer = Checkpointer(folder, model, average, optimizer, schedule)
-    state = parallel.begin(model, checkpointer, length.total)
+    state = parallel.begin(loss_of, optimizer, checkpointer, length.total)
     observer.start(state, length.period, length.total)
     # `seconds` sums all sessions of a run, so the clock starts earlier by the seconds of the others.
     meter = Meter(state.step_seconds, state.step_tokens, parallel)
@@ -96,8 +96,7 @@ def fit(
                 with phase("compiling kernels") if options.compile and state.step == first_step else nullcontext():
                     take_step(loss_of, batches, optimizer, clip, runtime, meter, parallel, sizes, state.step)
                 schedule.step()
-                if average is not None:
-                    average.update_parameters(model)
+                _update_average(average, model)
                 state.step += 1
                 model.after_step(state.step / length.total)
                 epoch_ends = length.is_evaluated(state.step)
@@ -109,21 +108,22 @@ def fit(
                 if reported:
                     _report(observer, meter, state, float(schedule.get_last_lr()[0]))
                 if epoch_ends:
-                    evaluation = _evaluated(scored, validation, data, task, runtime)
-                    _check_finite("validation loss", evaluation.loss, state.step)
-                    metrics = watch.epoch_end(math.ceil(state.step / length.period), scored, evaluation, state.reports)
-                    observer.epoch_end(state.step, evaluation, metrics, scored)
-                    gains = _keep_best(state, evaluation, task, selection, scored, checkpointer)
+                    with parallel.whole():
+                        evaluation = _evaluated(scored, validation, data, task, runtime)
+                        _check_finite("validation loss", evaluation.loss, state.step)
+                        metrics = watch.epoch_end(length.number(state.step), scored, evaluation, state.reports)
+                        observer.epoch_end(state.step, evaluation, metrics, scored)
+                        gains = _keep_best(state, evaluation, task, selection, scored, checkpointer)
                     _count_patience(state, gains, options.early_stopping_patience, parallel)
                     meter.reset()  # the speed of the steps is that without evaluations
                 stop = stop or (parallel.agree(request.signal) if reported else None)  # one that came meanwhile
                 if due or stop or state.step == length.total:
                     state.seconds = time.perf_counter() - started
-                    if parallel.is_main:
-                        checkpointer.save(state)
+                    parallel.save(checkpointer, state)
                 if stop:
                     raise Interrupted(stop, state.step)
     state.seconds = time.perf_counter() - started
+    parallel.end()
     if evaluation is None:  # the checkpoint was already at the last step
         evaluation = _evaluated(scored, validation, data, task, runtime)
     return state, scored, evaluation
@@ -136,6 +136,12 @@ def _batches(config: ExperimentConfig, data: DataSplits, runtime: Runtime) -> tu
         config.batch_size, device, config.seed, curriculum_epochs=options.curriculum * config.epochs
     )
     return train, data.validation.batches(options.eval_batch_size or config.batch_size, device)
+
+
+def _update_average(average: AveragedModel | None, model: EvaluableModel) -> None:
+    """Move the weight average, if there is one, towards the weights of the last step."""
+    if average is not None:
+        average.update_parameters(model)
 
 
 def _scored_model(model: EvaluableModel, average: AveragedModel | None) -> EvaluableModel:

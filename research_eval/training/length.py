@@ -41,6 +41,10 @@ class Length:
         """The number of evaluations: one after each period, and one at the last step."""
         return math.ceil(self.total / self.period)
 
+    def number(self, step: int) -> int:
+        """The number of the evaluation after this step, from 1."""
+        return math.ceil(step / self.period)
+
     def is_evaluated(self, step: int) -> bool:
         """Whether an evaluation follows step `step` (from 1)."""
         return step % self.period == 0 or step == self.total

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -18,8 +19,14 @@ class Parallel(Protocol):
 
     is_main: bool  # whether this process writes checkpoints and talks to the observer
 
-    def begin(self, model: nn.Module, checkpointer: Checkpointer, total_steps: int) -> TrainingState:
-        """Let all processes start from the checkpoint of the main one, if it has one, and return its state."""
+    def begin(
+        self, loss_of: nn.Module, optimizer: torch.optim.Optimizer, checkpointer: Checkpointer, total_steps: int
+    ) -> TrainingState:
+        """Let all processes start from the checkpoint of the main one, if it has one, and return its state.
+
+        `loss_of` is the module whose forward pass is a training step. Its parameters, and those of the optimiser, may
+        lie in slices in the processes from now on.
+        """
 
     def own(self, rows: NDArray[Any]) -> NDArray[Any]:
         """The rows of a batch that this process computes."""
@@ -33,8 +40,23 @@ class Parallel(Protocol):
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes. Every process receives it."""
 
+    def backward(self, loss: Tensor) -> None:
+        """The backward pass of a step."""
+
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Give each parameter the sum of its gradients over all processes; none if no process has one."""
+
+    def clip(self, parameters: Iterable[nn.Parameter], largest: float) -> None:
+        """Scale the gradient of the whole model down to this norm."""
+
+    def whole(self) -> AbstractContextManager[object]:
+        """Inside, the model has whole parameters, and no computation needs another process. All have to enter it."""
+
+    def save(self, checkpointer: Checkpointer, state: TrainingState) -> None:
+        """Write a checkpoint. All processes have to call it."""
+
+    def end(self) -> None:
+        """Give the model its whole parameters for good. All processes have to call it."""
 
     def agree(self, number: int | None) -> int | None:
         """One answer for all processes: the first one that is not None, in the order of their ranks."""
@@ -45,7 +67,9 @@ class OneProcess:
 
     is_main = True
 
-    def begin(self, model: nn.Module, checkpointer: Checkpointer, total_steps: int) -> TrainingState:
+    def begin(
+        self, loss_of: nn.Module, optimizer: torch.optim.Optimizer, checkpointer: Checkpointer, total_steps: int
+    ) -> TrainingState:
         return checkpointer.restore(total_steps)
 
     def own(self, rows: NDArray[Any]) -> NDArray[Any]:
@@ -60,7 +84,22 @@ class OneProcess:
     def sum(self, values: Tensor) -> Tensor:
         return values
 
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        pass
+
+    def clip(self, parameters: Iterable[nn.Parameter], largest: float) -> None:
+        torch.nn.utils.clip_grad_norm_(parameters, largest)
+
+    def whole(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def save(self, checkpointer: Checkpointer, state: TrainingState) -> None:
+        checkpointer.save(state)
+
+    def end(self) -> None:
         pass
 
     def agree(self, number: int | None) -> int | None:

@@ -1,7 +1,8 @@
 """The processes that torchrun started, as one group that trains one model (torch.distributed).
 
-Every process has the whole model and computes its rows of each batch; gradients and statistics of a batch are summed
-over all of them. So the numbers of a run do not depend on the number of processes, except for rounding.
+Every process computes its rows of each batch; gradients and statistics of a batch are summed over all of them. So the
+numbers of a run do not depend on the number of processes, except for rounding. Every process has the whole model,
+unless its parameters lie in slices (see `slices`).
 
 W processes
 """
@@ -10,23 +11,30 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, distributed, nn
 
+from research_eval.config.sections import ParallelParams
 from research_eval.errors import ConfigError
+from research_eval.files import write_atomically
 from research_eval.layers.collective import Part, part_of_batch
 from research_eval.seeding import derive_seed
+from research_eval.training.checkpoint import SLICES, save_slices, slice_name
 from research_eval.training.checkpointer import Checkpointer
 from research_eval.training.runtime import choose_device
+from research_eval.training.slices import Slices, cut, fill_zeros
 from research_eval.training.state import TrainingState
 
 TIMEOUT = timedelta(minutes=5)  # of one exchange: torchrun itself notices a process that has died
+LARGE = 2 * 2**30  # bytes of weights from which "auto" writes slices
 BUCKET = 25 * 2**20  # bytes of gradients that one exchange carries
 
 
@@ -37,7 +45,13 @@ class Processes:
     few GPUs, or if the process cannot join the group.
     """
 
-    def __init__(self, seed: int, device: str = "auto", init_method: str = "env://") -> None:
+    def __init__(
+        self,
+        seed: int,
+        device: str = "auto",
+        layout: ParallelParams | None = None,
+        init_method: str = "env://",
+    ) -> None:
         uses_gpus = choose_device(device).type == "cuda"
         if uses_gpus:
             number = int(os.environ.get("LOCAL_RANK", "0"))
@@ -57,7 +71,9 @@ class Processes:
             ) from error
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
         self.is_main = self.rank == 0
-        self._seed = seed
+        self._seed, self._layout = seed, layout or ParallelParams()
+        self._slices: Slices | None = None
+        self._shared: Path | None = None  # the checkpoint of the main process, if all write their slices beside it
         self._device = torch.device("cuda") if uses_gpus else torch.device("cpu")
 
     def close(self) -> None:
@@ -79,7 +95,9 @@ class Processes:
 
     # ------------------------------------------------------------------------------------------------ the training
 
-    def begin(self, model: nn.Module, checkpointer: Checkpointer, total_steps: int) -> TrainingState:
+    def begin(
+        self, loss_of: nn.Module, optimizer: torch.optim.Optimizer, checkpointer: Checkpointer, total_steps: int
+    ) -> TrainingState:
         """The others need not see the folder of the main process: they receive the content of its checkpoint."""
         state = TrainingState()
         content = b""
@@ -92,13 +110,45 @@ class Processes:
         if content and not self.is_main:
             checkpointer.path.write_bytes(content)
             state = checkpointer.restore(total_steps)
-        self._check_equal(model)
+        self._check_equal(loss_of)
+        is_large = sum(one.nbytes for one in loss_of.parameters()) >= LARGE
+        self._slices = cut(loss_of, optimizer, self._layout, self._device)
+        if self._slices is not None:
+            self._shared = self._shared_checkpoint(checkpointer.path, is_large)
         return state
 
-    def _check_equal(self, model: nn.Module) -> None:
+    def _shared_checkpoint(self, path: Path, is_large: bool) -> Path | None:
+        """The checkpoint of the main process, if all processes write into its folder.
+
+        Raises ConfigError if the config asks for it, and a process does not see the folder.
+        """
+        asked = self._layout.checkpoint
+        if asked == "single" or (asked == "auto" and not is_large):
+            return None
+        place = Path(self.tell(str(path.resolve()).encode()).decode())
+        sign = self.tell(secrets.token_bytes(16))
+        file = place.parent / SLICES / "sign"
+        if self.is_main:
+            file.parent.mkdir(exist_ok=True)
+            write_atomically(file, sign)
+        self.sum(torch.zeros(1))
+        sees = file.is_file() and file.read_bytes() == sign
+        see = int(self.sum(torch.tensor([sees], dtype=torch.int64)))
+        if self.is_main:
+            file.unlink()
+        if see == self.size:
+            return place
+        if asked == "auto":
+            return None
+        raise ConfigError(
+            f"training_params.parallel.checkpoint: {self.size - see} of {self.size} processes do not see "
+            f"{place.parent}: sharded needs a folder that all share. Choose single."
+        )
+
+    def _check_equal(self, loss_of: nn.Module) -> None:
         """Raise RuntimeError if a process has other weights than the main one: it runs another version, say."""
         digest = hashlib.sha256()
-        for name, tensor in model.state_dict().items():
+        for name, tensor in loss_of.state_dict().items():
             digest.update(
                 name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
             )
@@ -136,19 +186,52 @@ class Processes:
         distributed.all_reduce(total)
         return total.to(values.device)
 
+    def backward(self, loss: Tensor) -> None:
+        if self._slices is None:
+            loss.backward()
+        else:
+            self._slices.backward(loss, self.sum)
+
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
-        own = torch.tensor([parameter.grad is not None for parameter in trained], dtype=torch.int32)
-        anywhere = self.sum(own).tolist()
-        members = [parameter for parameter, count in zip(trained, anywhere, strict=True) if count]
-        for parameter in members:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        if self._slices is not None:
+            parameters = self._slices.sum_gradients(self.sum)
+        members = fill_zeros([parameter for parameter in parameters if parameter.requires_grad], self.sum)
         for bucket in _buckets([parameter.grad for parameter in members if parameter.grad is not None]):
             flat = torch.cat([gradient.flatten() for gradient in bucket])
             distributed.all_reduce(flat)
             for gradient, summed in zip(bucket, flat.split([one.numel() for one in bucket]), strict=True):
                 gradient.copy_(summed.view_as(gradient))
+
+    def clip(self, parameters: Iterable[nn.Parameter], largest: float) -> None:
+        if self._slices is None:
+            torch.nn.utils.clip_grad_norm_(parameters, largest)
+            return
+        self._slices.clip(largest, self.sum)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        with self._slices.whole() if self._slices is not None else nullcontext():
+            yield
+
+    def save(self, checkpointer: Checkpointer, state: TrainingState) -> None:
+        if self._slices is not None and self._shared is not None:
+            rows = self._slices.own_rows()
+            save_slices(self._shared, slice_name(state.step, self.rank, self.size), rows)
+            self.sum(torch.zeros(1))  # all have written
+            if self.is_main:
+                checkpointer.in_slices = rows
+                names = [slice_name(state.step, rank, self.size) for rank in range(self.size)]
+                checkpointer.save(state, self._slices.whole_moments(), names)
+            return
+        moments = None if self._slices is None else self._slices.moments(keeps=self.is_main)
+        with self.whole():
+            if self.is_main:
+                checkpointer.save(state, moments)
+
+    def end(self) -> None:
+        if self._slices is not None:
+            self._slices.join()
+            self._slices = None
 
     def agree(self, number: int | None) -> int | None:
         answers = torch.zeros(self.size, dtype=torch.int64)

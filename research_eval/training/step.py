@@ -135,10 +135,10 @@ def take_step(
             meter.add(values, batch, weight)
             if len(batches) > 1:
                 loss = loss * share
-        loss.backward()
+        parallel.backward(loss)
     parallel.sum_gradients(loss_of.parameters())
     if grad_clip_norm is not None:
-        torch.nn.utils.clip_grad_norm_(loss_of.parameters(), grad_clip_norm)
+        parallel.clip(loss_of.parameters(), grad_clip_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

@@ -21,7 +21,7 @@ from research_eval.layers.causal.context import Cache, Context
 from research_eval.layers.causal.products import ExpertMatrix
 from research_eval.layers.causal.routes import Choice, Routes, hashed
 from research_eval.layers.causal.settings import CausalSettings
-from research_eval.layers.dispatch import Dispatch
+from research_eval.layers.dispatch import Dispatch, Dispatcher, Execution
 from research_eval.layers.intervention import Intervention
 from research_eval.layers.routing import entropy
 from research_eval.layers.stacked import Dropout
@@ -202,7 +202,7 @@ class LanguageModel(RoutedModel):
     def _step(self, step: int, h_SD: Tensor, context: Context, choice: Choice | None, running: Tensor | None) -> Tensor:
         """h + o + c f for routed feed-forward parts; h + c (o + f) if the expert has attention matrices too."""
         layer, kind = self.layer(step), self.settings.norm
-        sort = Sorted.of(choice, self.routes, self.execution.kernels) if choice is not None and self.routes else None
+        sort = Sorted.of(choice, self.routes, self.execution) if choice is not None and self.routes else None
         if sort is not None and self.training and self.routes is not None:
             self.routes.count(step, sort.assignments.sizes_N)
         attended_SD = self._attended(layer, step, normed(h_SD, kind), context, sort)
@@ -239,7 +239,7 @@ class LanguageModel(RoutedModel):
         else:
             weights = None if choice.weights_SK is None else choice.weights_SK.index_select(0, running)
             part = Choice(choice.chosen_SK.index_select(0, running), weights)
-            f_RD = Sorted.of(part, self.routes, self.execution.kernels).mixed(layer.feed_forward, x_RD, weights)
+            f_RD = Sorted.of(part, self.routes, self.execution).mixed(layer.feed_forward, x_RD, weights)
             f_RD = _with_shared(layer, x_RD, f_RD)
         return h_SD.index_copy(0, running, h_RD + self.dropout(f_RD))
 
@@ -345,16 +345,18 @@ class Sorted(NamedTuple):
 
     assignments: Assignments
     dispatch: Dispatch
+    dispatcher: Dispatcher
 
     @classmethod
-    def of(cls, choice: Choice, routes: Routes, kernels: Any) -> Sorted:
+    def of(cls, choice: Choice, routes: Routes, execution: Execution) -> Sorted:
         """Sort by the chosen experts."""
         assignments = Assignments.of(choice.chosen_SK, routes.num_experts)
-        return cls(assignments, Dispatch.of(assignments.sizes_N, kernels))
+        return cls(assignments, Dispatch.of(assignments.sizes_N, execution.kernels), execution.dispatcher)
 
     def mixed(self, function: Callable[[Tensor, Dispatch], Tensor], x_SD: Tensor, weights_SK: Tensor | None) -> Tensor:
         """Per row the sum of its experts' outputs, each times its weight (None: 1)."""
-        out_RD = function(self.assignments.rows(x_SD), self.dispatch)
+        rows_RD, plan, _ = self.dispatcher.dispatch(self.assignments.rows(x_SD), self.dispatch)
+        out_RD = self.dispatcher.combine(function(rows_RD, plan), plan)
         if weights_SK is None:
             weights_SK = out_RD.new_ones(self.assignments.place_SK.shape)
         return self.assignments.combined(out_RD, weights_SK)
