@@ -481,7 +481,7 @@ def test_a_number_for_a_text_says_how_to_write_a_text(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (("anlyze",), "unknown command 'anlyze'. Did you mean 'analyze'?"),
-        (("zzz",), "unknown command 'zzz'. Known: analyze, benchmark, compare"),
+        (("zzz",), "unknown command 'zzz'. Known: analyze, atlas, benchmark, compare"),
         (("runs", "--modle_type", "moe"), "unknown argument '--modle_type'. Did you mean '--model_type'?"),
         (("runs", "--model_type", "dnse"), "--model_type: no run has 'dnse' in"),
         (("export", "x.csv", "--dataset_name", "pairty"), "Did you mean 'parity'?"),
