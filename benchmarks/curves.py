@@ -1,8 +1,8 @@
-"""The curves of docs/research.md: the score of each arm over the number of training samples.
+"""The curves of docs/research.md: the score of each arm over the number of training samples, and over the pool.
 
-An arm is that of `research.py`, with another number of samples; its learning rate stays. The last point of a curve is
-the study itself, from `--known`. Finished runs in the results database are not repeated. `--page` writes the tables of
-the points whose runs are all finished.
+Over the samples, an arm is that of `research.py` with another number of them; its learning rate stays. The last point
+is the study itself, from `--known`. Over the pool, all points are studies from there. Finished runs in the results
+database are not repeated. `--page` writes the tables of the points whose runs are all finished.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from research import config_of, interval_text, train_all, write_page
+from research import POOLED, config_of, interval_text, stored, train_all, write_page
 
 from research_eval.db_utils import Store
 
@@ -39,6 +39,17 @@ CURVES = (
     Curve("planted exposures", "planted", PLANTED),
     Curve("planted exposures unseen", "planted", PLANTED, "test_unseen_acc"),
 )
+POOLS = {"tables pool": {4: "tables", 8: "tables_8", 16: "tables_wide", 32: "tables_32"}}
+
+
+def over_the_pool(studies: dict[int, str], seeds: int, known: dict[str, Any]) -> dict[str, dict[int, list[float]]]:
+    """The test accuracy of every arm by the size of the pool; fewer values while runs are missing."""
+    return {
+        arm: {
+            size: list(known.get(study, {}).get(arm, {}).get("test_acc", []))[:seeds] for size, study in studies.items()
+        }
+        for arm in POOLED
+    }
 
 
 def scores(curve: Curve, arm: str, samples: int, seeds: int, known: dict[str, Any], store: Store) -> list[float]:
@@ -84,7 +95,7 @@ def main() -> None:
         ],
         arguments,
     )
-    known = json.loads(arguments.known.read_text())
+    known = stored(arguments.known)
     with Store(arguments.db, read_only=True) as store:
         found = {
             curve.title: {
@@ -94,7 +105,7 @@ def main() -> None:
                 for arm in curve.arms
             }
             for curve in CURVES
-        }
+        } | {title: over_the_pool(studies, arguments.seeds, known) for title, studies in POOLS.items()}
     arguments.output.write_text(json.dumps(found, indent=1) + "\n")
     texts = {title: table(points, arguments.seeds) for title, points in found.items()}
     print("\n\n".join(f"{title}\n\n{text}" for title, text in texts.items()))

@@ -64,6 +64,7 @@ def against(arm: str, *others: str) -> list[tuple[str, str]]:
 
 
 SCAN_TASKS = ("parity", "even_pairs", "cycle_navigation", "s3", "modular_arithmetic", "s5", "majority")
+SCAN_MODELS = ("scan", "lstm", "moe", "looped")
 LONG = {"test_len_41_100_acc": "41-100", "test_len_200_acc": "200", "test_len_500_acc": "500"}
 TABLES = (
     *("dense_flops", "dense_params", "dense_bigrams", "dense_bigrams_wide", "dense_flops_4x_steps", "looped", "moe"),
@@ -73,6 +74,15 @@ TABLES = (
 TABLES_WIDE = (
     *("dense_flops", "dense_wide", "dense_deep", "dense_bigrams", "looped", "moe"),
     *("random", "hash", "goe_frozen_router", "goe", "goe_bigrams"),
+)
+# Pools of other sizes at the same FLOPs: n-gram memory, MoE and the controls, with as many parameters.
+POOLED = ("dense_bigrams", "moe", "hash", "goe_frozen_router", "goe")
+POOL = Study(
+    list(POOLED),
+    against("goe", *POOLED[:-1]),
+    tuned=POOLED,
+    rates=FEWER_RATES,
+    equal_flops=POOLED,
 )
 PLANTED_TUNED = (
     *("dense_flops", "dense_params", "dense_deep", "dense_bigrams", "looped", "moe"),
@@ -102,6 +112,8 @@ STUDIES = {
         rates=FEWER_RATES,
         equal_flops=tuple(arm for arm in TABLES_WIDE if arm not in ("dense_wide", "dense_deep")),
     ),
+    "tables_8": POOL,
+    "tables_32": POOL,
     "planted": Study(
         [
             *("dense_flops", "dense_params", "dense_deep", "dense_bigrams", "looped", "moe", "random", "hash"),
@@ -123,7 +135,7 @@ STUDIES = {
         ),
     ),
     "hop": Study(
-        ["dense", "loop", "loop_confidence", "goe_confidence"],
+        ["dense", "moe", "looped", "loop", "loop_confidence", "goe_confidence"],
         against("loop_confidence", "loop", "dense"),
         {
             "test_acc": "accuracy",
@@ -137,23 +149,24 @@ STUDIES = {
         seeds={"goe_confidence": 1},
     ),
     "scan": Study(
-        [f"{task}_{model}" for task in SCAN_TASKS for model in ("scan", "lstm")],
+        [f"{task}_{model}" for task in SCAN_TASKS for model in SCAN_MODELS],
         metrics=LONG | {"certified": "certified"},
-        seeds={f"{task}_lstm": 1 for task in SCAN_TASKS} | {"modular_arithmetic_scan": 3, "s5_scan": 3},
+        seeds={f"{task}_{model}": 1 for task in SCAN_TASKS for model in SCAN_MODELS[1:]}
+        | {"modular_arithmetic_scan": 3, "s5_scan": 3},
     ),
     "hybrid": Study(
-        ["attention", "scan", "pool"],
+        ["attention", "looped", "moe", "scan", "pool"],
         metrics={"group_0": "parity, 1-40", "group_1": "majority, 1-40"} | LONG,
-        seeds={"attention": 3, "scan": 3, "pool": 3},
+        seeds=dict.fromkeys(("attention", "looped", "moe", "scan", "pool"), 3),
     ),
     "text": Study(
-        ["dense_flops", "dense_params", "oracle", "goe"],
-        [("goe", "dense_flops"), ("goe", "dense_params"), ("goe", "oracle")],
+        ["dense_flops", "dense_params", "looped", "moe", "oracle", "goe"],
+        against("goe", "dense_flops", "dense_params", "looped", "moe", "oracle"),
         {"final_val_acc": "accuracy", "path_group_nmi_adjusted": "information path-domain"},
         compared=("final_val_acc",),
         seeds={"oracle": 1, "dense_params": 2},
         needs_data=True,
-        equal_flops=("dense_flops", "oracle", "goe"),
+        equal_flops=("dense_flops", "looped", "moe", "oracle", "goe"),
     ),
 }
 COSTS = ("param_count", "inference_flops_per_sample", "training_duration_seconds")
@@ -221,13 +234,16 @@ def train(config: ExperimentConfig, arguments: argparse.Namespace) -> None:
         subprocess.run([*command, "--db", arguments.db], check=True)
 
 
-def collect(study: str, seeds: int, store: Store, data_dir: Path | None) -> dict[str, list[dict[str, Any]]]:
-    """The metrics of every arm's runs, in the order of the seeds."""
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for arm in STUDIES[study].arms:
-        for seed in range(STUDIES[study].seeds.get(arm, seeds)):
-            runs.setdefault(arm, []).append(metrics_of(config_of(study, arm, seed, data_dir), store))
-    return runs
+def collect(study: str, arm: str, seeds: int, store: Store, data_dir: Path | None) -> dict[str, list[float | None]]:
+    """What the tables need of every run of an arm, in the order of the seeds."""
+    plan = STUDIES[study]
+    runs = [metrics_of(config_of(study, arm, seed, data_dir), store) for seed in range(plan.seeds.get(arm, seeds))]
+    return {name: [value(run, name) for run in runs] for name in (*plan.metrics, *COSTS)}
+
+
+def runs_of(figures: Mapping[str, list[float | None]]) -> list[dict[str, float | None]]:
+    """The runs of an arm, from what `collect` found."""
+    return [dict(zip(figures, values, strict=True)) for values in zip(*figures.values(), strict=True)]
 
 
 def metrics_of(config: ExperimentConfig, store: Store) -> dict[str, Any]:
@@ -258,7 +274,7 @@ def tune(study: str, arguments: argparse.Namespace) -> tuple[str, dict[str, list
     return "\n".join(lines), {arm: [scores.get(rate) for rate in rates] for arm, scores in found.items()}
 
 
-def tables(study: str, runs: dict[str, list[dict[str, Any]]]) -> str:
+def tables(study: str, runs: Mapping[str, list[dict[str, Any]]]) -> str:
     """Markdown: one row per arm, how equal their FLOPs are, and the paired differences of the compared metrics."""
     plan = STUDIES[study]
     lines = [f"| arm | N | {' | '.join(plan.metrics.values())} | parameters | MFLOPs | training s |"]
@@ -266,7 +282,7 @@ def tables(study: str, runs: dict[str, list[dict[str, Any]]]) -> str:
     for arm, results in runs.items():
         cells = []
         for name in plan.metrics:
-            values = [found for found in (value(run, name) for run in results) if found is not None]
+            values = [found for found in (run.get(name) for run in results) if found is not None]
             spread = interval_text(values) if name in plan.compared else ""
             cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "")
         cost = [
@@ -286,10 +302,10 @@ def tables(study: str, runs: dict[str, list[dict[str, Any]]]) -> str:
     for first, second in plan.pairs:
         cells = []
         for metric in plan.compared:
-            pairs = [(value(a, metric), value(b, metric)) for a, b in zip(runs[first], runs[second], strict=False)]
+            pairs = [(a.get(metric), b.get(metric)) for a, b in zip(runs[first], runs[second], strict=False)]
             differences = [a - b for a, b in pairs if a is not None and b is not None]
             half = f"± {interval(differences):.3f}" if len(differences) > 1 else "(one pair)"
-            cells.append(f"{statistics.mean(differences):+.3f} {half}")
+            cells.append(f"{statistics.mean(differences):+.3f} {half}" if differences else "")
         lines.append(f"| {first} - {second} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -300,7 +316,7 @@ def interval_text(shares: list[float]) -> str:
     return "" if found is None else f" [{found.low:.3f}, {found.high:.3f}]"
 
 
-def flops_text(plan: Study, runs: dict[str, list[dict[str, Any]]]) -> str:
+def flops_text(plan: Study, runs: Mapping[str, list[dict[str, Any]]]) -> str:
     """A sentence on forward FLOPs: the range over the arms that are meant to be equal, then each other arm."""
     costs = {
         arm: statistics.mean(float(run["inference_flops_per_sample"]) for run in results) / 1e6
@@ -331,25 +347,28 @@ def tuned_texts(chosen: list[str], arguments: argparse.Namespace) -> tuple[dict[
 
 
 def reported_texts(chosen: list[str], arguments: argparse.Namespace) -> tuple[dict[str, str], dict[str, Any]]:
-    """The tables of the studies, and the metrics of every run, by study."""
+    """The tables of the studies, and what they need of every run, by study."""
+    known = stored(arguments.output) if arguments.known else {}
+    missing = [(study, arm) for study in chosen for arm in STUDIES[study].arms if arm not in known.get(study, {})]
     configs = [
         config_of(study, arm, seed, arguments.data_dir)
-        for study in chosen
         for seed in range(arguments.seeds)
-        for arm in STUDIES[study].arms
+        for study, arm in missing
         if seed < STUDIES[study].seeds.get(arm, arguments.seeds)
     ]
     train_all(configs, arguments)
+    figures = {study: {arm: known.get(study, {}).get(arm, {}) for arm in STUDIES[study].arms} for study in chosen}
     with Store(arguments.db, read_only=True) as store:
-        runs = {study: collect(study, arguments.seeds, store, arguments.data_dir) for study in chosen}
-    figures = {
-        study: {
-            arm: {name: [value(run, name) for run in results] for name in (*STUDIES[study].metrics, *COSTS)}
-            for arm, results in arms.items()
-        }
-        for study, arms in runs.items()
-    }
+        for study, arm in missing:
+            figures[study][arm] = collect(study, arm, arguments.seeds, store, arguments.data_dir)
+    runs = {study: {arm: runs_of(found) for arm, found in arms.items()} for study, arms in figures.items()}
     return {study: tables(study, runs[study]) for study in chosen}, figures
+
+
+def stored(path: Path) -> dict[str, Any]:
+    """The figures of earlier calls; none without a file."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
 
 
 def main() -> None:
@@ -358,6 +377,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="runs per arm, with the seeds 0, 1, ...")
     parser.add_argument("--workers", type=int, default=2, help="runs at the same time; each config uses one thread")
     parser.add_argument("--tune", action="store_true", help="choose the learning rates instead of making the tables")
+    parser.add_argument("--known", action="store_true", help="train no arm whose figures are in --output")
     parser.add_argument("--data_dir", type=Path, help="folder with one folder per real dataset")
     parser.add_argument("--db", default="research.db")
     parser.add_argument("--page", type=Path, help="write the tables into this page")
@@ -366,8 +386,7 @@ def main() -> None:
     chosen = [name for name in arguments.studies if arguments.data_dir or not STUDIES[name].needs_data]
     texts, figures = (tuned_texts if arguments.tune else reported_texts)(chosen, arguments)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-    arguments.output.write_text(json.dumps(known | figures, indent=1) + "\n")
+    arguments.output.write_text(json.dumps(stored(arguments.output) | figures, indent=1) + "\n")
     print("\n\n".join(f"{study}\n\n{text}" for study, text in texts.items()))
     if arguments.page:
         write_page(arguments.page, texts)
