@@ -8,7 +8,6 @@ S samples  T steps of a path
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import json
 import math
@@ -17,11 +16,6 @@ import random
 import re
 import shutil
 import subprocess
-import threading
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -31,123 +25,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from scipy.optimize import linear_sum_assignment
-from support import command, small_settings
+from support import command
 
 from research_eval.analysis.statistics import holm, mcnemar, wilson_interval
 from research_eval.cli.app import goe
 from research_eval.db_utils import DB_FILE, Store
 from research_eval.errors import ConfigError
-from research_eval.experiment import run
 from research_eval.routing.trace_files import read_trace
 from research_eval.runs.folder import claimed_folder
-from research_eval.schema import config_from_dict
 from research_eval.store.records import HistoryRow, RunFilter
 
 pytest.importorskip("starlette", reason="needs the extra `dashboard`")
+from dashboard_site import HOSTILE, Site, Watched, browser, served, site, watched
+
 from research_eval.dashboard import atlas, queries
 from research_eval.dashboard.export import bundle
-from research_eval.dashboard.server import Options, serve
+from research_eval.dashboard.server import Options
 
 STATIC = queries.static_folder()
-HOSTILE = "<script>alert(1)</script>"
 STATES = 30 if int(os.environ.get("GOE_REPETITIONS", "1")) > 1 else 6
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@dataclass
-class Site:
-    """A server that runs, and the runs that it shows."""
-
-    address: str
-    folder: Path
-    goe: str
-    moe: str
-    twin: str  # as `goe`, with another seed on the same data
-    hostile: str
-    running: str
-
-    def fetch(self, path: str, body: Any = None, **headers: str) -> tuple[int, Any, dict[str, str]]:
-        """Status, content and headers of an answer."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.address.rstrip("/") + path, data, headers)
-        try:
-            with urllib.request.urlopen(request) as response:
-                status, content, found = response.status, response.read(), dict(response.headers)
-        except urllib.error.HTTPError as error:
-            status, content, found = error.code, error.read(), dict(error.headers)
-        kind = found.get("content-type", "")
-        return status, json.loads(content) if "json" in kind else content.decode(), found
-
-    def get(self, path: str) -> Any:
-        status, content, _ = self.fetch(path)
-        assert status == 200, content
-        return content
-
-    def token(self) -> str:
-        """What the page sends with a request for an evaluation."""
-        found = re.search(r'name="goe-page" content="([^"]+)"', self.get("/runs"))
-        assert found is not None
-        return found[1]
-
-    def probe(self, name: str, **body: Any) -> tuple[int, Any]:
-        asked = {**body, "anyway": True}
-        status, content, _ = self.fetch(f"/api/run/{name}/probe", asked, **{"x-goe-page": self.token()})
-        return status, content
-
-
-def served(options: Options) -> tuple[str, threading.Thread]:
-    """The address of a server in a thread of this process."""
-    address: list[str] = []
-    is_ready = threading.Event()
-
-    def ready(found: str) -> None:
-        address.append(found)
-        is_ready.set()
-
-    thread = threading.Thread(target=serve, args=(options, ready), daemon=True)
-    thread.start()
-    assert is_ready.wait(20)
-    return address[0], thread
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """Planted paths for a model with paths, the same for one that routes tokens, and a run that never ends."""
-    folder = tmp_path_factory.mktemp("site")
-    settings = {
-        "dataset_name": "planted_paths",
-        "dataset_params": {"num_samples": 400, "num_functions": 4, "depth": 2, "num_values": 4, "num_operands": 1},
-        "epochs": 3,
-        "training_params": {"trace_routing": True},
-    }
-    sizes = {"num_total_experts": 4, "max_path_len": 2, "dropout": 0.0}
-    with contextlib.chdir(folder):
-        ids = {}
-        for name, changes in {
-            "goe": {"model_type": "goe_original", "model_params": sizes},
-            "moe": {"model_type": "moe", "model_params": {"num_experts": 3}},
-            "hostile": {"model_type": "goe", "experiment_name": HOSTILE},
-        }.items():
-            config = config_from_dict(small_settings(**settings, **changes))
-            ids[name] = run(config, db=DB_FILE, quiet=True).experiment_id
-        ids["twin"], ids["running"] = f"{ids['goe']}-twin", "20260101-000000-00000001"
-        shutil.copytree(Path("runs") / ids["goe"], Path("runs") / ids["twin"])
-        with Store(DB_FILE) as store:
-            row = store.find_id(ids["goe"])
-            assert row is not None
-            keys = ("run_type", "experiment_name", "model_type", "dataset_name", "dataset_type", "epochs", "batch_size")
-            for name in ("twin", "running"):
-                facts = {key: row[key] for key in keys}
-                config_json, environment = json.loads(row["full_config_json"]), json.loads(row["env_details_json"])
-                store.start_experiment(
-                    experiment_id=ids[name], seed=7, config=config_json, environment=environment, **facts
-                )
-            store.finish_experiment(ids["twin"], store.metrics(ids["goe"]))
-            store.add_history(
-                ids["running"], [HistoryRow(step, step / 10, "train_loss", 1 / step) for step in (1, 2, 3)]
-            )
-        address, _ = served(Options(DB_FILE, port=0))
-        yield Site(address, folder, **ids)
 
 
 def numbers(columns: dict[str, dict[str, str]], name: str) -> Any:
@@ -500,49 +396,6 @@ def test_intervals_tests_and_assignments_are_those_of_python() -> None:
 
 
 # --------------------------------------------------------------------------------------------------- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium")
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-class Watched:
-    """A page whose errors and requests are noted. The context keeps the policy of the server."""
-
-    def __init__(self, browser: Any, site: Site) -> None:
-        self.site, self.errors, self.requests = site, list[str](), list[str]()
-        self.page = browser.new_page(viewport={"width": 1400, "height": 950})
-        self.page.on("console", lambda found: self.errors.append(found.text) if found.type == "error" else None)
-        self.page.on("pageerror", lambda found: self.errors.append(str(found)))
-        self.page.on("request", lambda found: self.requests.append(found.url))
-
-    def open(self, path: str, name: str) -> Any:
-        self.page.goto(self.site.address.rstrip("/") + path)
-        self.ready(name)
-        return self.page
-
-    def ready(self, name: str) -> None:
-        self.page.locator(f'html[data-ready="{name}"]').wait_for(state="attached", timeout=20_000)
-
-    def close(self) -> None:
-        """Nothing went wrong, and nothing was asked of others."""
-        assert self.errors == []
-        assert [url for url in self.requests if not url.startswith((self.site.address, "data:"))] == []
-        self.page.close()
-
-
-@pytest.fixture
-def watched(browser: Any, site: Site) -> Iterator[Watched]:
-    found = Watched(browser, site)
-    yield found
-    found.close()
 
 
 def test_the_table_sorts_filters_groups_and_compares(watched: Watched, site: Site) -> None:

@@ -44,7 +44,7 @@ def _answers(tokens: Path, facts: dict[str, Any]) -> dict[str, Any]:
     names = {str(key): str(value) for key, value in facts.get("names", {}).items()}
     pieces = [names.get(str(token), "") for token in columns["token"].tolist()]
     base = "/api/run/trace"
-    epoch = {
+    epoch: dict[str, Any] = {
         "epoch": 1,
         "samples": number,
         "steps": len(facts["layers"]),

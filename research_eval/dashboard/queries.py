@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from research_eval.analysis.runs import OPERATIONAL, flat, load_results
+from research_eval.analysis.runs import flat, load_results
 from research_eval.analysis.statistics import mean_interval, wilson_interval
 from research_eval.analysis.tables import bounds_of
 from research_eval.errors import ConfigError
@@ -29,7 +29,6 @@ PAGE_ROWS, MOST_ROWS = 100, 500
 SHOWN_COSTS = ("param_count", "training_duration_seconds")
 HISTORY_SECONDS = 0.5  # between two reads of a run's series, however many browsers ask
 MOST_SELECTED = 20
-SEED_KEYS = ("seed", "experiment_name")
 
 
 class NotThere(LookupError):
@@ -213,34 +212,6 @@ def compared(store: Store, ids: list[str]) -> dict[str, Any]:
         "differences": [[key, *(run["config"].get(key) for run in runs)] for key in different],
         "metrics": [[name, *(run["metrics"].get(name) for run in runs)] for name in names],
     }
-
-
-def study_trials(store: Store, name: str) -> dict[str, Any]:
-    """The runs of a study, by their trials, with the values in which their configs differ."""
-    rows = store.find_runs(RunFilter(study=name), sort="timestamp", with_json=True)
-    if not rows:
-        raise NotThere(name)
-    metric = default_metric_of(store, rows[0]["dataset_name"])
-    values = store.metrics_of([row["experiment_id"] for row in rows], [metric, *SHOWN_COSTS])
-    configs = [flat(stored_object(row["full_config_json"])) for row in rows]
-    keys = dict.fromkeys(key for config in configs for key in config)
-    ignored = {*SEED_KEYS, *(f"training_params.{key}" for key in OPERATIONAL)}
-    varied = [key for key in keys if key not in ignored and len({str(one.get(key)) for one in configs}) > 1]
-    trials = []
-    for row, config in zip(rows, configs, strict=True):
-        study = stored_object(row["env_details_json"]).get("study")
-        trials.append(
-            {
-                "id": row["experiment_id"],
-                "trial": study.get("trial") if isinstance(study, dict) else None,
-                "status": row["status"],
-                "model": row["model_type"],
-                "started": _time(row["timestamp"]),
-                "params": {key: config[key] for key in varied if key in config},
-                "metrics": {key: finite(value) for key, value in values[row["experiment_id"]].items()},
-            }
-        )
-    return {"name": name, "metric": metric, "sign": gain_sign(metric), "params": varied, "trials": trials}
 
 
 # --------------------------------------------------------------------------------------------------- live curves

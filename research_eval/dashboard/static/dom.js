@@ -122,9 +122,9 @@ export function notReady() {
 }
 
 /** A labelled choice. `options` are pairs of value and text. */
-export function select(label, options, value, change) {
+export function select(label, options, value, change, attributes = {}) {
   const list = options.map(([one, text]) => h("option", { value: one, selected: String(one) === String(value ?? "") }, text));
-  return h("label", {}, `${label} `, h("select", { onchange: (event) => change(event.target.value) }, list));
+  return h("label", {}, `${label} `, h("select", { ...attributes, onchange: (event) => change(event.target.value) }, list));
 }
 
 export function table(head, rows, attributes = {}) {
