@@ -98,6 +98,7 @@ class Pages:
         """The application."""
         answers: dict[str, Answer] = {
             "/api/choices": self._choices,
+            "/api/columns": self._columns,
             "/api/runs": self._runs,
             "/api/groups": self._groups,
             "/api/compare": self._compare,
@@ -171,6 +172,10 @@ class Pages:
     def _choices(self, request: Request) -> Any:
         with self._store() as store:
             return {**queries.choices(store), "probes": self.options.has_probes}
+
+    def _columns(self, request: Request) -> Any:
+        with self._store() as store:
+            return queries.column_names(store)
 
     def _runs(self, request: Request) -> Any:
         with self._store() as store:
