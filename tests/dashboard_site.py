@@ -29,6 +29,7 @@ from research_eval.store.records import HistoryRow
 
 HOSTILE = "<script>alert(1)</script>"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+THEMES = ("light", "dark")
 STUDY, TRIALS = "sizes & rates", 60
 
 
@@ -142,9 +143,9 @@ def browser() -> Iterator[Any]:
 class Watched:
     """A page whose errors and requests are noted. The context keeps the policy of the server."""
 
-    def __init__(self, browser: Any, site: Site) -> None:
+    def __init__(self, browser: Any, site: Site, **options: Any) -> None:
         self.site, self.errors, self.requests = site, list[str](), list[str]()
-        self.page = browser.new_page(viewport={"width": 1400, "height": 950})
+        self.page = browser.new_page(viewport={"width": 1400, "height": 950}, **options)
         self.page.on("console", lambda found: self.errors.append(found.text) if found.type == "error" else None)
         self.page.on("pageerror", lambda found: self.errors.append(str(found)))
         self.page.on("request", lambda found: self.requests.append(found.url))
@@ -169,6 +170,18 @@ def watched(browser: Any, site: Site) -> Iterator[Watched]:
     found = Watched(browser, site)
     yield found
     found.close()
+
+
+def findings(page: Any) -> list[str]:
+    """The serious and critical findings of axe-core."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python").Axe()
+    found = axe.run(page).response["violations"]
+    return [
+        f"{one['id']}: {node['target']} {node['failureSummary']}"
+        for one in found
+        if one["impact"] in ("serious", "critical")
+        for node in one["nodes"]
+    ]
 
 
 def made_up_study(store: Store, name: str = STUDY, trials: int = TRIALS) -> None:

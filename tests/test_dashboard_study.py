@@ -9,7 +9,7 @@ from urllib.parse import quote
 import pytest
 
 pytest.importorskip("starlette", reason="needs the extra `dashboard`")
-from dashboard_site import STUDY, TRIALS, Site, Watched, browser, study_site
+from dashboard_site import STUDY, THEMES, TRIALS, Site, Watched, browser, findings, study_site
 
 from research_eval.analysis.study_importance import FEWEST
 from research_eval.dashboard.study import distribution_of
@@ -114,3 +114,10 @@ def test_the_page_of_a_study_draws_them_and_its_address_holds_the_choice(study_s
     page.locator("svg.chart .point").last.click()
     watched.ready("run")
     watched.close()
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_axe_finds_nothing_serious_on_the_page_of_a_study(study_site: Site, browser: Any, theme: str) -> None:
+    page = Watched(browser, study_site, color_scheme=theme).open(f"/study/{quote(STUDY)}", "study")
+    assert findings(page) == []
+    page.close()

@@ -1,7 +1,7 @@
 // The Path Atlas of a run: which way the samples take, what each expert gets, and what happens without it.
 import { DATA, colour, decode, get, h, notReady, num, params, percent, post, put, ready, select, setParams, table } from "./dom.js";
 import { lines } from "./charts.js";
-import { draw } from "./graph.js";
+import { draw, graphTables } from "./graph.js";
 import { enrichment, holm, matching, pairedChange, wilson } from "./stats.js";
 
 const LISTED = 200;
@@ -19,7 +19,7 @@ export async function atlasPage(page, id) {
 /** What is shown. Everything that a reader has chosen stands in the address. */
 class Atlas {
   constructor(page, id, epochs, probes) {
-    Object.assign(this, { page, id, epochs, probes, known: new Map(), samples: null, second: null, turn: 0, effects: new Map(), playing: null });
+    Object.assign(this, { page, id, epochs, probes, known: new Map(), samples: null, second: null, openTables: new Set(), turn: 0, effects: new Map(), playing: null });
   }
 
   async start() {
@@ -90,6 +90,12 @@ class Atlas {
   change(values, push = false) {
     setParams(values, push);
     return this.show();
+  }
+
+  /** Close a panel. The focus goes back to what has opened it. */
+  async close(values, opener) {
+    await this.change(values, true);
+    this.page.querySelector(opener)?.focus();
   }
 
   // ---------------------------------------------------------------------------------------------------- filters
@@ -217,7 +223,7 @@ class Atlas {
     const whole = h("button", { type: "button", id: "whole", onclick: () => this.parts.graph.requestFullscreen?.() }, "whole window (f)");
     const parts = [picture, h("p", { class: "soft" }, "A bar is as high as its expert has samples. A ribbon has the colour of the expert that it leaves. Choose an expert: click, or arrow keys and Enter. "), whole];
     if (this.second) parts.push(...this.secondGraph());
-    parts.push(this.flowTable(shown));
+    parts.push(...graphTables(shown, data.about_tokens, this.openTables));
     put(this.parts.graph, ...parts);
     if (focused) this.parts.graph.querySelector(`[data-node="${focused}"]`)?.focus();
   }
@@ -227,16 +233,6 @@ class Atlas {
     const found = ["in"];
     for (let step = 0; step < data.steps && data.path[row * data.steps + step] >= 0; step += 1) found.push(`${step + 1}.${data.path[row * data.steps + step]}`);
     return [...found, data.correct ? (data.correct[row] ? "right" : "wrong") : "end"];
-  }
-
-  flowTable({ paths, steps, kept }) {
-    const counts = new Map();
-    for (const row of kept) {
-      const key = Array.from(paths.subarray(row * steps, (row + 1) * steps)).filter((one) => one >= 0).join(" → ") || "no expert";
-      counts.set(key, (counts.get(key) || 0) + 1);
-    }
-    const rows = [...counts].sort((a, b) => b[1] - a[1]).slice(0, 50);
-    return h("details", {}, h("summary", {}, `${num(counts.size)} different paths as a table`), table(["path", "samples", "share"], rows.map(([key, count]) => [key, num(count), percent(count / Math.max(kept.length, 1))])));
   }
 
   secondGraph() {
@@ -301,7 +297,7 @@ class Atlas {
     };
     put(
       this.parts.panel,
-      h("h2", {}, h("i", { class: "dot", css: { background: colour(expert) } }), `Expert ${expert} at ${data.about_tokens ? "layer" : "step"} ${step}`, h("button", { type: "button", class: "close", onclick: () => this.change({ node: "" }, true) }, "close")),
+      h("h2", {}, h("i", { class: "dot", css: { background: colour(expert) } }), `Expert ${expert} at ${data.about_tokens ? "layer" : "step"} ${step}`, h("button", { type: "button", class: "close", onclick: () => this.close({ node: "" }, `[data-node="${node}"]`) }, "close")),
       h("dl", {}, facts.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])),
       data.group ? grouping(data.unit ? "Domains" : "Groups", data.group, (kind) => this.groupName(kind)) : "",
       grouping("Classes", data.label, (kind) => this.labelName(kind)),
@@ -420,6 +416,7 @@ class Atlas {
 
   drawList() {
     const { data } = this;
+    const focused = this.parts.list.contains(document.activeElement) ? document.activeElement.dataset.sample : null;
     const rows = this.kept.slice(0, LISTED);
     const sample = params().get("sample");
     const open = (row) => this.change({ sample: row, node: "" }, true);
@@ -437,11 +434,12 @@ class Atlas {
     const head = h("thead", {}, h("tr", {}, ["sample", "class", "answer", "", "loss", "path", "input"].map((text) => h("th", {}, text))));
     const note = this.samples && !this.samples.tokens ? " The inputs are not recorded: train again with this version." : "";
     put(this.parts.list, h("h2", {}, "Samples"), h("p", { class: "soft" }, `${num(rows.length)} of ${num(this.kept.length)} are listed.${note}`), h("div", { class: "wide" }, h("table", { class: "samples" }, head, h("tbody", {}, rows.map(line)))));
+    if (focused) this.parts.list.querySelector(`[data-sample="${focused}"]`)?.focus();
   }
 
   async samplePanel(row) {
     const { data, parts, turn } = this;
-    const title = h("h2", {}, `Sample ${row}`, h("button", { type: "button", class: "close", onclick: () => this.change({ sample: "" }, true) }, "close"));
+    const title = h("h2", {}, `Sample ${row}`, h("button", { type: "button", class: "close", onclick: () => this.close({ sample: "" }, `[data-sample="${row}"]`) }, "close"));
     const words = h("p", { class: "tokens" }, this.words(row, 400).map((word) => h("span", {}, word)));
     const coloured = h("div");
     const facts = h("p", {}, `class ${this.labelName(data.label[row])}, ${data.prediction ? `answer ${this.labelName(data.prediction[row])}, ` : ""}${data.loss ? `loss ${num(data.loss[row])}, probability of the right class ${num(Math.exp(-data.loss[row]), 3)}` : data.unit}.`);
