@@ -38,7 +38,8 @@ from research_eval.store.records import HistoryRow, RunFilter
 pytest.importorskip("starlette", reason="needs the extra `dashboard`")
 from dashboard_site import HOSTILE, Site, Watched, browser, served, site, watched
 
-from research_eval.dashboard import atlas, queries
+from research_eval import files
+from research_eval.dashboard import atlas, queries, server
 from research_eval.dashboard.export import bundle
 from research_eval.dashboard.server import Options
 
@@ -280,6 +281,7 @@ def test_mistakes_of_the_command_are_messages(site: Site, tmp_path: Path) -> Non
     port = site.address.rstrip("/").rpartition(":")[2]
     for words, text in (
         (["dashboard", "--port", port], "cannot be used"),
+        (["dashboard", "--runs", str(tmp_path / "none")], "--runs: "),
         (["dashboard", "--port", "70000"], "--port: expected a number"),
         (["dashboard", "--db", str(tmp_path / "none.db")], "none.db"),
         (["atlas", "--run", site.running], "trace_routing"),
@@ -287,6 +289,17 @@ def test_mistakes_of_the_command_are_messages(site: Site, tmp_path: Path) -> Non
     ):
         ended = command(goe, *words)
         assert (ended.code, text in ended.err) == (2, True), ended.err
+
+
+def test_the_folder_of_the_runs_can_be_named(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "RUNS_FOLDER", files.RUNS_FOLDER)
+    monkeypatch.setenv("GOE_RUNS", "")
+    shutil.copytree(Path("runs") / site.goe, tmp_path / "elsewhere" / "copied")
+    seen: list[list[int]] = []
+    monkeypatch.setattr(server, "serve", lambda options, ready: seen.append(queries.traced_epochs("copied")))
+    assert command(goe, "dashboard", "--runs", str(tmp_path / "elsewhere")).code == 0
+    assert seen == [[1, 2, 3]]
+    assert os.environ["GOE_RUNS"] == str(tmp_path / "elsewhere"), "for the process of the evaluations"
 
 
 def test_the_scripts_make_no_markup_of_texts_and_name_no_address() -> None:
@@ -384,8 +397,6 @@ def test_intervals_tests_and_assignments_are_those_of_python() -> None:
     second = np.array([2, 0, 3, 1])[first]
     found = in_node("stats.matching(given[0], given[1], 2, 4)", [first.tolist(), second.tolist()])
     assert (found["order"], found["overlap"], found["fits"]) == ([2, 0, 3, 1], 1, True)
-    unlike = in_node("stats.matching(given[0], given[1], 2, 4)", [first.tolist(), rng.integers(4, size=200).tolist()])
-    assert unlike["overlap"] < 0.5
     before, after = rng.integers(2, size=60), rng.integers(2, size=60)
     change = in_node(
         "stats.pairedChange(given[0], given[1], given[2])", [before.tolist(), after.tolist(), list(range(60))]
@@ -393,6 +404,16 @@ def test_intervals_tests_and_assignments_are_those_of_python() -> None:
     difference = after - before
     assert change["mean"] == pytest.approx(difference.mean())
     assert change["half"] == pytest.approx(1.959964 * difference.std(ddof=1) / math.sqrt(60), rel=1e-6)
+
+
+def test_runs_without_a_connection_are_seldom_matched() -> None:
+    """The best numbers for two unrelated runs agree more than random numbers do; that is no match."""
+    rng = np.random.default_rng(4)
+    pairs = [(rng.integers(4, size=200).tolist(), rng.integers(4, size=200).tolist()) for _ in range(200)]
+    found = in_node("given.map(([a, b], n) => stats.matching(a, b, 2, 4, 100, n + 1))", pairs)
+    low, high = wilson_interval(sum(one["fits"] for one in found), len(found))
+    assert low <= 0.05 <= high
+    assert np.mean([one["overlap"] > one["chance"] for one in found]) > 0.9
 
 
 # --------------------------------------------------------------------------------------------------- in a browser
@@ -475,6 +496,25 @@ def test_filters_and_epochs_change_what_is_drawn(watched: Watched, site: Site) -
     page.locator("#play").click()
 
 
+def test_difficulty_is_that_of_the_shown_or_of_the_last_epoch(watched: Watched, site: Site) -> None:
+    page = watched.open(f"/atlas/{site.goe}?epoch=1&hard=hard", "atlas")
+
+    def listed() -> list[int]:
+        return [int(text) for text in page.locator("[data-sample]").all_text_contents()]
+
+    def hardest(epoch: int) -> list[int]:
+        loss = numbers(site.get(f"/api/run/{site.goe}/atlas/{epoch}")["columns"], "loss")
+        place = np.argsort(np.argsort(loss, kind="stable"))
+        return np.flatnonzero(3 * place // len(loss) == 2).tolist()
+
+    assert listed() == hardest(1)
+    page.get_by_label("of the loss in").select_option("last")
+    page.wait_for_url("**of=last**")
+    watched.ready("atlas")
+    assert listed() == hardest(3) != hardest(1)
+    assert "epoch=1" in page.url, "the picture is still that of the chosen epoch"
+
+
 def test_a_sample_shows_its_path_and_probabilities(watched: Watched, site: Site) -> None:
     page = watched.open(f"/atlas/{site.goe}", "atlas")
     page.locator("[data-sample]").nth(3).click()
@@ -517,6 +557,7 @@ def test_a_link_shows_what_it_showed(browser: Any, site: Site) -> None:
             "class": draw.choice(["", "0", "1"]),
             "correct": draw.choice(["", "0", "1"]),
             "hard": draw.choice(["", "easy", "hard"]),
+            "of": draw.choice(["", "last"]),
             **draw.choice(
                 [{}, {"node": f"{draw.randint(1, 2)}.{draw.randint(0, 3)}"}, {"sample": str(draw.randint(0, 50))}]
             ),

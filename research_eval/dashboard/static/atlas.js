@@ -73,9 +73,10 @@ class Atlas {
     notReady();
     this.turn += 1;
     const turn = this.turn;
-    const data = await this.load(this.id, this.number());
+    const last = this.epochs[this.epochs.length - 1].epoch;
+    const [data, judge] = await Promise.all([this.number(), params().get("of") === "last" ? last : this.number()].map((epoch) => this.load(this.id, epoch)));
     if (turn !== this.turn) return;
-    this.data = data;
+    Object.assign(this, { data, judge });
     this.kept = this.filtered();
     this.drawTime();
     this.drawFilters();
@@ -128,8 +129,9 @@ class Atlas {
     return length;
   }
 
+  /** Which third of the loss each sample has: of the shown epoch, or of the last one. */
   thirds() {
-    const { data } = this;
+    const data = this.judge;
     if (!data.thirds) {
       const order = Array.from(data.loss.keys()).sort((a, b) => data.loss[a] - data.loss[b]);
       data.thirds = new Uint8Array(data.samples);
@@ -158,10 +160,11 @@ class Atlas {
       data.group ? select("group", [["", "all"], ...count(data.group).map((one) => [one, this.groupName(one)])], asked.get("group"), pick("group")) : null,
       data.correct ? select("answer", [["", "all"], ["1", "right"], ["0", "wrong"]], asked.get("correct"), pick("correct")) : null,
       data.loss && select("difficulty", [["", "all"], ["easy", "easy third"], ["middle", "middle third"], ["hard", "hard third"]], asked.get("hard"), pick("hard")),
+      asked.get("hard") && this.epochs.length > 1 ? select("of the loss in", [["", "this epoch"], ["last", "the last epoch"]], asked.get("of"), pick("of")) : null,
       lengths.length > 1 ? select("path length", [["", "all"], ...lengths.map((one) => [one, one])], asked.get("len"), pick("len")) : null,
     ];
     const chosen = ["class", "group", "correct", "hard", "len"].some((name) => asked.get(name));
-    const reset = h("button", { type: "button", disabled: !chosen, onclick: () => this.change({ class: "", group: "", correct: "", hard: "", len: "" }) }, "all samples");
+    const reset = h("button", { type: "button", disabled: !chosen, onclick: () => this.change({ class: "", group: "", correct: "", hard: "", of: "", len: "" }) }, "all samples");
     this.keepFocus(this.parts.filters, h("form", { class: "controls", onsubmit: (event) => event.preventDefault() }, controls, reset));
     const outcome = asked.get("correct") || asked.get("hard") ? " Selected on the outcome: kinds that are hard look special here." : "";
     this.parts.said.textContent = `${num(this.kept.length)} of ${num(data.samples)} ${data.unit || "validation samples"}.${outcome}`;
@@ -247,8 +250,8 @@ class Atlas {
     const found = matching(data.path, other.path, data.steps, Math.max(data.experts, other.experts));
     const inverse = new Map(found.order.map((b, a) => [b, a]));
     const text = found.fits
-      ? `Its experts have the numbers of the first run that fit best: ${percent(found.overlap)} of all decisions agree (${percent(found.chance)} with random numbers).`
-      : `No numbering fits better than chance (${percent(found.overlap)}), so its experts keep their own numbers.`;
+      ? `Its experts have the numbers of the first run that fit best: ${percent(found.overlap)} of all decisions agree (${percent(found.chance)} with random numbers; up to ${percent(found.band)} with the best numbers for samples in random order).`
+      : `No numbering fits better than chance (the best ${percent(found.overlap)}; up to ${percent(found.band)} for samples in random order), so its experts keep their own numbers.`;
     const numbers = found.fits ? (expert) => inverse.get(expert) : (expert) => expert;
     const picture = draw({ paths: other.path, steps: other.steps, correct: other.correct, kept: this.kept }, { title: `Paths of run ${second.id}`, order: numbers, numbers });
     return [h("h2", {}, `Run ${second.id}, epoch ${second.epoch}`), h("p", { class: "soft" }, text), picture];
