@@ -416,6 +416,27 @@ def test_runs_without_a_connection_are_seldom_matched() -> None:
     assert np.mean([one["overlap"] > one["chance"] for one in found]) > 0.9
 
 
+def test_runs_with_other_samples_are_matched_by_the_classes_of_their_experts() -> None:
+    rng = np.random.default_rng(5)
+
+    def drawn(order: list[int] | None, samples: int) -> dict[str, Any]:
+        """Two steps; expert order[k] gets class k in three of four cases, or any expert any class."""
+        label = rng.integers(4, size=samples)
+        path_ST = rng.integers(4, size=(samples, 2))
+        if order is not None:
+            path_ST = np.where(rng.random((samples, 2)) < 0.75, np.array(order)[label][:, None], path_ST)
+        return {"path": path_ST.ravel().tolist(), "label": label.tolist(), "steps": 2}
+
+    pair = [drawn([0, 1, 2, 3], 300), drawn([2, 0, 3, 1], 240)]
+    found = in_node("stats.profileMatching(given[0], given[1], 4)", pair)
+    assert (found["order"], found["fits"]) == ([2, 0, 3, 1], True)
+    assert found["overlap"] > found["band"] > found["chance"]
+    unlike = [(drawn([0, 1, 2, 3], 200), drawn(None, 200)) for _ in range(200)]
+    fits = in_node("given.map(([a, b], n) => stats.profileMatching(a, b, 4, 100, n + 1).fits)", unlike)
+    low, high = wilson_interval(sum(fits), len(fits))
+    assert low <= 0.05 <= high
+
+
 # --------------------------------------------------------------------------------------------------- in a browser
 
 

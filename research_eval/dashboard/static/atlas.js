@@ -2,7 +2,8 @@
 import { DATA, colour, decode, get, h, notReady, num, params, percent, post, put, ready, select, setParams, table } from "./dom.js";
 import { lines } from "./charts.js";
 import { draw, graphTables } from "./graph.js";
-import { enrichment, holm, matching, pairedChange, wilson } from "./stats.js";
+import { secondGraph } from "./pair.js";
+import { enrichment, holm, pairedChange, wilson } from "./stats.js";
 
 const LISTED = 200;
 const PLAY_MS = 700;
@@ -65,7 +66,7 @@ class Atlas {
     const saved = epochs.find((one) => one.saved) || epochs[epochs.length - 1];
     const [data, found] = await Promise.all([this.load(id, saved.epoch), get(`/api/run/${id}/samples`)]);
     const columns = decode(found.columns);
-    this.second = { id, epoch: saved.epoch, data, tokens: columns.tokens };
+    this.second = { id, epoch: saved.epoch, data, tokens: columns.tokens, labels: found.names.labels };
   }
 
   /** Draw what the address asks for. The answer to an older question is dropped. */
@@ -225,7 +226,7 @@ class Atlas {
     const picture = draw(shown, { chosen: wanted, path, layers: data.about_tokens, title: `Paths of ${num(this.kept.length)} samples: ${what}`, select: (node) => this.change({ node, sample: "" }, true) });
     const whole = h("button", { type: "button", id: "whole", onclick: () => this.parts.graph.requestFullscreen?.() }, "whole window (f)");
     const parts = [picture, h("p", { class: "soft" }, "A bar is as high as its expert has samples. A ribbon has the colour of the expert that it leaves. Choose an expert: click, or arrow keys and Enter. "), whole];
-    if (this.second) parts.push(...this.secondGraph());
+    if (this.second) parts.push(...secondGraph(this));
     parts.push(...graphTables(shown, data.about_tokens, this.openTables));
     put(this.parts.graph, ...parts);
     if (focused) this.parts.graph.querySelector(`[data-node="${focused}"]`)?.focus();
@@ -236,25 +237,6 @@ class Atlas {
     const found = ["in"];
     for (let step = 0; step < data.steps && data.path[row * data.steps + step] >= 0; step += 1) found.push(`${step + 1}.${data.path[row * data.steps + step]}`);
     return [...found, data.correct ? (data.correct[row] ? "right" : "wrong") : "end"];
-  }
-
-  secondGraph() {
-    const { second, data } = this;
-    if (second.error) return [h("p", { class: "error" }, second.error)];
-    const other = second.data;
-    const same = other.samples === data.samples && other.steps === data.steps && other.label.every((one, row) => one === data.label[row]) && equal(second.tokens, this.samples?.tokens);
-    if (!same) {
-      const picture = draw({ paths: other.path, steps: other.steps, correct: other.correct, kept: Array.from({ length: other.samples }, (_, row) => row) }, { title: `Paths of run ${second.id}` });
-      return [h("h2", {}, `Run ${second.id}`), h("p", { class: "soft" }, "Its validation samples are other ones, so its experts keep their own numbers and the filters do not count here."), picture];
-    }
-    const found = matching(data.path, other.path, data.steps, Math.max(data.experts, other.experts));
-    const inverse = new Map(found.order.map((b, a) => [b, a]));
-    const text = found.fits
-      ? `Its experts have the numbers of the first run that fit best: ${percent(found.overlap)} of all decisions agree (${percent(found.chance)} with random numbers; up to ${percent(found.band)} with the best numbers for samples in random order).`
-      : `No numbering fits better than chance (the best ${percent(found.overlap)}; up to ${percent(found.band)} for samples in random order), so its experts keep their own numbers.`;
-    const numbers = found.fits ? (expert) => inverse.get(expert) : (expert) => expert;
-    const picture = draw({ paths: other.path, steps: other.steps, correct: other.correct, kept: this.kept }, { title: `Paths of run ${second.id}`, order: numbers, numbers });
-    return [h("h2", {}, `Run ${second.id}, epoch ${second.epoch}`), h("p", { class: "soft" }, text), picture];
   }
 
   // ------------------------------------------------------------------------------------------------------ panel
@@ -490,8 +472,3 @@ class Atlas {
     if (event.key === "f") this.parts.graph.requestFullscreen?.();
   }
 }
-
-function equal(first, second) {
-  return Boolean(first && second && first.length === second.length && first.every((one, place) => one === second[place]));
-}
-
