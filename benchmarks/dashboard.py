@@ -1,7 +1,11 @@
 """What the pages cost: CPU of the server for 30,000 runs and for 10,000 paths, of a live poll, and of the statistics.
 
 The server's work is measured without a network, as CPU time of this process; the first answer of each kind is left out.
-`--page` also opens the pages in Chromium and prints how long a reader waits there (wall time).
+`--page` also opens the pages in Chromium and prints how long a reader waits there (wall time). `--planted` trains a
+model on planted paths of 8 functions (half a minute of CPU) and counts the panels of its experts that show the function
+which the expert has learned, and those that show anything for labels in random order.
+
+S samples  T steps
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,7 @@ from store_scale import fill, trained
 from research_eval.dashboard import atlas, queries
 from research_eval.dashboard.server import Options, Pages
 from research_eval.db_utils import DB_FILE, HistoryRow, Store
-from research_eval.routing.trace_files import ROUTING_FOLDER, write_samples, write_trace
+from research_eval.routing.trace_files import ROUTING_FOLDER, read_samples, write_samples, write_trace
 
 QUERIES = {
     "newest runs": {},
@@ -36,6 +40,34 @@ QUERIES = {
     "name has '99'": {"q": "99"},
     "model and status": {"model": "goe", "status": "failed"},
     "final_val_f1>=0.9": {"where": "final_val_f1>=0.9"},
+}
+
+PORT = 8198
+ADDRESS = f"http://127.0.0.1:{PORT}"
+PLANTED = {
+    "experiment_name": "planted",
+    "model_type": "goe_original",
+    "dataset_type": "synthetic",
+    "dataset_name": "planted_paths",
+    "epochs": 6,
+    "batch_size": 64,
+    "dataset_params": {"num_samples": 12_000, "num_functions": 8, "depth": 2, "num_values": 8, "num_operands": 2},
+    "model_params": {
+        "embed_dim": 32,
+        "num_heads": 2,
+        "dim_feedforward": 64,
+        "dropout": 0.0,
+        "pool": "last",
+        "num_total_experts": 8,
+        "max_path_len": 2,
+        "router_input": "cursor",
+        "router_init": 1.0,
+        "balance_bias_rate": 0.01,
+        "balance_decay": 0.2,
+    },
+    "optimizer_params": {"lr": 0.002, "router_lr_mult": 0.2},
+    "scheduler_params": {"name": "cosine_warmup", "warmup_factor": 0.02},
+    "training_params": {"trace_routing": True, "eval_batch_size": 512, "num_threads": 1, "device": "cpu"},
 }
 
 
@@ -76,15 +108,22 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=10_000)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--page", action="store_true", help="also in Chromium")
+    parser.add_argument("--planted", action="store_true", help="only what the panels show on planted paths")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/dashboard.json"))
     arguments = parser.parse_args()
+    known = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
     with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
-        rows = measured(arguments)
+        rows = planted() if arguments.planted else measured(arguments)
+    measured_now = {row["what"] for row in rows}
+    kept = [row for row in known if row["what"] not in measured_now]
+    arguments.output.write_text(json.dumps([*kept, *rows], indent=1) + "\n")
     width = max(len(row["what"]) for row in rows)
     for row in rows:
+        if "shown" in row:
+            print(f"{row['what']:<{width}}  {row['shown']} of {row['panels']}")
+            continue
         size = f"{row['bytes'] / 1000:8.1f} kB" if row.get("bytes") else ""
         print(f"{row['what']:<{width}}  {row['ms']:8.1f} ms {row['of']:<4} {size}")
-    arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -130,18 +169,25 @@ def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows + (in_browser(newest) if arguments.page else [])
 
 
-def in_browser(run: str) -> list[dict[str, Any]]:
-    """How long a reader waits for the pages."""
+@contextlib.contextmanager
+def opened_page() -> Iterator[Any]:
+    """A page of Chromium, and a server for the results in the working directory."""
     import uvicorn
     from playwright.sync_api import sync_playwright
 
-    server = uvicorn.Server(uvicorn.Config(Pages(Options(DB_FILE)).app(), port=8198, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(Pages(Options(DB_FILE)).app(), port=PORT, log_level="error"))
     threading.Thread(target=server.run, daemon=True).start()
-    rows = []
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page()
         time.sleep(1)
+        yield browser.new_page()
+        browser.close()
+
+
+def in_browser(run: str) -> list[dict[str, Any]]:
+    """How long a reader waits for the pages."""
+    rows = []
+    with opened_page() as page:
 
         def timed(what: str, action: Callable[[], Any]) -> None:
             begun = time.monotonic()
@@ -149,14 +195,84 @@ def in_browser(run: str) -> list[dict[str, Any]]:
             page.locator("html[data-ready]").wait_for(state="attached", timeout=60_000)
             rows.append({"what": what, "ms": round(1000 * (time.monotonic() - begun), 1), "of": "wall"})
 
-        address = "http://127.0.0.1:8198"
+        address = ADDRESS
         timed("page of all runs", lambda: page.goto(f"{address}/runs"))
         timed("atlas of 10,000 paths", lambda: page.goto(f"{address}/atlas/20260101-000000-trace"))
         page.wait_for_timeout(1500)
         timed("atlas, a class chosen", lambda: page.get_by_label("class").select_option("3"))
         timed("atlas, an expert chosen (300 shuffles)", lambda: page.locator(".node[role=button]").first.click())
-        browser.close()
     return rows
+
+
+PANELS = """async ({ path, label, steps, experts, turns }) => {
+  const { enrichment, generator } = await import("/static/stats.js");
+  const random = generator(7);
+  let shown = 0;
+  let panels = 0;
+  for (let step = 0; step < steps; step += 1) {
+    const reached = label.map((_, row) => row).filter((row) => path[row * steps + step] >= 0);
+    for (let expert = 0; expert < experts; expert += 1) {
+      const inside = reached.map((row) => (path[row * steps + step] === expert ? 1 : 0));
+      if (!inside.includes(1)) continue;
+      for (let turn = 0; turn < turns; turn += 1) {
+        const mixed = reached.map((row) => label[row]);
+        for (let place = mixed.length - 1; place > 0; place -= 1) {
+          const other = Math.floor(random() * (place + 1));
+          [mixed[place], mixed[other]] = [mixed[other], mixed[place]];
+        }
+        const members = [...new Set(mixed)].map((kind) => mixed.flatMap((one, place) => (one === kind ? [place] : [])));
+        shown += enrichment(members, inside, 300, turn + 1).rows.some((row) => row.outside);
+        panels += 1;
+      }
+    }
+  }
+  return [shown, panels];
+}"""
+
+
+def planted() -> list[dict[str, Any]]:
+    """What the panels of a trained model show: the planted function of each matched expert, and shuffled labels."""
+    from scipy.optimize import linear_sum_assignment
+
+    from research_eval.experiment import run
+    from research_eval.schema import config_from_dict
+
+    trained_run = run(config_from_dict(PLANTED), db=DB_FILE, quiet=True)
+    folder = Path("runs") / trained_run.experiment_id
+    epoch = next(one["epoch"] for one in atlas.epoch_list(folder) if one["saved"])
+    table = atlas.read(folder, epoch).samples
+    paths, wanted, labels = table["path"].to_pylist(), table["planted_path"].to_pylist(), np.asarray(table["label"])
+    columns, names = read_samples(folder)
+    assert columns is not None
+    tokens = columns.to_pylist()  # the instructions of a sample come first
+    found, panels = 0, 0
+    with opened_page() as page:
+        for step in range(2):
+            counts, marks = np.zeros((8, 8)), dict[int, set[int]]()
+            for row, (path, functions) in enumerate(zip(paths, wanted, strict=True)):
+                if len(path) > step and len(functions) > step:
+                    counts[path[step], functions[step]] += 1
+                    marks.setdefault(functions[step], set()).add(tokens[row][step])
+            for expert, function in zip(*linear_sum_assignment(-counts), strict=True):
+                if not counts[expert, function]:
+                    continue  # fewer experts than functions are used in this step
+                (mark,) = marks[function]
+                page.goto("about:blank")
+                page.goto(f"{ADDRESS}/atlas/{trained_run.experiment_id}?epoch={epoch}&node={step + 1}.{expert}")
+                section = page.locator("#panel section", has_text="Tokens (")
+                section.wait_for(timeout=60_000)
+                outside = section.locator("tbody td:first-child:not(.inside)").all_text_contents()
+                found += names["tokens"].get(str(mark), f"token {mark}") in outside
+                panels += 1
+        paths_ST = np.full((len(paths), 2), -1)
+        for row, path in enumerate(paths):
+            paths_ST[row, : len(path)] = path
+        given = {"path": paths_ST.ravel().tolist(), "label": labels.tolist(), "steps": 2, "experts": 8, "turns": 60}
+        shuffled = page.evaluate(PANELS, given)
+    return [
+        {"what": "planted paths: panels that show the expert's function", "shown": found, "panels": panels},
+        {"what": "shuffled labels: panels that show anything", "shown": shuffled[0], "panels": shuffled[1]},
+    ]
 
 
 if __name__ == "__main__":

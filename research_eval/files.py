@@ -59,6 +59,13 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def use_runs_folder(folder: Path) -> None:
+    """Look for the folders of runs below `folder`, in this process and in those that it starts."""
+    global RUNS_FOLDER
+    RUNS_FOLDER = folder
+    os.environ["GOE_RUNS"] = str(folder.absolute())
+
+
 def run_folder(experiment_id: str) -> Path:
     """The folder of a run. Raises ConfigError for an unsafe id, which a foreign database may contain."""
     if not experiment_id or not set(experiment_id) <= ID_LETTERS:

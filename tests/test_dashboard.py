@@ -8,7 +8,6 @@ S samples  T steps of a path
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import json
 import math
@@ -17,11 +16,6 @@ import random
 import re
 import shutil
 import subprocess
-import threading
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -31,123 +25,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from scipy.optimize import linear_sum_assignment
-from support import command, small_settings
+from support import command
 
 from research_eval.analysis.statistics import holm, mcnemar, wilson_interval
 from research_eval.cli.app import goe
 from research_eval.db_utils import DB_FILE, Store
 from research_eval.errors import ConfigError
-from research_eval.experiment import run
 from research_eval.routing.trace_files import read_trace
 from research_eval.runs.folder import claimed_folder
-from research_eval.schema import config_from_dict
 from research_eval.store.records import HistoryRow, RunFilter
 
 pytest.importorskip("starlette", reason="needs the extra `dashboard`")
-from research_eval.dashboard import atlas, queries
+from dashboard_site import HOSTILE, Site, Watched, browser, served, site, watched
+
+from research_eval import files
+from research_eval.dashboard import atlas, queries, server
 from research_eval.dashboard.export import bundle
-from research_eval.dashboard.server import Options, serve
+from research_eval.dashboard.server import Options
 
 STATIC = queries.static_folder()
-HOSTILE = "<script>alert(1)</script>"
 STATES = 30 if int(os.environ.get("GOE_REPETITIONS", "1")) > 1 else 6
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@dataclass
-class Site:
-    """A server that runs, and the runs that it shows."""
-
-    address: str
-    folder: Path
-    goe: str
-    moe: str
-    twin: str  # as `goe`, with another seed on the same data
-    hostile: str
-    running: str
-
-    def fetch(self, path: str, body: Any = None, **headers: str) -> tuple[int, Any, dict[str, str]]:
-        """Status, content and headers of an answer."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.address.rstrip("/") + path, data, headers)
-        try:
-            with urllib.request.urlopen(request) as response:
-                status, content, found = response.status, response.read(), dict(response.headers)
-        except urllib.error.HTTPError as error:
-            status, content, found = error.code, error.read(), dict(error.headers)
-        kind = found.get("content-type", "")
-        return status, json.loads(content) if "json" in kind else content.decode(), found
-
-    def get(self, path: str) -> Any:
-        status, content, _ = self.fetch(path)
-        assert status == 200, content
-        return content
-
-    def token(self) -> str:
-        """What the page sends with a request for an evaluation."""
-        found = re.search(r'name="goe-page" content="([^"]+)"', self.get("/runs"))
-        assert found is not None
-        return found[1]
-
-    def probe(self, name: str, **body: Any) -> tuple[int, Any]:
-        asked = {**body, "anyway": True}
-        status, content, _ = self.fetch(f"/api/run/{name}/probe", asked, **{"x-goe-page": self.token()})
-        return status, content
-
-
-def served(options: Options) -> tuple[str, threading.Thread]:
-    """The address of a server in a thread of this process."""
-    address: list[str] = []
-    is_ready = threading.Event()
-
-    def ready(found: str) -> None:
-        address.append(found)
-        is_ready.set()
-
-    thread = threading.Thread(target=serve, args=(options, ready), daemon=True)
-    thread.start()
-    assert is_ready.wait(20)
-    return address[0], thread
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """Planted paths for a model with paths, the same for one that routes tokens, and a run that never ends."""
-    folder = tmp_path_factory.mktemp("site")
-    settings = {
-        "dataset_name": "planted_paths",
-        "dataset_params": {"num_samples": 400, "num_functions": 4, "depth": 2, "num_values": 4, "num_operands": 1},
-        "epochs": 3,
-        "training_params": {"trace_routing": True},
-    }
-    sizes = {"num_total_experts": 4, "max_path_len": 2, "dropout": 0.0}
-    with contextlib.chdir(folder):
-        ids = {}
-        for name, changes in {
-            "goe": {"model_type": "goe_original", "model_params": sizes},
-            "moe": {"model_type": "moe", "model_params": {"num_experts": 3}},
-            "hostile": {"model_type": "goe", "experiment_name": HOSTILE},
-        }.items():
-            config = config_from_dict(small_settings(**settings, **changes))
-            ids[name] = run(config, db=DB_FILE, quiet=True).experiment_id
-        ids["twin"], ids["running"] = f"{ids['goe']}-twin", "20260101-000000-00000001"
-        shutil.copytree(Path("runs") / ids["goe"], Path("runs") / ids["twin"])
-        with Store(DB_FILE) as store:
-            row = store.find_id(ids["goe"])
-            assert row is not None
-            keys = ("run_type", "experiment_name", "model_type", "dataset_name", "dataset_type", "epochs", "batch_size")
-            for name in ("twin", "running"):
-                facts = {key: row[key] for key in keys}
-                config_json, environment = json.loads(row["full_config_json"]), json.loads(row["env_details_json"])
-                store.start_experiment(
-                    experiment_id=ids[name], seed=7, config=config_json, environment=environment, **facts
-                )
-            store.finish_experiment(ids["twin"], store.metrics(ids["goe"]))
-            store.add_history(
-                ids["running"], [HistoryRow(step, step / 10, "train_loss", 1 / step) for step in (1, 2, 3)]
-            )
-        address, _ = served(Options(DB_FILE, port=0))
-        yield Site(address, folder, **ids)
 
 
 def numbers(columns: dict[str, dict[str, str]], name: str) -> Any:
@@ -384,6 +281,7 @@ def test_mistakes_of_the_command_are_messages(site: Site, tmp_path: Path) -> Non
     port = site.address.rstrip("/").rpartition(":")[2]
     for words, text in (
         (["dashboard", "--port", port], "cannot be used"),
+        (["dashboard", "--runs", str(tmp_path / "none")], "--runs: "),
         (["dashboard", "--port", "70000"], "--port: expected a number"),
         (["dashboard", "--db", str(tmp_path / "none.db")], "none.db"),
         (["atlas", "--run", site.running], "trace_routing"),
@@ -391,6 +289,17 @@ def test_mistakes_of_the_command_are_messages(site: Site, tmp_path: Path) -> Non
     ):
         ended = command(goe, *words)
         assert (ended.code, text in ended.err) == (2, True), ended.err
+
+
+def test_the_folder_of_the_runs_can_be_named(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "RUNS_FOLDER", files.RUNS_FOLDER)
+    monkeypatch.setenv("GOE_RUNS", "")
+    shutil.copytree(Path("runs") / site.goe, tmp_path / "elsewhere" / "copied")
+    seen: list[list[int]] = []
+    monkeypatch.setattr(server, "serve", lambda options, ready: seen.append(queries.traced_epochs("copied")))
+    assert command(goe, "dashboard", "--runs", str(tmp_path / "elsewhere")).code == 0
+    assert seen == [[1, 2, 3]]
+    assert os.environ["GOE_RUNS"] == str(tmp_path / "elsewhere"), "for the process of the evaluations"
 
 
 def test_the_scripts_make_no_markup_of_texts_and_name_no_address() -> None:
@@ -488,8 +397,6 @@ def test_intervals_tests_and_assignments_are_those_of_python() -> None:
     second = np.array([2, 0, 3, 1])[first]
     found = in_node("stats.matching(given[0], given[1], 2, 4)", [first.tolist(), second.tolist()])
     assert (found["order"], found["overlap"], found["fits"]) == ([2, 0, 3, 1], 1, True)
-    unlike = in_node("stats.matching(given[0], given[1], 2, 4)", [first.tolist(), rng.integers(4, size=200).tolist()])
-    assert unlike["overlap"] < 0.5
     before, after = rng.integers(2, size=60), rng.integers(2, size=60)
     change = in_node(
         "stats.pairedChange(given[0], given[1], given[2])", [before.tolist(), after.tolist(), list(range(60))]
@@ -499,50 +406,38 @@ def test_intervals_tests_and_assignments_are_those_of_python() -> None:
     assert change["half"] == pytest.approx(1.959964 * difference.std(ddof=1) / math.sqrt(60), rel=1e-6)
 
 
+def test_runs_without_a_connection_are_seldom_matched() -> None:
+    """The best numbers for two unrelated runs agree more than random numbers do; that is no match."""
+    rng = np.random.default_rng(4)
+    pairs = [(rng.integers(4, size=200).tolist(), rng.integers(4, size=200).tolist()) for _ in range(200)]
+    found = in_node("given.map(([a, b], n) => stats.matching(a, b, 2, 4, 100, n + 1))", pairs)
+    low, high = wilson_interval(sum(one["fits"] for one in found), len(found))
+    assert low <= 0.05 <= high
+    assert np.mean([one["overlap"] > one["chance"] for one in found]) > 0.9
+
+
+def test_runs_with_other_samples_are_matched_by_the_classes_of_their_experts() -> None:
+    rng = np.random.default_rng(5)
+
+    def drawn(order: list[int] | None, samples: int) -> dict[str, Any]:
+        """Two steps; expert order[k] gets class k in three of four cases, or any expert any class."""
+        label = rng.integers(4, size=samples)
+        path_ST = rng.integers(4, size=(samples, 2))
+        if order is not None:
+            path_ST = np.where(rng.random((samples, 2)) < 0.75, np.array(order)[label][:, None], path_ST)
+        return {"path": path_ST.ravel().tolist(), "label": label.tolist(), "steps": 2}
+
+    pair = [drawn([0, 1, 2, 3], 300), drawn([2, 0, 3, 1], 240)]
+    found = in_node("stats.profileMatching(given[0], given[1], 4)", pair)
+    assert (found["order"], found["fits"]) == ([2, 0, 3, 1], True)
+    assert found["overlap"] > found["band"] > found["chance"]
+    unlike = [(drawn([0, 1, 2, 3], 200), drawn(None, 200)) for _ in range(200)]
+    fits = in_node("given.map(([a, b], n) => stats.profileMatching(a, b, 4, 100, n + 1).fits)", unlike)
+    low, high = wilson_interval(sum(fits), len(fits))
+    assert low <= 0.05 <= high
+
+
 # --------------------------------------------------------------------------------------------------- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium")
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-class Watched:
-    """A page whose errors and requests are noted. The context keeps the policy of the server."""
-
-    def __init__(self, browser: Any, site: Site) -> None:
-        self.site, self.errors, self.requests = site, list[str](), list[str]()
-        self.page = browser.new_page(viewport={"width": 1400, "height": 950})
-        self.page.on("console", lambda found: self.errors.append(found.text) if found.type == "error" else None)
-        self.page.on("pageerror", lambda found: self.errors.append(str(found)))
-        self.page.on("request", lambda found: self.requests.append(found.url))
-
-    def open(self, path: str, name: str) -> Any:
-        self.page.goto(self.site.address.rstrip("/") + path)
-        self.ready(name)
-        return self.page
-
-    def ready(self, name: str) -> None:
-        self.page.locator(f'html[data-ready="{name}"]').wait_for(state="attached", timeout=20_000)
-
-    def close(self) -> None:
-        """Nothing went wrong, and nothing was asked of others."""
-        assert self.errors == []
-        assert [url for url in self.requests if not url.startswith((self.site.address, "data:"))] == []
-        self.page.close()
-
-
-@pytest.fixture
-def watched(browser: Any, site: Site) -> Iterator[Watched]:
-    found = Watched(browser, site)
-    yield found
-    found.close()
 
 
 def test_the_table_sorts_filters_groups_and_compares(watched: Watched, site: Site) -> None:
@@ -622,6 +517,25 @@ def test_filters_and_epochs_change_what_is_drawn(watched: Watched, site: Site) -
     page.locator("#play").click()
 
 
+def test_difficulty_is_that_of_the_shown_or_of_the_last_epoch(watched: Watched, site: Site) -> None:
+    page = watched.open(f"/atlas/{site.goe}?epoch=1&hard=hard", "atlas")
+
+    def listed() -> list[int]:
+        return [int(text) for text in page.locator("[data-sample]").all_text_contents()]
+
+    def hardest(epoch: int) -> list[int]:
+        loss = numbers(site.get(f"/api/run/{site.goe}/atlas/{epoch}")["columns"], "loss")
+        place = np.argsort(np.argsort(loss, kind="stable"))
+        return np.flatnonzero(3 * place // len(loss) == 2).tolist()
+
+    assert listed() == hardest(1)
+    page.get_by_label("of the loss in").select_option("last")
+    page.wait_for_url("**of=last**")
+    watched.ready("atlas")
+    assert listed() == hardest(3) != hardest(1)
+    assert "epoch=1" in page.url, "the picture is still that of the chosen epoch"
+
+
 def test_a_sample_shows_its_path_and_probabilities(watched: Watched, site: Site) -> None:
     page = watched.open(f"/atlas/{site.goe}", "atlas")
     page.locator("[data-sample]").nth(3).click()
@@ -664,6 +578,7 @@ def test_a_link_shows_what_it_showed(browser: Any, site: Site) -> None:
             "class": draw.choice(["", "0", "1"]),
             "correct": draw.choice(["", "0", "1"]),
             "hard": draw.choice(["", "easy", "hard"]),
+            "of": draw.choice(["", "last"]),
             **draw.choice(
                 [{}, {"node": f"{draw.randint(1, 2)}.{draw.randint(0, 3)}"}, {"sample": str(draw.randint(0, 50))}]
             ),

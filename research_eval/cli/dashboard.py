@@ -12,6 +12,7 @@ import webbrowser
 
 from research_eval.cli.common import DB_HELP, add_flag
 from research_eval.errors import ConfigError
+from research_eval.files import use_runs_folder
 from research_eval.system.best_effort import print_product
 from research_eval.system.untrusted import user_path
 
@@ -23,6 +24,7 @@ PORT = 8123
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `goe dashboard`."""
     add_flag(parser, "db", metavar="URL_OR_PATH", help=DB_HELP)
+    parser.add_argument("--runs", metavar="FOLDER", help="the folder of the runs (default: $GOE_RUNS, else runs)")
     parser.add_argument("--port", type=int, default=PORT, help=f"port of the page (default {PORT}; 0 takes a free one)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; another than this needs a token")
     add_flag(parser, "allow_probes", action="store_true", help="let other machines ask for evaluations, too")
@@ -34,6 +36,11 @@ def dashboard_command(arguments: argparse.Namespace) -> int:
     """Serve the pages until Ctrl-C."""
     if not 0 <= arguments.port < 65536:
         raise ConfigError(f"--port: expected a number from 0 to 65535, got {arguments.port}")
+    if arguments.runs is not None:
+        folder = user_path(arguments.runs, "--runs")
+        if not folder.is_dir():
+            raise ConfigError(f"--runs: {folder} is no folder")
+        use_runs_folder(folder)
     from research_eval.dashboard.server import Options, serve
 
     def ready(address: str) -> None:

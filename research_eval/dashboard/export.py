@@ -16,7 +16,7 @@ from research_eval.dashboard.queries import static_folder
 from research_eval.errors import ConfigError
 from research_eval.files import write_atomically
 
-SCRIPTS = ("dom.js", "stats.js", "charts.js", "graph.js", "atlas.js")  # each imports earlier ones only
+SCRIPTS = ("dom.js", "stats.js", "charts.js", "graph.js", "pair.js", "atlas.js")  # each imports earlier ones only
 MOST_EPOCHS = 12
 MOST_BYTES = 20_000_000
 MOST_DETAILED = 5_000  # samples whose probabilities the file holds

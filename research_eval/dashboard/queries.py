@@ -12,13 +12,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from research_eval.analysis.runs import OPERATIONAL, flat, load_results
+from research_eval.analysis.runs import flat, load_results
 from research_eval.analysis.statistics import mean_interval, wilson_interval
 from research_eval.analysis.tables import bounds_of
 from research_eval.errors import ConfigError
 from research_eval.files import run_folder
 from research_eval.routing.trace_files import ROUTING_FOLDER
-from research_eval.store.find import by_conditions, default_metric_of, find_runs
+from research_eval.store.find import by_conditions, check_metric, default_metric_of, find_runs
 from research_eval.store.metrics import gain_sign
 from research_eval.store.records import STATUSES, RunFilter, RunRow
 from research_eval.store.store import Store
@@ -28,8 +28,7 @@ from research_eval.system.untrusted import stored_object
 PAGE_ROWS, MOST_ROWS = 100, 500
 SHOWN_COSTS = ("param_count", "training_duration_seconds")
 HISTORY_SECONDS = 0.5  # between two reads of a run's series, however many browsers ask
-MOST_SELECTED = 20
-SEED_KEYS = ("seed", "experiment_name")
+MOST_SELECTED, MOST_COLUMNS = 20, 20
 
 
 class NotThere(LookupError):
@@ -50,6 +49,7 @@ class Wanted:
     descending: bool = False
     offset: int = 0
     limit: int = PAGE_ROWS
+    columns: tuple[str, ...] = ()  # metrics to show; none stands for the usual ones
 
     @classmethod
     def of(cls, query: Mapping[str, str]) -> Wanted:
@@ -60,6 +60,7 @@ class Wanted:
             descending=query.get("dir") == "desc",
             offset=whole_number(query, "offset", 0, 0, 10**9),
             limit=whole_number(query, "limit", PAGE_ROWS, 1, MOST_ROWS),
+            columns=tuple(dict.fromkeys(filter(None, query.get("columns", "").split(",")))),
             **texts,
         )
 
@@ -92,7 +93,11 @@ def runs_page(store: Store, wanted: Wanted) -> dict[str, Any]:
     """A window of the table of runs, with the number of all rows."""
     chosen = wanted.filter(store)
     metric = default_metric_of(store, wanted.data or None)
-    names = dict.fromkeys([metric, *SHOWN_COSTS])
+    if len(wanted.columns) > MOST_COLUMNS:
+        raise ConfigError(f"columns: expected at most {MOST_COLUMNS} metrics, got {len(wanted.columns)}")
+    for name in wanted.columns:
+        check_metric(store, name, "columns", chooses=True)  # a click on a column sorts by it
+    names = wanted.columns or tuple(dict.fromkeys([metric, *SHOWN_COSTS]))
     rows = find_runs(
         store,
         chosen,
@@ -128,6 +133,12 @@ def _row(row: Mapping[str, Any]) -> dict[str, Any]:
 def choices(store: Store) -> dict[str, Any]:
     """What the filters offer."""
     return {"models": store.model_types(), "data": store.dataset_names(), "statuses": list(STATUSES)}
+
+
+def column_names(store: Store) -> dict[str, Any]:
+    """The metrics that the table of runs can show: numbers, and no scores of the test split, which choose nothing."""
+    found = [one.name for one in store.metric_summaries() if one.low is not None]
+    return {"metrics": [name for name in found if not name.startswith("test_")]}
 
 
 def groups(store: Store, wanted: Wanted) -> dict[str, Any]:
@@ -213,34 +224,6 @@ def compared(store: Store, ids: list[str]) -> dict[str, Any]:
         "differences": [[key, *(run["config"].get(key) for run in runs)] for key in different],
         "metrics": [[name, *(run["metrics"].get(name) for run in runs)] for name in names],
     }
-
-
-def study_trials(store: Store, name: str) -> dict[str, Any]:
-    """The runs of a study, by their trials, with the values in which their configs differ."""
-    rows = store.find_runs(RunFilter(study=name), sort="timestamp", with_json=True)
-    if not rows:
-        raise NotThere(name)
-    metric = default_metric_of(store, rows[0]["dataset_name"])
-    values = store.metrics_of([row["experiment_id"] for row in rows], [metric, *SHOWN_COSTS])
-    configs = [flat(stored_object(row["full_config_json"])) for row in rows]
-    keys = dict.fromkeys(key for config in configs for key in config)
-    ignored = {*SEED_KEYS, *(f"training_params.{key}" for key in OPERATIONAL)}
-    varied = [key for key in keys if key not in ignored and len({str(one.get(key)) for one in configs}) > 1]
-    trials = []
-    for row, config in zip(rows, configs, strict=True):
-        study = stored_object(row["env_details_json"]).get("study")
-        trials.append(
-            {
-                "id": row["experiment_id"],
-                "trial": study.get("trial") if isinstance(study, dict) else None,
-                "status": row["status"],
-                "model": row["model_type"],
-                "started": _time(row["timestamp"]),
-                "params": {key: config[key] for key in varied if key in config},
-                "metrics": {key: finite(value) for key, value in values[row["experiment_id"]].items()},
-            }
-        )
-    return {"name": name, "metric": metric, "sign": gain_sign(metric), "params": varied, "trials": trials}
 
 
 # --------------------------------------------------------------------------------------------------- live curves

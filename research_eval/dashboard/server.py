@@ -17,6 +17,7 @@ from typing import Any
 
 from research_eval.dashboard import atlas, queries
 from research_eval.dashboard.probe import Busy, Probe, Probes
+from research_eval.dashboard.study import Studies
 from research_eval.errors import ConfigError
 from research_eval.files import ID_LETTERS
 from research_eval.store.store import Store
@@ -86,7 +87,7 @@ class Pages:
         self.options = options
         self.page_token = secrets.token_urlsafe(24)  # a page of another site does not know it
         self.histories = queries.Histories(self._store)
-        self.probes = Probes(options.db)
+        self.probes, self.studies = Probes(options.db), Studies()
         with self._store():  # a database that is not there is one message, before the server listens
             pass
 
@@ -97,6 +98,7 @@ class Pages:
         """The application."""
         answers: dict[str, Answer] = {
             "/api/choices": self._choices,
+            "/api/columns": self._columns,
             "/api/runs": self._runs,
             "/api/groups": self._groups,
             "/api/compare": self._compare,
@@ -107,6 +109,7 @@ class Pages:
             "/api/run/{name}/atlas/{epoch}/{sample}": self._sample,
             "/api/run/{name}/samples": self._samples,
             "/api/study/{study}": self._study,
+            "/api/study/{study}/parameters": self._parameters,
         }
         routes = [Route(path, self._guarded(answer)) for path, answer in answers.items()]
         routes.append(Route("/api/run/{name}/probe", self._probe, methods=["POST"]))
@@ -170,6 +173,10 @@ class Pages:
         with self._store() as store:
             return {**queries.choices(store), "probes": self.options.has_probes}
 
+    def _columns(self, request: Request) -> Any:
+        with self._store() as store:
+            return queries.column_names(store)
+
     def _runs(self, request: Request) -> Any:
         with self._store() as store:
             return queries.runs_page(store, queries.Wanted.of(request.query_params))
@@ -196,7 +203,12 @@ class Pages:
 
     def _study(self, request: Request) -> Any:
         with self._store() as store:
-            return queries.study_trials(store, request.path_params["study"])
+            asked = request.query_params
+            return self.studies.view(store, request.path_params["study"], asked.get("x", ""), asked.get("y", ""))
+
+    def _parameters(self, request: Request) -> Any:
+        with self._store() as store:
+            return self.studies.parameters(store, request.path_params["study"], request.query_params.get("y", ""))
 
     def _epochs(self, request: Request) -> Any:
         return {"epochs": atlas.epoch_list(atlas.trace_folder(request.path_params["name"]))}
@@ -265,7 +277,6 @@ def serve(options: Options, ready: Callable[[str], None]) -> None:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((options.host, options.port))
-        bound.listen()
         bound.listen()
     except OSError as error:
         bound.close()

@@ -1,8 +1,9 @@
 // The Path Atlas of a run: which way the samples take, what each expert gets, and what happens without it.
 import { DATA, colour, decode, get, h, notReady, num, params, percent, post, put, ready, select, setParams, table } from "./dom.js";
 import { lines } from "./charts.js";
-import { draw } from "./graph.js";
-import { enrichment, holm, matching, pairedChange, wilson } from "./stats.js";
+import { draw, graphTables } from "./graph.js";
+import { secondGraph } from "./pair.js";
+import { enrichment, holm, pairedChange, wilson } from "./stats.js";
 
 const LISTED = 200;
 const PLAY_MS = 700;
@@ -19,7 +20,7 @@ export async function atlasPage(page, id) {
 /** What is shown. Everything that a reader has chosen stands in the address. */
 class Atlas {
   constructor(page, id, epochs, probes) {
-    Object.assign(this, { page, id, epochs, probes, known: new Map(), samples: null, second: null, turn: 0, effects: new Map(), playing: null });
+    Object.assign(this, { page, id, epochs, probes, known: new Map(), samples: null, second: null, openTables: new Set(), turn: 0, effects: new Map(), playing: null });
   }
 
   async start() {
@@ -65,7 +66,7 @@ class Atlas {
     const saved = epochs.find((one) => one.saved) || epochs[epochs.length - 1];
     const [data, found] = await Promise.all([this.load(id, saved.epoch), get(`/api/run/${id}/samples`)]);
     const columns = decode(found.columns);
-    this.second = { id, epoch: saved.epoch, data, tokens: columns.tokens };
+    this.second = { id, epoch: saved.epoch, data, tokens: columns.tokens, labels: found.names.labels };
   }
 
   /** Draw what the address asks for. The answer to an older question is dropped. */
@@ -73,9 +74,10 @@ class Atlas {
     notReady();
     this.turn += 1;
     const turn = this.turn;
-    const data = await this.load(this.id, this.number());
+    const last = this.epochs[this.epochs.length - 1].epoch;
+    const [data, judge] = await Promise.all([this.number(), params().get("of") === "last" ? last : this.number()].map((epoch) => this.load(this.id, epoch)));
     if (turn !== this.turn) return;
-    this.data = data;
+    Object.assign(this, { data, judge });
     this.kept = this.filtered();
     this.drawTime();
     this.drawFilters();
@@ -90,6 +92,12 @@ class Atlas {
   change(values, push = false) {
     setParams(values, push);
     return this.show();
+  }
+
+  /** Close a panel. The focus goes back to what has opened it. */
+  async close(values, opener) {
+    await this.change(values, true);
+    this.page.querySelector(opener)?.focus();
   }
 
   // ---------------------------------------------------------------------------------------------------- filters
@@ -122,8 +130,9 @@ class Atlas {
     return length;
   }
 
+  /** Which third of the loss each sample has: of the shown epoch, or of the last one. */
   thirds() {
-    const { data } = this;
+    const data = this.judge;
     if (!data.thirds) {
       const order = Array.from(data.loss.keys()).sort((a, b) => data.loss[a] - data.loss[b]);
       data.thirds = new Uint8Array(data.samples);
@@ -152,10 +161,11 @@ class Atlas {
       data.group ? select("group", [["", "all"], ...count(data.group).map((one) => [one, this.groupName(one)])], asked.get("group"), pick("group")) : null,
       data.correct ? select("answer", [["", "all"], ["1", "right"], ["0", "wrong"]], asked.get("correct"), pick("correct")) : null,
       data.loss && select("difficulty", [["", "all"], ["easy", "easy third"], ["middle", "middle third"], ["hard", "hard third"]], asked.get("hard"), pick("hard")),
+      asked.get("hard") && this.epochs.length > 1 ? select("of the loss in", [["", "this epoch"], ["last", "the last epoch"]], asked.get("of"), pick("of")) : null,
       lengths.length > 1 ? select("path length", [["", "all"], ...lengths.map((one) => [one, one])], asked.get("len"), pick("len")) : null,
     ];
     const chosen = ["class", "group", "correct", "hard", "len"].some((name) => asked.get(name));
-    const reset = h("button", { type: "button", disabled: !chosen, onclick: () => this.change({ class: "", group: "", correct: "", hard: "", len: "" }) }, "all samples");
+    const reset = h("button", { type: "button", disabled: !chosen, onclick: () => this.change({ class: "", group: "", correct: "", hard: "", of: "", len: "" }) }, "all samples");
     this.keepFocus(this.parts.filters, h("form", { class: "controls", onsubmit: (event) => event.preventDefault() }, controls, reset));
     const outcome = asked.get("correct") || asked.get("hard") ? " Selected on the outcome: kinds that are hard look special here." : "";
     this.parts.said.textContent = `${num(this.kept.length)} of ${num(data.samples)} ${data.unit || "validation samples"}.${outcome}`;
@@ -216,8 +226,8 @@ class Atlas {
     const picture = draw(shown, { chosen: wanted, path, layers: data.about_tokens, title: `Paths of ${num(this.kept.length)} samples: ${what}`, select: (node) => this.change({ node, sample: "" }, true) });
     const whole = h("button", { type: "button", id: "whole", onclick: () => this.parts.graph.requestFullscreen?.() }, "whole window (f)");
     const parts = [picture, h("p", { class: "soft" }, "A bar is as high as its expert has samples. A ribbon has the colour of the expert that it leaves. Choose an expert: click, or arrow keys and Enter. "), whole];
-    if (this.second) parts.push(...this.secondGraph());
-    parts.push(this.flowTable(shown));
+    if (this.second) parts.push(...secondGraph(this));
+    parts.push(...graphTables(shown, data.about_tokens, this.openTables));
     put(this.parts.graph, ...parts);
     if (focused) this.parts.graph.querySelector(`[data-node="${focused}"]`)?.focus();
   }
@@ -227,35 +237,6 @@ class Atlas {
     const found = ["in"];
     for (let step = 0; step < data.steps && data.path[row * data.steps + step] >= 0; step += 1) found.push(`${step + 1}.${data.path[row * data.steps + step]}`);
     return [...found, data.correct ? (data.correct[row] ? "right" : "wrong") : "end"];
-  }
-
-  flowTable({ paths, steps, kept }) {
-    const counts = new Map();
-    for (const row of kept) {
-      const key = Array.from(paths.subarray(row * steps, (row + 1) * steps)).filter((one) => one >= 0).join(" → ") || "no expert";
-      counts.set(key, (counts.get(key) || 0) + 1);
-    }
-    const rows = [...counts].sort((a, b) => b[1] - a[1]).slice(0, 50);
-    return h("details", {}, h("summary", {}, `${num(counts.size)} different paths as a table`), table(["path", "samples", "share"], rows.map(([key, count]) => [key, num(count), percent(count / Math.max(kept.length, 1))])));
-  }
-
-  secondGraph() {
-    const { second, data } = this;
-    if (second.error) return [h("p", { class: "error" }, second.error)];
-    const other = second.data;
-    const same = other.samples === data.samples && other.steps === data.steps && other.label.every((one, row) => one === data.label[row]) && equal(second.tokens, this.samples?.tokens);
-    if (!same) {
-      const picture = draw({ paths: other.path, steps: other.steps, correct: other.correct, kept: Array.from({ length: other.samples }, (_, row) => row) }, { title: `Paths of run ${second.id}` });
-      return [h("h2", {}, `Run ${second.id}`), h("p", { class: "soft" }, "Its validation samples are other ones, so its experts keep their own numbers and the filters do not count here."), picture];
-    }
-    const found = matching(data.path, other.path, data.steps, Math.max(data.experts, other.experts));
-    const inverse = new Map(found.order.map((b, a) => [b, a]));
-    const text = found.fits
-      ? `Its experts have the numbers of the first run that fit best: ${percent(found.overlap)} of all decisions agree (${percent(found.chance)} with random numbers).`
-      : `No numbering fits better than chance (${percent(found.overlap)}), so its experts keep their own numbers.`;
-    const numbers = found.fits ? (expert) => inverse.get(expert) : (expert) => expert;
-    const picture = draw({ paths: other.path, steps: other.steps, correct: other.correct, kept: this.kept }, { title: `Paths of run ${second.id}`, order: numbers, numbers });
-    return [h("h2", {}, `Run ${second.id}, epoch ${second.epoch}`), h("p", { class: "soft" }, text), picture];
   }
 
   // ------------------------------------------------------------------------------------------------------ panel
@@ -301,7 +282,7 @@ class Atlas {
     };
     put(
       this.parts.panel,
-      h("h2", {}, h("i", { class: "dot", css: { background: colour(expert) } }), `Expert ${expert} at ${data.about_tokens ? "layer" : "step"} ${step}`, h("button", { type: "button", class: "close", onclick: () => this.change({ node: "" }, true) }, "close")),
+      h("h2", {}, h("i", { class: "dot", css: { background: colour(expert) } }), `Expert ${expert} at ${data.about_tokens ? "layer" : "step"} ${step}`, h("button", { type: "button", class: "close", onclick: () => this.close({ node: "" }, `[data-node="${node}"]`) }, "close")),
       h("dl", {}, facts.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])),
       data.group ? grouping(data.unit ? "Domains" : "Groups", data.group, (kind) => this.groupName(kind)) : "",
       grouping("Classes", data.label, (kind) => this.labelName(kind)),
@@ -420,6 +401,7 @@ class Atlas {
 
   drawList() {
     const { data } = this;
+    const focused = this.parts.list.contains(document.activeElement) ? document.activeElement.dataset.sample : null;
     const rows = this.kept.slice(0, LISTED);
     const sample = params().get("sample");
     const open = (row) => this.change({ sample: row, node: "" }, true);
@@ -437,11 +419,12 @@ class Atlas {
     const head = h("thead", {}, h("tr", {}, ["sample", "class", "answer", "", "loss", "path", "input"].map((text) => h("th", {}, text))));
     const note = this.samples && !this.samples.tokens ? " The inputs are not recorded: train again with this version." : "";
     put(this.parts.list, h("h2", {}, "Samples"), h("p", { class: "soft" }, `${num(rows.length)} of ${num(this.kept.length)} are listed.${note}`), h("div", { class: "wide" }, h("table", { class: "samples" }, head, h("tbody", {}, rows.map(line)))));
+    if (focused) this.parts.list.querySelector(`[data-sample="${focused}"]`)?.focus();
   }
 
   async samplePanel(row) {
     const { data, parts, turn } = this;
-    const title = h("h2", {}, `Sample ${row}`, h("button", { type: "button", class: "close", onclick: () => this.change({ sample: "" }, true) }, "close"));
+    const title = h("h2", {}, `Sample ${row}`, h("button", { type: "button", class: "close", onclick: () => this.close({ sample: "" }, `[data-sample="${row}"]`) }, "close"));
     const words = h("p", { class: "tokens" }, this.words(row, 400).map((word) => h("span", {}, word)));
     const coloured = h("div");
     const facts = h("p", {}, `class ${this.labelName(data.label[row])}, ${data.prediction ? `answer ${this.labelName(data.prediction[row])}, ` : ""}${data.loss ? `loss ${num(data.loss[row])}, probability of the right class ${num(Math.exp(-data.loss[row]), 3)}` : data.unit}.`);
@@ -489,8 +472,3 @@ class Atlas {
     if (event.key === "f") this.parts.graph.requestFullscreen?.();
   }
 }
-
-function equal(first, second) {
-  return Boolean(first && second && first.length === second.length && first.every((one, place) => one === second[place]));
-}
-

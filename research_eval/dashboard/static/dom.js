@@ -38,6 +38,37 @@ export function put(node, ...children) {
   return fill(node, {}, children);
 }
 
+/** Make these nodes the children, and leave those that stay untouched: they keep focus, selection and scrolling. */
+export function arrange(parent, nodes) {
+  const kept = new Set(nodes);
+  for (const child of [...parent.childNodes]) if (!kept.has(child)) child.remove();
+  let next = parent.firstChild;
+  for (const node of nodes) {
+    if (node === next) next = next.nextSibling;
+    else parent.insertBefore(node, next);
+  }
+}
+
+/** Call `ask` again and again while `place` is on the page: after as many ms as it answers, never after null. */
+export function follow(place, ask, first) {
+  let failed = 0;
+  const again = async () => {
+    if (!place.isConnected) return;
+    let pause = first;
+    if (document.visibilityState === "visible") {
+      try {
+        pause = await ask();
+        failed = 0;
+      } catch {
+        failed += 1; // less and less often: after 5 s, 10 s, ... at most a minute
+        pause = Math.min(60000, 2500 * 2 ** failed);
+      }
+    }
+    if (pause !== null) setTimeout(again, pause);
+  };
+  setTimeout(again, first);
+}
+
 const offline = document.getElementById("goe-data");
 export const DATA = offline ? JSON.parse(offline.textContent) : null;
 
@@ -122,9 +153,9 @@ export function notReady() {
 }
 
 /** A labelled choice. `options` are pairs of value and text. */
-export function select(label, options, value, change) {
+export function select(label, options, value, change, attributes = {}) {
   const list = options.map(([one, text]) => h("option", { value: one, selected: String(one) === String(value ?? "") }, text));
-  return h("label", {}, `${label} `, h("select", { onchange: (event) => change(event.target.value) }, list));
+  return h("label", {}, `${label} `, h("select", { ...attributes, onchange: (event) => change(event.target.value) }, list));
 }
 
 export function table(head, rows, attributes = {}) {

@@ -1,5 +1,5 @@
 // The flow of samples between experts: a column for the input, for each step, and for the answer.
-import { colour, num, percent, s } from "./dom.js";
+import { colour, h, num, percent, s, table } from "./dom.js";
 
 const WIDTH = 1000;
 const HEIGHT = 420;
@@ -68,6 +68,35 @@ export function layout(nodes, steps, order = (expert) => expert) {
     }
   });
   return { places: found, unit };
+}
+
+/** The name of a node in a table. */
+function called(name, layers) {
+  if (!name.includes(".")) return { in: "input", end: "answer" }[name] || `${name} answer`;
+  const [step, expert] = name.split(".");
+  return `expert ${expert} at ${layers ? "layer" : "step"} ${step}`;
+}
+
+/** The graph as tables, for screen readers and for copying: all flows, and the most frequent paths. `open` keeps which are open. */
+export function graphTables({ paths, steps, correct, kept }, layers, open) {
+  const total = Math.max(kept.length, 1);
+  const foldable = (name, summary, head, rows) => {
+    const kept = (event) => { if (event.target.open) open.add(name); else open.delete(name); };
+    return h("details", { id: name, open: open.has(name), ontoggle: kept }, h("summary", {}, summary), table(head, rows));
+  };
+  const { nodes, links } = flows(paths, steps, correct, kept);
+  const each = [...links].map(([key, count]) => [...key.split(">"), count]);
+  each.sort((a, b) => columnOf(a[0], steps) - columnOf(b[0], steps) || b[2] - a[2]);
+  const counts = new Map();
+  for (const row of kept) {
+    const key = Array.from(paths.subarray(row * steps, (row + 1) * steps)).filter((one) => one >= 0).join(" → ") || "no expert";
+    counts.set(key, (counts.get(key) || 0) + 1);
+  }
+  const frequent = [...counts].sort((a, b) => b[1] - a[1]).slice(0, 50);
+  return [
+    foldable("flows", "the graph as a table", ["from", "to", "samples", "share of all", "share of from"], each.map(([from, to, count]) => [called(from, layers), called(to, layers), num(count), percent(count / total), percent(count / nodes.get(from))])),
+    foldable("paths", `${num(counts.size)} different paths as a table`, ["path", "samples", "share"], frequent.map(([key, count]) => [key, num(count), percent(count / total)])),
+  ];
 }
 
 /** The picture. `path` is a list of node names to draw as a dashed line; `select` is called with a chosen node. */

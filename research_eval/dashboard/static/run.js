@@ -1,7 +1,8 @@
 // One run: facts, live curves, alarms, config and environment.
-import { get, h, num, params, put, ready, select, setParams, status, table } from "./dom.js";
+import { arrange, follow, get, h, num, params, put, ready, select, setParams, status, table } from "./dom.js";
 import { lines, smoothed } from "./charts.js";
 
+const LIVE_MS = 1000;
 const FIRST = ["train_loss", "val_loss", "val_f1", "val_acc", "router_entropy", "lr"];
 
 export async function runPage(page, id) {
@@ -9,6 +10,7 @@ export async function runPage(page, id) {
   const state = h("span", { id: "state" }, status(facts.status));
   const charts = h("div", { class: "charts", id: "curves" });
   const known = new Map();
+  const drawn = new Map(); // a picture is made again only when its series has new points
   let since = -1;
   let start = null;
   const draw = () => {
@@ -16,10 +18,14 @@ export async function runPage(page, id) {
     const wanted = (params().get("series") || "").split(",").filter(Boolean);
     const names = wanted.length ? wanted : FIRST.filter((name) => known.has(name));
     const found = names.filter((name) => known.has(name)).map((name) => {
-      const points = known.get(name).map(([step, , value]) => [step, value]);
-      return lines(name, [{ name, points: weight ? smoothed(points, weight) : points }]);
+      const mark = `${weight} ${start} ${known.get(name).length}`;
+      if (drawn.get(name)?.mark !== mark) {
+        const points = known.get(name).map(([step, , value]) => [step, value]);
+        drawn.set(name, { mark, figure: lines(name, [{ name, points: weight ? smoothed(points, weight) : points }]) });
+      }
+      return drawn.get(name).figure;
     });
-    put(charts, ...(found.length ? found : [h("p", { class: "soft" }, "No points yet.")]));
+    arrange(charts, found.length ? found : [h("p", { class: "soft" }, "No points yet.")]);
   };
   const poll = async () => {
     const found = await get(`/api/run/${id}/history?since=${since}`);
@@ -35,7 +41,7 @@ export async function runPage(page, id) {
       isNew = true;
     }
     if (isNew) draw();
-    put(state, status(found.status));
+    if (state.textContent !== found.status) put(state, status(found.status));
     return found.status;
   };
   const now = await poll().catch(() => facts.status);
@@ -68,24 +74,5 @@ export async function runPage(page, id) {
   );
   draw();
   ready("run");
-  if (now === "running") follow(poll, page);
-}
-
-/** Ask again each second while the run works and the page is visible; after errors less and less often. */
-function follow(poll, page) {
-  let pause = 1000;
-  const again = async () => {
-    if (!document.contains(page.firstChild)) return;
-    if (document.visibilityState === "visible") {
-      try {
-        const state = await poll();
-        pause = 1000;
-        if (state !== "running") return;
-      } catch {
-        pause = Math.min(60000, Math.max(5000, pause * 2));
-      }
-    }
-    setTimeout(again, pause);
-  };
-  setTimeout(again, pause);
+  if (now === "running") follow(state, async () => ((await poll()) === "running" ? LIVE_MS : null), LIVE_MS);
 }

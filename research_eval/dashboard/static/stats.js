@@ -158,8 +158,8 @@ export function overlap(first, second, steps, experts, order) {
   return same / Math.max(size * steps, 1);
 }
 
-/** Experts of a second run renumbered to fit the first, and whether they fit better than by chance. */
-export function matching(first, second, steps, experts, turns = 200, seed = 1) {
+/** The assignment of experts of two sets of paths whose samples overlap most (Jaccard), and the share that then agrees. */
+function fitted(first, second, steps, experts) {
   const both = Array.from({ length: experts }, () => new Float64Array(experts));
   const ofFirst = new Float64Array(experts);
   const ofSecond = new Float64Array(experts);
@@ -171,16 +171,84 @@ export function matching(first, second, steps, experts, turns = 200, seed = 1) {
   }
   const cost = both.map((row, a) => Array.from(row, (n, b) => 1 - n / Math.max(ofFirst[a] + ofSecond[b] - n, 1)));
   const order = assignment(cost);
-  const random = generator(seed);
-  const chance = [];
-  const any = Array.from({ length: experts }, (_, n) => n);
-  for (let turn = 0; turn < turns; turn += 1) {
-    for (let place = experts - 1; place > 0; place -= 1) {
-      const other = Math.floor(random() * (place + 1));
-      [any[place], any[other]] = [any[other], any[place]];
-    }
-    chance.push(overlap(first, second, steps, experts, any));
+  return { order, overlap: overlap(first, second, steps, experts, order) };
+}
+
+function shuffle(values, random) {
+  for (let place = values.length - 1; place > 0; place -= 1) {
+    const other = Math.floor(random() * (place + 1));
+    [values[place], values[other]] = [values[other], values[place]];
   }
-  const found = overlap(first, second, steps, experts, order);
-  return { order, overlap: found, chance: chance.reduce((sum, one) => sum + one, 0) / turns, fits: found > quantile(chance, 0.95) };
+}
+
+/**
+ * Experts of a second run renumbered to fit the first, and whether they fit better than by chance.
+ * `chance` is the mean over random numbers. The best of all numbers is better than that for any two runs, so that `fits`
+ * compares with the best numbers for samples of the second run in random order; `band` is their 95th percentile.
+ */
+export function matching(first, second, steps, experts, turns = 200, seed = 1) {
+  const found = fitted(first, second, steps, experts);
+  const random = generator(seed);
+  const any = Array.from({ length: experts }, (_, n) => n);
+  let sum = 0;
+  const largest = [];
+  const rows = Array.from({ length: first.length / steps }, (_, n) => n);
+  const mixed = second.slice();
+  for (let turn = 0; turn < turns; turn += 1) {
+    shuffle(any, random);
+    sum += overlap(first, second, steps, experts, any);
+    shuffle(rows, random);
+    rows.forEach((row, place) => {
+      for (let step = 0; step < steps; step += 1) mixed[place * steps + step] = second[row * steps + step];
+    });
+    largest.push(fitted(first, mixed, steps, experts).overlap);
+  }
+  const band = quantile(largest, 0.95);
+  return { ...found, chance: sum / turns, band, fits: found.overlap > band };
+}
+
+/** For each expert the number of its decisions by class, as shares of all decisions of the run [experts][kinds]. */
+function profiles(paths, label, steps, experts, kinds) {
+  const found = Array.from({ length: experts }, () => new Float64Array(kinds));
+  let all = 0;
+  for (let place = 0; place < paths.length; place += 1) {
+    if (paths[place] < 0) continue;
+    found[paths[place]][label[Math.floor(place / steps)]] += 1;
+    all += 1;
+  }
+  for (const row of found) row.forEach((n, kind) => { row[kind] = n / Math.max(all, 1); });
+  return found;
+}
+
+/** What two lists of profiles have in common when expert i of the first is expert order[i] of the second, from 0 to 1. */
+function inCommon(first, second, order) {
+  return first.reduce((sum, row, a) => sum + row.reduce((part, share, kind) => part + Math.min(share, second[order[a]][kind]), 0), 0);
+}
+
+/**
+ * As `matching`, for runs with other samples: by the classes that the experts get. The null gives the samples of the
+ * second run their classes in random order, and takes the best numbers again.
+ */
+export function profileMatching(first, second, experts, turns = 200, seed = 1) {
+  const kinds = 1 + Math.max(...new Set(first.label), ...new Set(second.label));
+  const mine = profiles(first.path, first.label, first.steps, experts, kinds);
+  const best = (label) => {
+    const other = profiles(second.path, label, second.steps, experts, kinds);
+    const order = assignment(mine.map((_, a) => other.map((_row, b) => -mine[a].reduce((sum, share, kind) => sum + Math.min(share, other[b][kind]), 0))));
+    return { order, other, overlap: inCommon(mine, other, order) };
+  };
+  const { order, other, overlap: found } = best(second.label);
+  const random = generator(seed);
+  const any = Array.from({ length: experts }, (_, n) => n);
+  const mixed = second.label.slice();
+  const largest = [];
+  let sum = 0;
+  for (let turn = 0; turn < turns; turn += 1) {
+    shuffle(any, random);
+    sum += inCommon(mine, other, any);
+    shuffle(mixed, random);
+    largest.push(best(mixed).overlap);
+  }
+  const band = quantile(largest, 0.95);
+  return { order, overlap: found, chance: sum / turns, band, fits: found > band };
 }
