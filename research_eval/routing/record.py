@@ -106,10 +106,14 @@ class EvaluationRecorder:
         self._num_decisions_T = np.zeros(self.num_steps, np.int64)
 
     def begin_batch(self, num_samples: int) -> None:
+        if self.wants == "nothing":
+            return
         self._first = self._num_samples
         self._num_samples += num_samples
 
     def push(self, record: RoutingRecord) -> None:
+        if self.wants == "nothing":
+            return
         if record.token_D is not None:
             self._push_tokens(record)
             return

@@ -30,8 +30,7 @@ class PathReport:
 
     def begin_batch(self, num_samples: int) -> None:
         """Start a batch of this many samples."""
-        if self.recorder.wants != "nothing":
-            self.recorder.begin_batch(num_samples)
+        self.recorder.begin_batch(num_samples)
 
     @torch.no_grad()
     def push(self, step: int, view: RouterView | None, choice: Choice, walk: Walk, decided_B: Tensor) -> None:
