@@ -134,9 +134,9 @@ def ask(description: str | None, questions: Sequence[Question]) -> None:
 
 
 def measure(contestants: Mapping[str, Contestant], seconds: float, settings: Settings) -> Rounds:
-    """Each runs once to warm up, then all in turn until the time is over; who begins rotates.
+    """Each runs once to warm up, then all in turn until the time is over, for three rounds at least.
 
-    There are three rounds at least, unless one takes more than twice the time.
+    Who begins rotates.
     """
     begin, calls = settings.clock(), {}
     for name, contestant in contestants.items():
@@ -146,7 +146,7 @@ def measure(contestants: Mapping[str, Contestant], seconds: float, settings: Set
         calls[name] = math.ceil(MIN_CALL / max(needed, MIN_CALL / 10_000))
     taken: dict[str, list[float]] = {name: [] for name in contestants}
     names, number, spent = list(contestants), 0, 0.0
-    while number < 1 or spent < seconds or (number < MIN_ROUNDS and spent < 2 * seconds * (number + 1)):
+    while number < MIN_ROUNDS or spent < seconds:
         first = number % len(names)
         for name in names[first:] + names[:first]:
             start = settings.clock()
@@ -163,8 +163,10 @@ def _seconds_of(contestant: Contestant, settings: Settings) -> float:
     return settings.clock() - start
 
 
-def report(question: str, settings: Settings, tables: Mapping[str, Sequence[Row]], **more: Any) -> None:
-    """Print Markdown tables by their titles, and write all to `<question>_<device>_<threads>.json`."""
+def report(
+    question: str, settings: Settings, tables: Mapping[str, Sequence[Row]], *, name: str = "", **more: Any
+) -> None:
+    """Print Markdown tables by their titles, and write all to `<question>_<device>_<threads>.json` or `<name>.json`."""
     for title, rows in tables.items():
         print(f"\n{title}\n")
         columns = list(rows[0])
@@ -181,7 +183,7 @@ def report(question: str, settings: Settings, tables: Mapping[str, Sequence[Row]
         **more,
     }
     settings.output.mkdir(parents=True, exist_ok=True)
-    path = settings.output / f"{question}_{settings.device}_{settings.threads}.json"
+    path = settings.output / f"{name or f'{question}_{settings.device}_{settings.threads}'}.json"
     path.write_text(json.dumps(kept, indent=1) + "\n")
 
 

@@ -66,7 +66,7 @@ from research_eval import experiment
 from research_eval.datasets.hop import HopDataset
 from research_eval.datasets.token_data import Batch, Batches
 from research_eval.errors import ConfigError
-from research_eval.layers.dispatch import Dispatch
+from research_eval.layers.dispatch import Dispatch, Execution, set_execution
 from research_eval.layers.packing import Samples
 from research_eval.layers.path.halting import ConfidenceExit, Halt
 from research_eval.layers.path.policy import Route
@@ -127,7 +127,8 @@ def value_losses(
 
 
 def executed_rows(model: GoEOriginalClassifier, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A list that grows by the number of samples each time the pool runs."""
+    """A list that grows by the number of samples each time the pool runs, without the spare rows of small experts."""
+    set_execution(model, Execution("slices"))
     rows: list[int] = []
     change = model.experts._change
 

@@ -28,9 +28,11 @@ from research_eval.datasets.token_data import Batches, TokenData
 from research_eval.errors import ConfigError
 from research_eval.layers.block import Attention, Block
 from research_eval.layers.dispatch import Dispatch
+from research_eval.layers.even import Even
 from research_eval.layers.experts import ExpertPool
 from research_eval.layers.losses import cross_entropy
 from research_eval.layers.packing import Layout, Packing, attention_mask_for
+from research_eval.layers.path.router import Router
 from research_eval.layers.settings import feed_forward_width
 from research_eval.layers.stacked import Dropout, StackedLayerNorm, StackedLinear, one_pass, weight_count
 from research_eval.layers.text import ClassificationHead, TokenEmbedding, masked_max, masked_mean
@@ -38,6 +40,8 @@ from research_eval.models.moe import RoutedFeedForward
 from research_eval.registry import MODELS_MAP
 from research_eval.schema import context_arguments
 from research_eval.tasks.classification import Classification
+from research_eval.training.evaluate import measure_flops
+from research_eval.training.runtime import Runtime
 
 seeds = st.integers(0, 2**16)
 group_sizes = st.lists(st.integers(0, 4), min_size=1, max_size=5).filter(any)
@@ -91,7 +95,7 @@ def alone(pool: nn.Module, expert: int) -> dict[str, torch.Tensor]:
 @settings(deadline=None, max_examples=40)
 @given(
     seed=seeds,
-    kernels=st.sampled_from(["slices", "grouped"]),
+    kernels=st.sampled_from(["auto", "slices", "grouped"]),
     name=st.sampled_from(["dense", "looped", "moe", "goe", "goe_original"]),
     encoding=st.sampled_from(["sin", "rope", "alibi"]),
     pool=st.sampled_from(["mean", "max", "first", "last"]),
@@ -132,6 +136,7 @@ def test_fast_and_plain_kernels_agree(
     results = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("research_eval.layers.kernels.plain.MIN_CHAIN", 0 if chained else 20_000)
+        patch.setattr("research_eval.layers.even.MAX_VAIN", math.inf)  # "auto" then takes one product for all experts
         for chosen in ("plain", kernels):
             twin = copy.deepcopy(model)
             with executed_with(twin, chosen):
@@ -140,6 +145,68 @@ def test_fast_and_plain_kernels_agree(
             results.append([logits_BC, *(p.grad for p in twin.parameters() if p.grad is not None and p.grad.any())])
     scale = max(1.0, *(float(value.detach().abs().max()) for value in results[0]))
     assert_close(results[1], results[0], rtol=1e-5, atol=1e-5 * scale)
+
+
+def spare_rows(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of places of every batched step from now on, of which any number may be spare."""
+    made: list[int] = []
+    of = Even.of
+
+    def noted(*arguments: Any) -> Even:
+        even = of(*arguments)
+        made.append(len(even.source_S))
+        return even
+
+    monkeypatch.setattr(Even, "of", noted)
+    monkeypatch.setattr("research_eval.layers.even.MAX_VAIN", math.inf)
+    return made
+
+
+@pytest.mark.parametrize(("dropout", "training"), [(0.0, True), (0.1, True), (0.0, False)])
+def test_spare_rows_change_no_draw_and_no_evaluation(
+    dropout: float, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small experts have them in training without dropout only."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 11, "num_classes": 3, "embed_dim": 16, "num_heads": 2, "dropout": dropout}
+    model = MODELS_MAP["goe_original"](**context_arguments(MODELS_MAP["goe_original"], sizes)).train(training)
+    made = spare_rows(model, monkeypatch)
+    model(torch.randint(1, 11, (32, 5)))
+    assert bool(made) == (training and not dropout)
+    assert all(number > 32 for number in made)
+
+
+def test_spare_rows_do_not_count_as_flops(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"vocab_size": 11, "num_classes": 3, "embed_dim": 16, "num_heads": 2, "dropout": 0.0}
+    model = MODELS_MAP["goe_original"](**context_arguments(MODELS_MAP["goe_original"], sizes))
+    made = spare_rows(model, monkeypatch)
+    rows_NL = np.random.default_rng(0).integers(1, 11, (24, 5))
+    batches = Batches(TokenData.from_padded(rows_NL, np.zeros(24, np.int64)), 8)
+    measure_flops(model, batches, Runtime("cpu"))
+    assert not made
+    model.train().run(batches.take(np.arange(8)))
+    assert made, "it has them when it trains"
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_a_router_with_one_input_for_all_steps_computes_them_together(copies: int) -> None:
+    """The logits, the statistics and the gradients are those of a call per step."""
+    torch.manual_seed(0)
+    router = Router(4, 8, 3, 3, 1.0, per_step=copies > 1, standardize=True)
+    routers = [router, copy.deepcopy(router)]
+    for _ in range(2):
+        summary_BS, visits_TBN = torch.randn(6, 8), torch.rand(3, 6, 3)
+        known = routers[0].of_all_steps(summary_BS, 3)
+        together = [routers[0](known.summary[t], visits_TBN[t], t, known=known) for t in range(3)]
+        apart = [routers[1](routers[1].standardized(summary_BS, None, t), visits_TBN[t], t) for t in range(3)]
+        direction = torch.randn(3, 6, 4)
+        for logits in (together, apart):
+            (torch.stack(logits) * direction).sum().backward()
+        assert_close(together, apart, rtol=1e-5, atol=1e-6)
+    for one, other in zip(routers[0].parameters(), routers[1].parameters(), strict=True):
+        assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-6)
+    for one, other in zip(routers[0].buffers(), routers[1].buffers(), strict=True):
+        assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
 @settings(deadline=None, max_examples=20)

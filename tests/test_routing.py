@@ -52,7 +52,7 @@ def test_known_values_of_the_balance_terms(
     probabilities_RN: torch.Tensor, load_N: list[float], balance: float, mean_entropy: float
 ) -> None:
     assert_close(balance_loss(torch.tensor(load_N), probabilities_RN), torch.tensor(balance), rtol=1e-6, atol=1e-6)
-    assert_close(mean_entropy_loss(probabilities_RN), torch.tensor(mean_entropy), rtol=1e-6, atol=1e-6)
+    assert_close(mean_entropy_loss(probabilities_RN.mean(0)), torch.tensor(mean_entropy), rtol=1e-6, atol=1e-6)
 
 
 def test_known_values_of_entropy_and_z_loss() -> None:

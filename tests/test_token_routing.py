@@ -85,6 +85,31 @@ def test_training_records_nothing(build_model: Callable[..., EvaluableModel], id
         assert len(model.recorded_paths()) == 0, name
 
 
+@pytest.mark.parametrize("name", ["moe", "goe", "goe_original"])
+def test_a_model_records_what_is_wanted(
+    name: str, build_model: Callable[..., EvaluableModel], ids_BL: torch.Tensor
+) -> None:
+    """Nothing, the paths alone, or everything; the outputs are the same to the bit."""
+    model = wake(build_model(name))
+    model.start_recording()
+    expected, recorder = model(ids_BL), model.recorder()
+    assert recorder is not None
+    paths, entropy = model.recorded_paths(), model.get_model_specific_metrics()["router_entropy"]
+    assert len(paths) == len(ids_BL)
+    assert entropy > 0
+    model.stop_recording()
+    assert torch.equal(model(ids_BL), expected)
+    assert len(model.recorded_paths()) == 0
+    model.start_recording()
+    recorder.wants = "paths"
+    assert torch.equal(model(ids_BL), expected)
+    assert (model.recorded_paths() == paths).all()
+    assert recorder.probabilities() is None
+    model.start_recording()
+    model(ids_BL)
+    assert model.get_model_specific_metrics()["router_entropy"] == entropy
+
+
 def test_losses_follow_from_the_outcome_alone(
     build_model: Callable[..., EvaluableModel], ids_BL: torch.Tensor, labels_B: torch.Tensor
 ) -> None:

@@ -362,7 +362,7 @@ def test_the_record_keeps_probabilities_and_values_with_their_paths() -> None:
     np.testing.assert_array_equal(values_STA, -probabilities_STA)
     recorder.clear()
     assert recorder.probabilities() is None
-    recorder.keep_probabilities = False
+    recorder.wants = "paths"
     record(parts[1])
     assert recorder.probabilities() is None
     assert len(recorder.paths()) == 1

@@ -94,8 +94,7 @@ class Attention(nn.Module):
 
     def _projected(self, h: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         """Queries, keys and values side by side; if the attention is gated, also the half of the gate that reads y."""
-        projected: torch.Tensor = self.input(self.norm(h, dispatch), dispatch)
-        return projected
+        return self.input.of_normed(self.norm, h, dispatch)
 
     def _gated(self, *rows_and_dispatch: Any) -> torch.Tensor:
         """The output projection, multiplied by the gate if there is one.
@@ -149,7 +148,14 @@ class FeedForward(nn.Module):
         return each_expert(self._of_expert, x, dispatch=dispatch, width=self.expand.weight.shape[1])
 
     def _of_expert(self, x: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
-        image: torch.Tensor = self.contract(self.dropout(F.gelu(self.expand(x, dispatch))), dispatch)
+        return self._contracted(self.expand(x, dispatch), dispatch)
+
+    def of_normed(self, norm: StackedLayerNorm, x: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+        """The layer of norm(x), for rows in one chain of steps."""
+        return self._contracted(self.expand.of_normed(norm, x, dispatch), dispatch)
+
+    def _contracted(self, expanded: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+        image: torch.Tensor = self.contract(self.dropout(F.gelu(expanded)), dispatch)
         return image
 
 
@@ -179,8 +185,7 @@ class Block(nn.Module):
         return h + self.dropout(each_expert(self._fed_forward, h, dispatch=dispatch, width=width))
 
     def _fed_forward(self, h: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
-        update: torch.Tensor = self.feed_forward(self.norm(h, dispatch), dispatch)
-        return update
+        return self.feed_forward.of_normed(self.norm, h, dispatch)
 
 
 def encoder_blocks(encoder: EncoderSettings, num_layers: int) -> nn.ModuleList:

@@ -5,7 +5,9 @@ R rows sorted by expert  N experts  D width
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +24,8 @@ def kernels_on(device: torch.device, asked: Kernels) -> Kernels:
 
     "plain": one product per expert, padding included; the reference for the other kernels. "slices": one product per
     expert without padding, the fastest on a CPU. "grouped": one product for all experts without padding; it needs no
-    loop and never waits for the device. "auto": the kernels in KERNELS_OF_DEVICE.
+    loop and never waits for the device. "auto": the kernels in KERNELS_OF_DEVICE. A pool of small experts may then also
+    use one batched product, with spare rows (layers/even.py).
     """
     if torch.compiler.is_compiling():
         return "plain"
@@ -34,13 +37,15 @@ class Dispatch:
     """Which expert each row of a sorted batch goes to: the first `sizes[0]` rows to expert 0, and so on.
 
     If `sizes` is None, the counts stay on the device, in `ends_N`, and the host never waits for them. If `expert` is
-    set, all rows go to this expert.
+    set, all rows go to this expert. If the dispatch is `even`, all experts have equally many rows, which come as
+    [N, M, F].
     """
 
     sizes: list[int] | None
     ends_N: Tensor | None = None  # int32, the first row after those of each expert
     expert: int | None = None
     kernels: Kernels = "auto"
+    even: bool = False
     _experts: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -115,6 +120,20 @@ class Executing(torch.nn.Module):
     """A module that dispatches rows to experts and therefore needs the execution settings."""
 
     execution = Execution()
+
+
+@contextmanager
+def no_spare_rows(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside the block, no expert computes more rows than it was sent, as "auto" may let it do for speed."""
+    modules = [module for module in model.modules() if isinstance(module, Executing)]
+    before = [module.execution for module in modules]
+    for module in modules:
+        module.execution = replace(module.execution, kernels=kernels_on(device, module.execution.kernels))
+    try:
+        yield
+    finally:
+        for module, execution in zip(modules, before, strict=True):
+            module.execution = execution
 
 
 def set_execution(model: torch.nn.Module, execution: Execution) -> None:

@@ -17,16 +17,17 @@ from research_eval.annotations import Choice, Count, Natural, Range, Younger
 from research_eval.errors import ConfigError
 from research_eval.layers.block import Block
 from research_eval.layers.collective import batch_sum, of_parameters
-from research_eval.layers.dispatch import Dispatch, Executing
+from research_eval.layers.dispatch import Dispatch, Dispatcher, Executing, kernels_on
+from research_eval.layers.even import Even, pays
 from research_eval.layers.kernels.autograd import applied
 from research_eval.layers.kernels.cpu import RowDot
 from research_eval.layers.kernels.grouped import for_rows
-from research_eval.layers.kernels.plain import by_slices
+from research_eval.layers.kernels.plain import by_slices, one_by_one
 from research_eval.layers.packing import Layout, Packing, Samples
 from research_eval.layers.routing import members
 from research_eval.layers.scan import ScanExpert, ScanSettings
 from research_eval.layers.settings import EncoderSettings, PositionalEncoding
-from research_eval.layers.stacked import Stacked, by_rows
+from research_eval.layers.stacked import Stacked, StackedLinear, by_rows
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,11 @@ class ExpertPool(Executing):
         )
         self.gate = AdaptiveGate(num_experts, embed_dim) if adaptive_gate else None
         self.scans = nn.ModuleList(ScanExpert(embed_dim, scan or ScanSettings()) for _ in range(num_scan_experts))
+        maps = [layer.weight[0].numel() for layer in self.modules() if isinstance(layer, StackedLinear)]
+        self._average_map = sum(maps) / max(len(maps), 1)
+        self._dropout = dropout
+        self._width = max(dim_feedforward, 4 * embed_dim)  # the largest one inside an expert
+        self.stacks = [layer for layer in self.modules() if isinstance(layer, Stacked)]
 
     @classmethod
     def of(cls, settings: PoolSettings, encoder: EncoderSettings, gated: bool, adaptive_gate: bool) -> ExpertPool:
@@ -134,10 +140,32 @@ class ExpertPool(Executing):
         samples = Packing(keep_RL, packed=False).samples()
         return h_RLD + self._change(h_RLD, samples, dispatch)
 
-    def _change(self, h: torch.Tensor, samples: Samples, dispatch: Dispatch) -> torch.Tensor:
-        """E_e(h) - h for the rows of samples that are sorted by expert."""
-        z = self._split(h, samples.keep_RL, dispatch) if self.scans else self._attend(h, samples.layout, dispatch)
+    def _change(self, h: torch.Tensor, samples: Samples | Even, dispatch: Dispatch) -> torch.Tensor:
+        """E_e(h) - h for the rows of samples that are sorted by expert.
+
+        Where experts compute one by one and no sample has padding, each goes through all of its steps before the next
+        one starts: its rows stay in the cache, and are joined once.
+        """
+        if isinstance(samples, Samples) and self._one_by_one(h, samples, dispatch):
+            sizes = dispatch.counts()
+            parts = zip(h.split(sizes), samples.of_experts(sizes), strict=True)
+            changes = [
+                self._change(part, own, Dispatch([len(part)], expert=expert, kernels=dispatch.kernels))
+                for expert, (part, own) in enumerate(parts)
+                if len(part)
+            ]
+            return changes[0] if len(changes) == 1 else torch.cat(changes)
+        if isinstance(samples, Samples) and self.scans:
+            z = self._split(h, samples.keep_RL, dispatch)
+        else:
+            z = self._attend(h, samples.layout, dispatch)
         return z - h if self.gate is None else self.gate(h, z, samples, dispatch)
+
+    def _one_by_one(self, h: torch.Tensor, samples: Samples, dispatch: Dispatch) -> bool:
+        """Whether each expert goes through all of its steps before the next one starts."""
+        keeps_draws = not (self.training and self._dropout)  # dropout draws for all experts, step by step
+        is_simple = samples.is_full and not self.scans and keeps_draws and not self._is_compiled()
+        return is_simple and one_by_one(h, dispatch, self._width)
 
     def _attend(self, h: torch.Tensor, layout: Layout, dispatch: Dispatch) -> torch.Tensor:
         """Apply the Transformer blocks to rows sorted by expert."""
@@ -176,6 +204,22 @@ class ExpertPool(Executing):
         """How `step` reads a batch: without padding, unless the pool has scan experts, which need whole sequences."""
         return Packing(keep_BL, num_tokens, self.execution.kernels, packed=False if self.scans else None)
 
+    def _may_be_even(self, h_BLD: torch.Tensor) -> bool:
+        """Whether one batched product per map may compute all experts: in training on a CPU, without dropout.
+
+        Dropout draws a number per row, so that spare rows would change all later draws. In evaluation a sample has the
+        same numbers, to the bit, whatever the paths of the others are.
+        """
+        if not self.training or self._dropout:
+            return False
+        is_own = self.execution.kernels == "auto" and type(self.execution.dispatcher) is Dispatcher
+        on_cpu = kernels_on(h_BLD.device, "auto") == "slices" and not torch.is_autocast_enabled("cpu")
+        return is_own and on_cpu and self.num_experts > 1 and not self.scans and not self._is_compiled()
+
+    def _is_compiled(self) -> bool:
+        """Whether torch has compiled the blocks: another form of their input would compile them again."""
+        return any(block._compiled_call_impl is not None for block in self.blocks)
+
     def step(
         self,
         h_BLD: torch.Tensor,
@@ -190,6 +234,14 @@ class ExpertPool(Executing):
         One stable sort per step puts stopped samples last, and each expert reads one slice. With `all_run` the caller
         promises that no sample has stopped. The host then reads no count back from the device.
         """
+        if not pooled and self._may_be_even(h_BLD):
+            *sizes, stopped = torch.bincount(choice_B, minlength=self.num_experts + 1).tolist()
+            if not stopped and pays(sizes, h_BLD.shape[1], packing.num_tokens, self._average_map):
+                even = Even.of(choice_B, sizes, packing.keep_BL, packing.padded)
+                rows = even.take(h_BLD)
+                plan = Dispatch([rows.shape[1]] * self.num_experts, kernels=self.execution.kernels, even=True)
+                change = self._change(rows, even, plan)
+                return Step(even.add_to(h_BLD, change, coefficient_B), choice_B)
         order_B = choice_B.argsort(stable=True)
         member_BN = members(choice_B, self.num_experts)
         rows_R = order_B if all_run else order_B[: int(member_BN.sum())]
@@ -202,7 +254,7 @@ class ExpertPool(Executing):
         dispatch = Dispatch.of(counts_N, self.execution.kernels)
         rows, plan, held = dispatcher.dispatch(samples.take(h_BLD), dispatch, samples)
         change = dispatcher.combine(self._change(rows, held, plan), plan)
-        after_BLD = samples.add_to(h_BLD, samples.spread(coefficient_B[rows_R]) * change)
+        after_BLD = samples.add_to(h_BLD, change, coefficient_B[rows_R])
         return Step(
             after_BLD,
             choice_B[rows_R],
@@ -220,7 +272,7 @@ class AdaptiveGate(Stacked):
         self.bias = nn.Parameter(torch.full((num_experts,), 2.0))  # sigmoid(2) = 0.88: the gate starts mostly open
         self.tag = nn.Parameter(torch.randn(num_experts, embed_dim) * 0.02)
 
-    def forward(self, h: torch.Tensor, z: torch.Tensor, samples: Samples, dispatch: Dispatch) -> torch.Tensor:
+    def forward(self, h: torch.Tensor, z: torch.Tensor, samples: Samples | Even, dispatch: Dispatch) -> torch.Tensor:
         """E_e(h) - h = g (z - h) + tag."""
         # mean(w z) over the tokens equals w mean(z), but needs no array of pooled states.
         score = samples.mean(self._scored(z, dispatch))
@@ -229,6 +281,8 @@ class AdaptiveGate(Stacked):
 
     def _scored(self, z: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         """The score w_e z + b_e of every token, [..., 1]."""
+        if dispatch.even:
+            return torch.baddbmm(self.bias.view(-1, 1, 1), z, self.weight.unsqueeze(2))
         if dispatch.expert is not None:
             weight_D, bias, _ = self.of_expert(dispatch.expert)
             return F.linear(z, weight_D.unsqueeze(0), bias.unsqueeze(0))
@@ -243,6 +297,8 @@ class AdaptiveGate(Stacked):
 
     def _tagged(self, gate: torch.Tensor, gap: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         """g (z - h) + tag_e for every row."""
+        if dispatch.even:
+            return torch.addcmul(self.tag.unsqueeze(1), gate, gap)
         if dispatch.expert is not None:
             return torch.addcmul(self.of_expert(dispatch.expert)[2], gate, gap)
         if not (by_rows(gap, dispatch) or dispatch.kernels_for(gap) == "grouped"):

@@ -103,11 +103,13 @@ class Grid(NamedTuple):
 class Layout(NamedTuple):
     """The places of rows on the grids of samples and positions that attention needs.
 
-    `places` [S] numbers the positions of all grids, one grid after the other. None: the rows are one grid, [R, L, F].
+    `places` [S] numbers the positions of all grids, one grid after the other. None: the rows are one grid, [R, L, F],
+    or the same with the rows of every group together, [groups, R / groups L, F].
     """
 
     grids: list[Grid]
     places: Tensor | None = None
+    groups: int | None = None
 
     @classmethod
     def whole(cls, keep_RL: Tensor, padded: bool | None = None, places: Tensor | None = None) -> Layout:
@@ -117,6 +119,8 @@ class Layout(NamedTuple):
 
     def grids_of(self, x: Tensor) -> list[Tensor]:
         """Rows [S, F] -> [r, l, F] for every grid, zero at padding."""
+        if self.groups is not None:
+            return [x.view(self.grids[0].num_samples, self.grids[0].length, -1)]
         if self.places is None:
             return [x]
         sizes = [grid.num_samples * grid.length for grid in self.grids]
@@ -125,6 +129,8 @@ class Layout(NamedTuple):
 
     def rows_of(self, parts: list[Tensor]) -> Tensor:
         """The inverse of `grids_of`: one array per grid -> rows [S, F]."""
+        if self.groups is not None:
+            return parts[0].view(self.groups, -1, parts[0].shape[-1])
         if self.places is None:
             return parts[0]
         flat = [part.flatten(0, 1) for part in parts]
@@ -135,7 +141,8 @@ class Samples(NamedTuple):
     """A selection of a batch's samples in some order, and the rows that represent them."""
 
     layout: Layout
-    source: Tensor | None  # place of each row on the batch's grid [B L]; None: the rows are the whole batch
+    source: Tensor | None  # place of each row on the batch's grid [B L], or without `places` the number of each sample;
+    # None: the rows are the whole batch
     places: Tensor | None  # place of each row on these samples' grid [R L]; None: every place has a row
     keep_RL: Tensor  # True at real tokens
 
@@ -143,15 +150,16 @@ class Samples(NamedTuple):
         """The states of these samples: rows [S, D], or [R, L, D] with their padding."""
         if self.source is None:
             return h_BLD
-        rows = take(h_BLD.flatten(0, 1), self.source)
-        return rows if self.places is not None else rows.view(*self.keep_RL.shape, -1)
+        if self.places is None:
+            return take(h_BLD.flatten(1), self.source).view(len(self.source), *h_BLD.shape[1:])
+        return take(h_BLD.flatten(0, 1), self.source)
 
-    def add_to(self, h_BLD: Tensor, change: Tensor) -> Tensor:
-        """The states of the batch [B, L, D] after `change` is added to the rows of these samples."""
+    def add_to(self, h_BLD: Tensor, change: Tensor, factor_R: Tensor) -> Tensor:
+        """The states of the batch [B, L, D] after `change`, times a factor per sample, is added to these rows."""
         assert self.source is not None
-        rows = change.flatten(0, -2).to(h_BLD.dtype)
-        after = add_at(h_BLD.flatten(0, 1), self.source, rows)
-        return after.view_as(h_BLD)
+        change = (self.spread(factor_R) * change).to(h_BLD.dtype)
+        whole, rows = (h_BLD.flatten(1), change.flatten(1)) if self.places is None else (h_BLD.flatten(0, 1), change)
+        return add_at(whole, self.source, rows).view_as(h_BLD)
 
     def grid(self, x: Tensor) -> Tensor:
         """Rows -> [R, L, F], zero at places without a row."""
@@ -160,9 +168,19 @@ class Samples(NamedTuple):
         grid = place(x, self.places, self.keep_RL.numel())
         return grid.view(*self.keep_RL.shape, -1)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the rows are a grid without padding."""
+        return self.places is None and self.layout.grids[0].mask is None
+
+    def of_experts(self, sizes: list[int]) -> list[Samples]:
+        """Full samples that are sorted by expert, apart."""
+        parts = self.keep_RL.split(sizes)
+        return [Samples(Layout.whole(keep_RL, padded=False), None, None, keep_RL) for keep_RL in parts]
+
     def mean(self, x: Tensor) -> Tensor:
         """Mean over the tokens of each sample, [R, F]."""
-        return masked_mean(self.grid(x), self.keep_RL)
+        return masked_mean(self.grid(x), None if self.is_full else self.keep_RL)
 
     def spread(self, x_R: Tensor) -> Tensor:
         """Repeat one number per sample for each of its rows, [S, 1] or [R, 1, 1]."""
@@ -187,12 +205,14 @@ class Packing:
         self, keep_BL: Tensor, num_tokens: int | None = None, kernels: Kernels = "auto", packed: bool | None = None
     ) -> None:
         chosen = kernels_on(keep_BL.device, kernels)
-        self.keep_BL = with_first_places(keep_BL)
+        # All tokens are real, or a sample without tokens counts as one token of one place.
+        is_full = num_tokens == keep_BL.numel() and keep_BL.shape[1] > 1
+        self.keep_BL = keep_BL if is_full else with_first_places(keep_BL)
         self.lengths_B = self.keep_BL.sum(1)
         self.num_tokens = int(self.lengths_B.sum()) if num_tokens is None else num_tokens
         self.packed = chosen != "plain" if packed is None else packed
-        self._padded = self.num_tokens < keep_BL.numel()
-        self.packed = self.packed and self._padded
+        self.padded = self.num_tokens < keep_BL.numel()
+        self.packed = self.packed and self.padded
         # A grid can only be shortened if all padding stands on the right.
         ragged = self.packed and chosen != "grouped"
         positions = torch.arange(keep_BL.shape[1], device=keep_BL.device)
@@ -203,13 +223,13 @@ class Packing:
         length = self.keep_BL.shape[1]
         whole = rows_R is None or len(rows_R) == len(self.keep_BL)
         if not self.packed and rows_R is None:
-            return Samples(Layout.whole(self.keep_BL, self._padded), None, None, self.keep_BL)
+            return Samples(Layout.whole(self.keep_BL, self.padded), None, None, self.keep_BL)
         if rows_R is None:
             rows_R = torch.arange(len(self.keep_BL), device=self.keep_BL.device)
-        keep_RL = self.keep_BL[rows_R]
+        # Without padding all rows of the mask are alike.
+        keep_RL = self.keep_BL[rows_R] if self.padded else self.keep_BL[: len(rows_R)]
         if not self.packed:
-            index = (rows_R.unsqueeze(1) * length + torch.arange(length, device=rows_R.device)).flatten()
-            return Samples(Layout.whole(keep_RL, self._padded), index, None, keep_RL)
+            return Samples(Layout.whole(keep_RL, self.padded), rows_R, None, keep_RL)
         flat = keep_RL.flatten()
         places = (torch.nonzero_static(flat, size=self.num_tokens) if whole else flat.nonzero()).squeeze(1)
         sample_S, position_S = places // length, places % length

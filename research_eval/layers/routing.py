@@ -28,7 +28,12 @@ def balance_loss(load_N: torch.Tensor, probabilities_RN: torch.Tensor) -> torch.
 
     `load_N` is each expert's share of the decisions and carries no gradient; P is the mean probability.
     """
-    return len(load_N) * (load_N.detach() * mean_of_rows(probabilities_RN)).sum()
+    return balance_of(load_N, mean_of_rows(probabilities_RN))
+
+
+def balance_of(load_N: torch.Tensor, mean_N: torch.Tensor) -> torch.Tensor:
+    """The balance loss from the mean probabilities, [..., N] -> [...]."""
+    return load_N.shape[-1] * (load_N.detach() * mean_N).sum(-1)
 
 
 def entropy(probabilities: torch.Tensor) -> torch.Tensor:
@@ -36,9 +41,9 @@ def entropy(probabilities: torch.Tensor) -> torch.Tensor:
     return torch.special.entr(probabilities.clamp_min(1e-9)).sum(-1)
 
 
-def mean_entropy_loss(probabilities_RN: torch.Tensor) -> torch.Tensor:
+def mean_entropy_loss(mean_N: torch.Tensor) -> torch.Tensor:
     """Negative entropy of the mean probabilities: -log N if the batch uses all experts alike, 0 if it uses one."""
-    return -entropy(mean_of_rows(probabilities_RN))
+    return -entropy(mean_N)
 
 
 def z_loss(logits_RN: torch.Tensor) -> torch.Tensor:
@@ -47,10 +52,13 @@ def z_loss(logits_RN: torch.Tensor) -> torch.Tensor:
 
 
 def balanced_bias(bias_N: torch.Tensor, counts_N: torch.Tensor, rate: float) -> torch.Tensor:
-    """b_i - rate * sign(f_i - 1/N), the loss-free balancing of DeepSeek-V3; unchanged if no decision was made."""
-    total = counts_N.sum()
+    """b_i - rate * sign(f_i - 1/N), the loss-free balancing of DeepSeek-V3; unchanged if no decision was made.
+
+    Bias and counts [..., N] may be those of several steps.
+    """
+    total = counts_N.sum(-1, keepdim=True)
     share_N = counts_N / total.clamp_min(1)
-    return bias_N - rate * torch.sign(share_N - 1 / len(bias_N)) * (total > 0)
+    return bias_N - rate * torch.sign(share_N - 1 / bias_N.shape[-1]) * (total > 0)
 
 
 def contrastive_loss(delta_RD: torch.Tensor, experts_R: torch.Tensor, num_experts: int) -> torch.Tensor:

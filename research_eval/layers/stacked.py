@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from research_eval.layers.dispatch import Dispatch
 from research_eval.layers.kernels.autograd import applied
-from research_eval.layers.kernels.cpu import SlicedLinear, taken_apart
+from research_eval.layers.kernels.cpu import SlicedLinear, sliced_linear, taken_apart
 from research_eval.layers.kernels.grouped import grouped_linear, rows_of_expert
 from research_eval.layers.kernels.plain import by_slices
 
@@ -50,13 +50,12 @@ class Stacked(nn.Module):
 
 
 @contextmanager
-def one_pass(module: nn.Module) -> Iterator[None]:
-    """Inside the block, split the stacks below `module` into their experts once, however often the experts are used.
+def one_pass(*stacks: Stacked) -> Iterator[None]:
+    """Inside the block, split the stacks into their experts once, however often the experts are used.
 
     The gradients of the experts are then joined into those of the stacks once per pass and not once per use. The saving
     grows with the number of idle experts.
     """
-    stacks = [child for child in module.modules() if isinstance(child, Stacked)]
     for stack in stacks:
         stack._in_pass = True
     try:
@@ -88,6 +87,9 @@ class StackedLinear(Stacked):
 
     def forward(self, x: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         """x [R, ..., I] sorted by expert -> [R, ..., O]."""
+        if dispatch.even:
+            turned = self.kept("turned", lambda: _turned(self.bias, self.weight))
+            return torch.baddbmm(turned[0], x, turned[1])
         if dispatch.expert is not None:
             weight_OI, bias_O = self.of_expert(dispatch.expert)
             return F.linear(x, weight_OI, bias_O)
@@ -96,15 +98,60 @@ class StackedLinear(Stacked):
             return grouped_linear(x, self.weight, self.bias, dispatch)
         if not by_rows(x, dispatch):
             return by_slices(self.forward, x, dispatch=dispatch)
+        return self._sliced(x, dispatch, self.weight, self.bias, "")
+
+    def of_normed(self, norm: StackedLayerNorm, x: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+        """The map of norm(x).
+
+        W (scale y + shift) + b = (W scale) y + (W shift + b). With the joined weights, made once per pass, no row needs
+        the scale and shift of its expert. Where the experts have few rows, or rows of one expert come alone, the norm
+        itself is cheaper. In evaluation a sample has the same numbers, to the bit, however many others there are.
+        """
+        joins = self.training and self._in_pass and dispatch.expert is None and by_rows(x, dispatch)
+        if not joins or x.shape[:-1].numel() < self.bias.numel() / 4:
+            normed: torch.Tensor = norm(x, dispatch)
+            return self.forward(normed, dispatch)
+        weight, bias = self.kept("joined", lambda: _joined(self.weight, self.bias, norm.scale, norm.shift))
+        y = normalized(x)
+        if dispatch.even:
+            turned = self.kept("joined and turned", lambda: _turned(bias, weight))
+            return torch.baddbmm(turned[0], y, turned[1])
+        return self._sliced(y, dispatch, weight, bias, "joined ")
+
+    def _sliced(
+        self, x: torch.Tensor, dispatch: Dispatch, weight: torch.Tensor, bias: torch.Tensor, name: str
+    ) -> torch.Tensor:
+        """The map with these weights, in one node of the graph for all experts."""
         tokens = x.shape[1:-1].numel()
         sizes = [size * tokens for size in dispatch.counts()]
-        rows, experts = x.reshape(-1, x.shape[-1]), dispatch.experts_of(x, tokens)
-        apart = self.kept("apart", lambda: taken_apart(self.weight, self.bias))
-        weights = self._kept.get("chain", (self.weight, self.bias))  # as the use before has returned them in this pass
+        rows = x.reshape(-1, x.shape[-1])
+        apart = self.kept(f"{name}apart", lambda: taken_apart(weight, bias))
+        if not torch.is_grad_enabled():
+            return sliced_linear(rows, sizes, apart).view(*x.shape[:-1], -1)
+        experts = dispatch.experts_of(x, tokens)
+        weights = self._kept.get(f"{name}chain", (weight, bias))  # as the use before has returned them in this pass
         out, *after = applied(SlicedLinear, rows, sizes, experts, apart, *weights)
         if self._in_pass:
-            self._kept["chain"] = after
+            self._kept[f"{name}chain"] = after
         return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def _turned(bias_NO: torch.Tensor, weight_NOI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bias [N, 1, O] and weight [N, I, O] for a batched product."""
+    return bias_NO.unsqueeze(1), weight_NOI.transpose(1, 2)
+
+
+def _joined(
+    weight_NOI: torch.Tensor, bias_NO: torch.Tensor, scale_NI: torch.Tensor, shift_NI: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of a map behind a norm, with the norm's scale and shift in them."""
+    return weight_NOI * scale_NI.unsqueeze(1), bias_NO + (weight_NOI * shift_NI.unsqueeze(1)).sum(-1)
+
+
+def normalized(x: torch.Tensor) -> torch.Tensor:
+    """Layer normalisation without scale and shift. On a CPU, torch takes twice as long without ones and zeros."""
+    width = x.shape[-1:]
+    return F.layer_norm(x, width, x.new_ones(width), x.new_zeros(width))
 
 
 class StackedLayerNorm(Stacked):
@@ -118,6 +165,8 @@ class StackedLayerNorm(Stacked):
     def forward(self, x: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         """x [R, ..., D] sorted by expert -> the same shape."""
         width = x.shape[-1:]
+        if dispatch.even:
+            return torch.addcmul(self.shift.unsqueeze(1), normalized(x), self.scale.unsqueeze(1))
         if dispatch.expert is not None:
             scale_D, shift_D = self.of_expert(dispatch.expert)
             return F.layer_norm(x, width, scale_D, shift_D)
@@ -126,8 +175,7 @@ class StackedLayerNorm(Stacked):
         # Flatten samples into tokens, so that the gradients are summed in one fixed order.
         rows, experts = x.reshape(-1, x.shape[-1]), dispatch.experts_of(x, x.shape[1:-1].numel())
         scale, shift = (rows_of_expert(weight, experts) for weight in (self.scale, self.shift))
-        one, zero = rows.new_ones(width), rows.new_zeros(width)  # on a CPU, torch takes twice as long without them
-        return torch.addcmul(shift, F.layer_norm(rows, width, one, zero), scale).view(x.shape)
+        return torch.addcmul(shift, normalized(rows), scale).view(x.shape)
 
 
 class Dropout(nn.Module):

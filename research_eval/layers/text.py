@@ -22,14 +22,18 @@ RANDOM_RANGE = 2048  # range of the positions of "random"; the largest in Ruoss 
 SMALLEST_GAP = 1e-4  # the mean gap is 1; a smaller gap may vanish in the rounding of the sum
 
 
-def masked_mean(h_BLD: torch.Tensor, keep_BL: torch.Tensor) -> torch.Tensor:
-    """Mean over the real tokens, [B, D]; zero for a sample without tokens."""
+def masked_mean(h_BLD: torch.Tensor, keep_BL: torch.Tensor | None) -> torch.Tensor:
+    """Mean over the real tokens, [B, D]; zero for a sample without tokens. Without a mask all tokens are real."""
+    if keep_BL is None:
+        return h_BLD.mean(1)
     weights_BL1 = keep_BL.unsqueeze(-1).to(h_BLD.dtype)
     return (h_BLD * weights_BL1).sum(1) / weights_BL1.sum(1).clamp_min(1)
 
 
-def masked_max(h_BLD: torch.Tensor, keep_BL: torch.Tensor) -> torch.Tensor:
-    """Largest value over the real tokens, [B, D]; zero for a sample without tokens."""
+def masked_max(h_BLD: torch.Tensor, keep_BL: torch.Tensor | None) -> torch.Tensor:
+    """Largest value over the real tokens, [B, D]; zero for a sample without tokens. Without a mask all are real."""
+    if keep_BL is None:
+        return h_BLD.amax(1)
     largest_BD = h_BLD.masked_fill(~keep_BL.unsqueeze(-1), torch.finfo(h_BLD.dtype).min).amax(1)
     return largest_BD * keep_BL.any(1, keepdim=True)
 
@@ -47,6 +51,17 @@ def sinusoids_at(positions: torch.Tensor, embed_dim: int) -> torch.Tensor:
     table[..., 0::2] = torch.sin(angles)
     table[..., 1::2] = torch.cos(angles[..., : embed_dim // 2])
     return table
+
+
+def sinusoids_for(ids_BL: torch.Tensor, embed_dim: int, known_LD: torch.Tensor) -> torch.Tensor:
+    """A table with at least as many positions as a batch: the known one, if it suffices.
+
+    A new table is at least twice as long, so that growing batches rebuild it rarely.
+    """
+    length = ids_BL.shape[1]
+    if len(known_LD) >= length and known_LD.device == ids_BL.device:
+        return known_LD
+    return sinusoids_at(torch.arange(max(length, 2 * len(known_LD)), dtype=torch.float32), embed_dim).to(ids_BL.device)
 
 
 def spread_positions(keep_BL: torch.Tensor, training: bool) -> torch.Tensor:
@@ -137,9 +152,7 @@ class TokenEmbedding(nn.Module):
             h_BLD = h_BLD * self.token_dropout(keep_BL.to(h_BLD.dtype)).unsqueeze(-1)
         h_BLD = h_BLD * math.sqrt(width)
         if self._positional_encoding == "sin":
-            # The table at least doubles, so that growing batches rebuild it rarely.
-            if len(self._positions_LD) < length or self._positions_LD.device != ids_BL.device:
-                self._positions_LD = sinusoids(max(length, 2 * len(self._positions_LD)), width).to(ids_BL.device)
+            self._positions_LD = sinusoids_for(ids_BL, width, self._positions_LD)
             h_BLD = h_BLD + self._positions_LD[:length]
         elif self._positional_encoding == "random":
             h_BLD = h_BLD + sinusoids_at(spread_positions(keep_BL, self.training), width)
@@ -156,8 +169,8 @@ class ClassificationHead(nn.Module):
         self.linear = nn.Linear(embed_dim, num_classes)
         self.pool = pool
 
-    def forward(self, h_BLD: torch.Tensor, keep_BL: torch.Tensor) -> torch.Tensor:
-        """States [B, L, D] and mask [B, L] -> logits [B, C]."""
+    def forward(self, h_BLD: torch.Tensor, keep_BL: torch.Tensor | None) -> torch.Tensor:
+        """States [B, L, D] and mask [B, L] -> logits [B, C]. Without a mask all tokens are real."""
         h_BLD = self.norm(h_BLD)
         if self.pool == "mean":
             pooled_BD = masked_mean(h_BLD, keep_BL)
@@ -165,6 +178,8 @@ class ClassificationHead(nn.Module):
             pooled_BD = masked_max(h_BLD, keep_BL)
         elif self.pool == "first":
             pooled_BD = h_BLD[:, 0]
+        elif keep_BL is None:
+            pooled_BD = h_BLD[:, -1]
         else:
             last_B = (keep_BL.sum(1) - 1).clamp_min(0)
             pooled_BD = h_BLD[torch.arange(len(h_BLD), device=h_BLD.device), last_B]

@@ -135,6 +135,13 @@ class EvaluableModel(Executing, Intervened):
     def start_recording(self) -> None:
         """Discard the recorded statistics and paths, and record those of the coming evaluation."""
 
+    def stop_recording(self) -> None:
+        """Record nothing of the coming passes, until `start_recording`: what inference alone needs."""
+        recorder = self.recorder()
+        if recorder is not None:
+            recorder.clear()
+            recorder.wants = "nothing"
+
     def recorder(self) -> EvaluationRecorder | None:
         """The routing decisions of the last evaluation; None for a model without routing.
 

@@ -109,7 +109,7 @@ class GoEClassifier(RoutedModel):
 
     def route(self, batch: Batch) -> Outcome:
         """One pass. `one_pass` joins the experts' gradients once per pass, although a path uses the pool many times."""
-        with one_pass(self.experts):
+        with one_pass(*self.experts.stacks):
             return self._walk(batch)
 
     def _walk(self, batch: Batch) -> Outcome:
@@ -121,7 +121,8 @@ class GoEClassifier(RoutedModel):
         h_BLD = self.embedding(batch.input_ids, keep_BL)
         packing = self.experts.packing(keep_BL, batch.num_tokens)
         balance: list[Tensor] = []
-        if not self.training:
+        records = not self.training and self._recorder.wants != "nothing"
+        if records:
             self._recorder.begin_batch(len(h_BLD))
         for router in self.router:
             state_BG = None  # each router starts from the states that its predecessor left
@@ -135,7 +136,7 @@ class GoEClassifier(RoutedModel):
                     choice_B, coefficient_B = now.changed(choice_B, coefficient_B)
                 h_BLD = self.experts.step(h_BLD, packing, choice_B, coefficient_B, all_run=True).h_BLD
                 load_N = batch_mean(members(choice_B, self.experts.num_experts).sum(0) / len(choice_B), len(choice_B))
-                if not self.training:
+                if records:
                     self._push(len(balance), choice_B, coefficient_B, probabilities_BN)
                 balance.append(balance_loss(load_N, probabilities_BN))
         return Outcome(self.head(h_BLD, keep_BL), balance)

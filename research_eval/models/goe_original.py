@@ -111,14 +111,14 @@ class GoEOriginalClassifier(ScheduledModel):
 
     def route(self, batch: Batch, all_exits: bool = False) -> Outcome:
         """One pass; with `all_exits` every sample takes the full path, and the outputs of every step are kept."""
-        with one_pass(self.experts):
+        with one_pass(*self.experts.stacks):
             return self._walk(batch, all_exits)
 
     def _walk(self, batch: Batch, all_exits: bool) -> Outcome:
-        ids_BL, keep_BL = batch.input_ids, batch.attention_mask
+        ids_BL, packing = batch.input_ids, self.experts.packing(batch.attention_mask, batch.num_tokens)
         given_BT = self.given.of(batch.paths, self.intervention.path, ids_BL)
-        h_BLD = self.embedding(ids_BL, keep_BL)
-        packing = self.experts.packing(keep_BL, batch.num_tokens)
+        h_BLD = self.embedding(ids_BL, batch.attention_mask)
+        keep_BL = batch.attention_mask if packing.padded else None
         everyone_runs = given_BT is None and self._nothing_ends_a_path()
         walk = Walk.begin(h_BLD, self.num_experts, self.path.max_path_len, self.training, everyone_runs)
         keep_decisions = self.value.action_values is not None or self.halting.sampled  # only losses read them

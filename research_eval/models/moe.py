@@ -90,7 +90,7 @@ class RoutedFeedForward(Executing, Intervened):
         dispatcher = self.execution.dispatcher
         plan = Dispatch.of(assignments.sizes_N, self.execution.kernels)
         rows_RD, plan, _ = dispatcher.dispatch(assignments.rows(x_SD), plan)
-        with one_pass(self.experts):
+        with one_pass(self.experts.expand, self.experts.contract):
             outputs_RD = dispatcher.combine(self.experts(rows_RD, plan), plan)
         routing = LayerRouting(logits_SN, chosen_SK, weights_SK, assignments.sizes_N)
         return assignments.combined(outputs_RD, weights_SK), routing
@@ -198,7 +198,7 @@ class MoETransformerClassifier(RoutedModel):
         for layer in self.layers:
             h, routing = layer(h, samples.layout)
             layers.append(routing)
-        if not self.training:
+        if not self.training and self._recorder.wants != "nothing":
             self._push(layers, samples)
         return Outcome(self.head(samples.grid(h), keep_BL), layers)
 

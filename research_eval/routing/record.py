@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from research_eval.routing.report import load_metrics, path_metrics
 
 Array = Any  # a numpy array or a torch tensor
 Join = Callable[[Sequence[Array]], NDArray[Any]]  # arrays of one kind -> one numpy array
+Wanted = Literal["everything", "paths", "nothing"]  # "paths": experts and their weights
 
 STOPPED = -1  # instead of an expert: the path of the sample has ended
 
@@ -81,17 +82,19 @@ class EvaluationRecorder:
 
     Decisions about tokens are summed per sample as they arrive: the recorder keeps the share of each expert in a
     sample's tokens. The expert with the largest share is the sample's expert in its path.
+
+    Models ask what the recorder `wants` and compute no more than that.
     """
 
     def __init__(self, num_experts: int, num_steps: int, join: Join = np.concatenate) -> None:
         self.num_experts = num_experts
         self.num_steps = num_steps
-        self.keep_probabilities = True  # False saves memory: probabilities and values are dropped
         self._join = join
         self.clear()
 
     def clear(self) -> None:
-        """Discard everything that was recorded."""
+        """Discard everything that was recorded, and want everything again."""
+        self.wants: Wanted = "everything"
         self._num_samples = self._first = 0
         self._records: list[_Placed] = []
         self._shares: list[_Shares] = []
@@ -103,17 +106,19 @@ class EvaluationRecorder:
         self._num_decisions_T = np.zeros(self.num_steps, np.int64)
 
     def begin_batch(self, num_samples: int) -> None:
+        if self.wants == "nothing":
+            return
         self._first = self._num_samples
         self._num_samples += num_samples
 
     def push(self, record: RoutingRecord) -> None:
+        if self.wants == "nothing":
+            return
         if record.token_D is not None:
             self._push_tokens(record)
             return
-        if not self.keep_probabilities:
-            record = RoutingRecord(
-                record.step, record.experts_DK, record.weights_DK, record.sample_D, entropy_D=record.entropy_D
-            )
+        if self.wants == "paths":
+            record = RoutingRecord(record.step, record.experts_DK, record.weights_DK, record.sample_D)
         self._records.append(_Placed(self._first, record))
 
     def _push_tokens(self, record: RoutingRecord) -> None:

@@ -34,7 +34,7 @@ from research_eval.datasets.text.source import FILE_TYPES, file_type
 from research_eval.datasets.token_data import CLASSIFICATION, Batches, TokenData
 from research_eval.errors import ConfigError
 from research_eval.files import CONFIG_FILE, MODEL_FILE
-from research_eval.models.base_model import EvaluableModel, adapt, logits_of
+from research_eval.models.base_model import EvaluableModel, adapt
 from research_eval.registry import NEXT_TOKEN, TASKS
 from research_eval.runs.inputs import MAX_FILE_BYTES, STDIN, Input
 from research_eval.runs.inputs import read_texts as read_texts
@@ -244,18 +244,23 @@ class TrainedModel:
         outputs_NO = np.zeros((len(rows), self.num_outputs))
         paths: list[list[int] | None] = [None] * len(rows)
         by_length = np.argsort(batches.data.lengths[rows], kind="stable")
+        self.model.start_recording()
+        recorder = self.model.recorder()
+        if recorder is not None:
+            recorder.wants = "paths"
+        outputs = []
         for first in range(0, len(rows), batches.batch_size):
-            places = by_length[first : first + batches.batch_size]
-            batch = batches.take(rows[places])
-            self.model.start_recording()  # so that the recorder holds the paths of this batch only
+            batch = batches.take(rows[by_length[first : first + batches.batch_size]])
             with torch.no_grad(), self._runtime.autocast():
-                outputs_BO = logits_of(self.model, batch).float()
-            probabilities_BO = self.task.probabilities(outputs_BO)
-            outputs_NO[places] = (outputs_BO if probabilities_BO is None else probabilities_BO).cpu().numpy()
-            recorded = self.model.recorded_paths()
-            if recorded is not None:
-                for place, path in zip(places, recorded, strict=True):
-                    paths[place] = [int(expert) for expert in path if expert >= 0]
+                outputs.append(self.model.run(batch).outputs.float())
+        joined_NO = torch.cat(outputs)
+        probabilities_NO = self.task.probabilities(joined_NO)
+        outputs_NO[by_length] = (joined_NO if probabilities_NO is None else probabilities_NO).cpu().numpy()
+        recorded = self.model.recorded_paths()
+        if recorded is not None:
+            for place, path in zip(by_length.tolist(), recorded.tolist(), strict=True):
+                paths[place] = [expert for expert in path if expert >= 0]
+        self.model.stop_recording()
         return outputs_NO, paths
 
 
@@ -380,4 +385,5 @@ def load_model(config: ExperimentConfig, description: dict[str, Any], folder: Pa
     )
     weights, _ = load_tensors(in_folder(folder, MODEL_FILE))
     load_weights(model, weights, folder / MODEL_FILE)
-    return model.eval()
+    model.eval().stop_recording()  # until an evaluation asks for records
+    return model

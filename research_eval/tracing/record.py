@@ -443,7 +443,8 @@ class _Listener:
     """Hears what a model of ours pushes to its recorder, until it is removed. Several can hear the same recorder."""
 
     def __init__(self, recorder: Any, heard: Callable[[RoutingRecord], None]) -> None:
-        self._recorder, self._before = recorder, vars(recorder).get("push")
+        self._recorder, self._before, self._wanted = recorder, vars(recorder).get("push"), recorder.wants
+        recorder.wants = "everything"
         push = recorder.push
 
         def listening(record: RoutingRecord) -> None:
@@ -457,3 +458,4 @@ class _Listener:
             del self._recorder.push
         else:
             self._recorder.push = self._before
+        self._recorder.wants = self._wanted

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from research_eval.datasets.token_data import Batch, Batches
+from research_eval.layers.dispatch import no_spare_rows
 from research_eval.models.base_model import EvaluableModel
 from research_eval.tasks.base import Evaluation as Evaluation
 from research_eval.tasks.base import Task
@@ -56,8 +57,8 @@ def measure_flops(
 ) -> tuple[float, float]:
     """Executed FLOPs per sample: (forward in evaluation mode, forward and backward in training mode).
 
-    They are counted on batches from the shortest to the longest and averaged over the samples. Parameters, buffers and
-    generators are the same afterwards.
+    They are counted on batches from the shortest to the longest and averaged over the samples. Rows that experts
+    compute only because it is faster do not count. Parameters, buffers and generators are the same afterwards.
     """
     task = task or Classification()
     order = batches.order(0)
@@ -65,7 +66,7 @@ def measure_flops(
     samples = sum(len(batch.labels) for batch in chosen)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     totals = []
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), no_spare_rows(model, runtime.device):
         for training in (False, True):
             model.train(training)
             with FlopCounter() as counter, torch.set_grad_enabled(training):

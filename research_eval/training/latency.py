@@ -33,7 +33,7 @@ class Timed:
     @torch.no_grad()
     def repetition(self) -> list[float]:
         """The seconds of one forward pass over each batch, in evaluation mode."""
-        self.model.eval()
+        self.model.eval().stop_recording()
         seconds = []
         for batch in self.batches:
             self.runtime.synchronize()  # the clock must not count work of the batch before
@@ -42,7 +42,7 @@ class Timed:
                 self.model.run(batch)
             self.runtime.synchronize()
             seconds.append(time.perf_counter() - start)
-        self.model.start_recording()  # drop the records of these passes
+        self.model.start_recording()
         return seconds
 
     @property

@@ -94,14 +94,15 @@ class TrainingLoss(nn.Module):
         task, terms = self.model.losses(outcome, batch.labels, self.task, self.label_smoothing)
         own = part_of_mean(task, lambda: num_targets(batch))
         loss, shown = own, task
+        weighted = {name: self.aux_loss_coeff * term.weight * term.raw for name, term in terms.items()}
         if terms:  # without any, the loss stays the same tensor
-            auxiliary = self.aux_loss_coeff * sum(term.weight * term.raw for term in terms.values())
+            auxiliary = sum(weighted.values())
             loss = own + auxiliary
             shown = loss if own is task else task + auxiliary
         values = {"train_loss": shown, "train_task_loss": task}
         values |= self.task.train_scores(outcome.outputs.detach(), batch.labels)
         for name, term in terms.items():
-            values |= {f"{name}_raw": term.raw, f"{name}_weighted": self.aux_loss_coeff * term.weight * term.raw}
+            values |= {f"{name}_raw": term.raw, f"{name}_weighted": weighted[name]}
         return loss, values
 
 

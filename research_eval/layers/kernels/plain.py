@@ -12,7 +12,9 @@ from torch import Tensor
 
 from research_eval.layers.dispatch import Dispatch
 
-MIN_CHAIN = 80_000  # output numbers per expert; with fewer, one call for all experts is faster
+# Output numbers per expert; with fewer, one call for all experts is faster. A call costs more with gradients.
+MIN_CHAIN = 80_000
+MIN_CHAIN_WITHOUT_GRADIENTS = 40_000
 
 
 def each_expert(function: Callable[..., Tensor], *rows: Tensor, dispatch: Dispatch, width: int) -> Tensor:
@@ -21,11 +23,17 @@ def each_expert(function: Callable[..., Tensor], *rows: Tensor, dispatch: Dispat
     On a CPU the steps of one expert stay in the cache, and the results are joined once at the end. If the experts have
     few rows, longer steps over all experts are faster. `width` is the largest width inside the function.
     """
-    numbers = rows[0].shape[:-1].numel() * width
-    few = dispatch.sizes is not None and numbers < MIN_CHAIN * len(dispatch.sizes)
-    if few or dispatch.expert is not None or dispatch.kernels_for(rows[0]) == "grouped":
-        return function(*rows, dispatch)
-    return by_slices(function, *rows, dispatch=dispatch)
+    if one_by_one(rows[0], dispatch, width):
+        return by_slices(function, *rows, dispatch=dispatch)
+    return function(*rows, dispatch)
+
+
+def one_by_one(rows: Tensor, dispatch: Dispatch, width: int) -> bool:
+    """Whether the rows of one expert after the other go through a chain of steps; `width` is the largest one inside."""
+    if dispatch.even or dispatch.expert is not None or dispatch.kernels_for(rows) == "grouped":
+        return False
+    fewest = MIN_CHAIN if torch.is_grad_enabled() else min(MIN_CHAIN, MIN_CHAIN_WITHOUT_GRADIENTS)
+    return dispatch.sizes is None or rows.shape[:-1].numel() * width >= fewest * len(dispatch.sizes)
 
 
 def by_slices(function: Callable[..., Tensor], *rows: Tensor, dispatch: Dispatch) -> Tensor:

@@ -16,7 +16,7 @@ from research_eval.layers.collective import batch_sum
 from research_eval.layers.losses import AuxiliaryLoss
 from research_eval.layers.path.walk import Walk
 from research_eval.layers.routing import (
-    balance_loss,
+    balance_of,
     balanced_bias,
     entropy,
     mean_entropy_loss,
@@ -74,8 +74,7 @@ class Balance(nn.Module):
         """Move the bias against the counts since the last optimiser step, then reset the counts."""
         rate = self._rate * self._share_left(done)
         if rate:
-            for bias_N, counts_N in zip(self.bias, self.counts, strict=True):
-                bias_N.copy_(balanced_bias(bias_N, counts_N, rate))
+            self.bias.copy_(balanced_bias(self.bias, self.counts, rate))
         self.counts.zero_()
 
     def scheduled_options(self) -> tuple[str, ...]:
@@ -97,16 +96,11 @@ class Balance(nn.Module):
             return {}
         settings = self.settings
         logits_RA = torch.cat(walk.logits)
-        probabilities = [logits[:, :-1].softmax(-1) for logits in walk.logits]
-        if len(self.load) == 1:
-            probabilities = [torch.cat(probabilities)]
+        probabilities_RN = logits_RA[:, :-1].softmax(-1)
         # Every step until the end of the walk has decisions, so entry t of the list belongs to row t of the load.
-        diversity = torch.stack(
-            [
-                balance_loss(load_N, p_RN) + mean_entropy_loss(p_RN)
-                for load_N, p_RN in zip(self.load, probabilities, strict=False)
-            ]
-        ).mean()
+        steps = [len(logits) for logits in walk.logits] if len(self.load) > 1 else [len(logits_RA)]
+        mean_TN = torch.stack([mean_of_rows(part_RN) for part_RN in probabilities_RN.split(steps)])
+        diversity = (balance_of(self.load[: len(steps)], mean_TN) + mean_entropy_loss(mean_TN)).mean()
         negative_entropy = -mean_of_rows(entropy(logits_RA.softmax(-1)))
         annealed = settings.router_entropy_coef * (1 - 0.9 * done)  # falls to a tenth
         return {

@@ -18,7 +18,7 @@ from research_eval.errors import ConfigError
 from research_eval.layers.intervention import Intervention
 from research_eval.layers.path.choice import ChoiceMode
 from research_eval.layers.path.halting import Halting
-from research_eval.layers.path.router import Router, TokenFeatures, fixed_route
+from research_eval.layers.path.router import AllSteps, Router, TokenFeatures, fixed_route
 from research_eval.layers.path.value import ValueEstimate
 from research_eval.layers.path.walk import MASKED, PathSettings, RouterView, View, Walk
 from research_eval.layers.settings import EncoderSettings
@@ -125,7 +125,7 @@ class LearnedPolicy(nn.Module):
     def forward(
         self,
         h_BLD: Tensor,
-        keep_BL: Tensor,
+        keep_BL: Tensor | None,
         ids_BL: Tensor,
         walk: Walk,
         given_BT: Tensor | None,
@@ -133,20 +133,37 @@ class LearnedPolicy(nn.Module):
         value: ValueEstimate,
     ) -> View:
         """The router's view of one step, and the given action if the path is forced."""
-        if self.features is None:
+        known = walk.router_steps
+        if known is not None:
+            summary_BS = known.summary[step]
+        elif self.features is None:
             summary_BS = torch.cat([masked_mean(h_BLD, keep_BL), masked_max(h_BLD, keep_BL)], dim=-1)
         else:
             summary_BS = self.features(ids_BL, keep_BL, step)
-        running_B = None if walk.everyone_runs else walk.running_B
-        summary_BS = self.router.standardized(summary_BS, running_B, step)
+            # The statistics of training are those of the samples that run, and may differ from step to step.
+            if not self.features.cursor and (walk.everyone_runs or not walk.training):
+                steps = self._path.max_path_len
+                if given_BT is None:  # else `max_visits` does not end the path
+                    steps = min(steps, walk.num_experts * self._path.max_visits + 1)
+                known = walk.router_steps = self.router.of_all_steps(summary_BS, steps)
+                summary_BS = known.summary[step]
+        if known is None:
+            running_B = None if walk.everyone_runs else walk.running_B
+            summary_BS = self.router.standardized(summary_BS, running_B, step)
         full_BN = walk.visits_BN >= self._path.max_visits
         if given_BT is not None:
             full_BN = full_BN & ~full_BN.all(1, keepdim=True)  # `max_visits` does not end a given path
-        view = self._view(summary_BS, walk.visits_BN, full_BN, step, value)
+        view = self._view(summary_BS, known, walk.visits_BN, full_BN, step, value)
         return View(view, None if given_BT is None else action_of(given_BT, step, full_BN.shape[1]))
 
     def _view(
-        self, summary_BS: Tensor, visits_BN: Tensor, full_BN: Tensor, step: int, value: ValueEstimate
+        self,
+        summary_BS: Tensor,
+        known: AllSteps | None,
+        visits_BN: Tensor,
+        full_BN: Tensor,
+        step: int,
+        value: ValueEstimate,
     ) -> RouterView:
         """The router's logits with forbidden actions masked, and the action values that enter them."""
         values_BA, state_value_B, bonus_BA = value.estimate(summary_BS, step)
@@ -157,11 +174,11 @@ class LearnedPolicy(nn.Module):
         visit_share_BN = visits_BN / self._path.max_visits
 
         def logits_of(summary_BS: Tensor) -> Tensor:
-            return self.router(summary_BS, visit_share_BN, step, bonus_BA).masked_fill(masked_BA, MASKED)
+            return self.router(summary_BS, visit_share_BN, step, bonus_BA, known).masked_fill(masked_BA, MASKED)
 
         logits_BA = logits_of(summary_BS)
-        # The regularisers train the router only, so they see the states as constants.
-        own_BA = logits_of(summary_BS.detach()) if self.training else logits_BA
+        # The regularisers train the router only, so they see the states as constants. Features are constants anyway.
+        own_BA = logits_of(summary_BS.detach()) if self.training and summary_BS.requires_grad else logits_BA
         return RouterView(full_BN, masked_BA, logits_BA, own_BA, values_BA, state_value_B)
 
 
@@ -183,7 +200,7 @@ class FixedPolicy(nn.Module):
     def forward(
         self,
         h_BLD: Tensor,
-        keep_BL: Tensor,
+        keep_BL: Tensor | None,
         ids_BL: Tensor,
         walk: Walk,
         given_BT: Tensor | None,
@@ -195,7 +212,7 @@ class FixedPolicy(nn.Module):
             return View(None, action_of(given_BT, step, self._num_experts))
         assert self._route != "learned"
         assert self._route != "oracle"  # GivenPaths refuses a batch without paths
-        ids_BL = ids_BL * keep_BL  # 0 where padded
+        ids_BL = ids_BL if keep_BL is None else ids_BL * keep_BL  # 0 where padded
         action_B = fixed_route(self._route, ids_BL, self._position, step, self._num_experts, fresh=self.training)
         return View(None, action_B)
 

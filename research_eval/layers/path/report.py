@@ -26,7 +26,7 @@ class PathReport:
     def clear(self) -> None:
         """Discard the records of the evaluation so far."""
         self.recorder.clear()
-        self._at_limit = torch.zeros(2, dtype=torch.long)
+        self._at_limit: list[Tensor] = []  # of every step: logits at the limit, and all logits
 
     def begin_batch(self, num_samples: int) -> None:
         """Start a batch of this many samples."""
@@ -39,7 +39,11 @@ class PathReport:
         `decided_B` is True at samples whose path went on until this step: the probabilities with which a path ends are
         recorded too.
         """
+        if self.recorder.wants == "nothing":
+            return
         experts_B = choice.action_B
+        if self.recorder.wants == "paths":
+            view = None
         probabilities_BA = None if view is None else view.logits_BA.softmax(-1)
         entropy_B = None if view is None else entropy(choice.probabilities_BN.detach())
         values_BA = None if view is None else view.values_BA
@@ -59,7 +63,7 @@ class PathReport:
             )
         )
         if view is not None:
-            self._at_limit += _count_at_limit(view.logits_BA if running_B is None else view.logits_BA[running_B])
+            self._at_limit.append(_count_at_limit(view.logits_BA if running_B is None else view.logits_BA[running_B]))
 
     def metrics(self, has_router: bool) -> dict[str, Any]:
         """The metrics of the recorded paths. Entropies are included only if a router decides.
@@ -71,7 +75,7 @@ class PathReport:
             return {}
         if not has_router:
             return {name: value for name, value in metrics.items() if name not in ("router_entropy", "step_entropy")}
-        at_limit, total = self._at_limit.tolist()
+        at_limit, total = torch.stack(self._at_limit).sum(0).tolist() if self._at_limit else (0, 0)
         return metrics | {"logits_at_limit_share": at_limit / max(total, 1)}
 
 
@@ -79,7 +83,7 @@ def _count_at_limit(logits_RA: Tensor) -> Tensor:
     """Number of logits at the limit, and number of all logits. Masked logits do not count."""
     unmasked_RA = logits_RA > MASKED
     at_limit_RA = unmasked_RA & (logits_RA.abs() >= LOGIT_LIMIT)
-    return torch.stack([at_limit_RA.sum(), unmasked_RA.sum()]).cpu()
+    return torch.stack([at_limit_RA.sum(), unmasked_RA.sum()])
 
 
 def _only(values: Tensor | None, running_B: Tensor) -> Tensor | None:

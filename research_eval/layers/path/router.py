@@ -6,7 +6,7 @@ S = 2 D width of a summary  T steps  V vocabulary  R running samples
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,18 @@ from torch.nn import functional as F
 
 from research_eval.layers.collective import batch_any, drawn
 from research_eval.layers.routing import mean_of_rows
-from research_eval.layers.text import masked_max, masked_mean, sinusoids_at
+from research_eval.layers.text import masked_max, masked_mean, sinusoids_for
 
 LOGIT_LIMIT = 10.0
 FixedRoute = Literal["token", "hash", "random"]
+
+
+class AllSteps(NamedTuple):
+    """What the router computes once per pass if its input is the same at every step; one entry per step."""
+
+    summary: tuple[Tensor, ...]  # standardized [B, S]
+    hidden: tuple[Tensor, ...]  # W_s s + b + e_t, [B, H]
+    policy: list[tuple[Tensor, Tensor]]  # W_pi and its bias
 
 
 class Router(nn.Module):
@@ -64,16 +72,49 @@ class Router(nn.Module):
         standardized_BS: Tensor = self.statistics(summary_BS, running_B, step)
         return standardized_BS
 
-    def forward(self, summary_BS: Tensor, visit_share_BN: Tensor, step: int, values_BA: Tensor | None = None) -> Tensor:
-        """Pooled states or features [B, 2 D] -> logits [B, A]. `values` are added before the clamp."""
+    def of_all_steps(self, summary_BS: Tensor, steps: int) -> AllSteps:
+        """What `forward` computes of a summary that is the same at every step, for the first steps in one product.
+
+        Training first adds all samples to the statistics of every step.
+        """
+        assert self.statistics is not None
+
+        def of_steps(parameter: Tensor) -> Tensor:
+            """The maps that lie side by side, [T, ...]: one for each step, or the same for all."""
+            apart = parameter.unflatten(0, (self.num_copies, -1))
+            return apart[:steps] if self.num_copies > steps else apart.expand(steps, *[-1] * parameter.ndim)
+
+        with torch.autocast(summary_BS.device.type, enabled=False):
+            summary_TBS = self.statistics.of_all_steps(summary_BS.float())[:steps]
+            step_bias_TH = self.step_bias if steps == len(self.step_bias) else self.step_bias[:steps]
+            bias_T1H = (of_steps(self.summary.bias) + step_bias_TH).unsqueeze(1)
+            hidden_TBH = torch.baddbmm(bias_T1H, summary_TBS, of_steps(self.summary.weight).transpose(1, 2))
+            policy = zip(*(of_steps(part).unbind() for part in self.policy.parameters()), strict=True)
+        return AllSteps(summary_TBS.unbind(), hidden_TBH.unbind(), list(policy))
+
+    def forward(
+        self,
+        summary_BS: Tensor,
+        visit_share_BN: Tensor,
+        step: int,
+        values_BA: Tensor | None = None,
+        known: AllSteps | None = None,
+    ) -> Tensor:
+        """Pooled states or features [B, 2 D] -> logits [B, A]. `values` are added before the clamp.
+
+        What is `known` of all steps is not computed again.
+        """
         copy = step if self.num_copies > 1 else 0
         with torch.autocast(summary_BS.device.type, enabled=False):
-            hidden_BH = F.gelu(
-                _slice(self.summary, copy, self.num_copies, summary_BS.float())
-                + self.step_bias[step]
-                + self.visits(visit_share_BN.float())
-            )
-            logits_BA = _slice(self.policy, copy, self.num_copies, hidden_BH)
+            if known is None:
+                hidden_BH = _slice(self.summary, copy, self.num_copies, summary_BS.float()) + self.step_bias[step]
+            else:
+                hidden_BH = known.hidden[step]
+            hidden_BH = F.gelu(hidden_BH + self.visits(visit_share_BN.float()))
+            if known is None:
+                logits_BA = _slice(self.policy, copy, self.num_copies, hidden_BH)
+            else:
+                logits_BA = F.linear(hidden_BH, *known.policy[step])
             if values_BA is not None:
                 logits_BA = logits_BA + values_BA
             if self.norm is not None:
@@ -115,6 +156,23 @@ class RunningStatistics(nn.Module):
             self._add(summary_RS.float(), step)
         return (summary_BS - self.mean_TS[step]) / (self.variance_TS[step].sqrt() + 1e-3)
 
+    def of_all_steps(self, summary_BS: Tensor) -> Tensor:
+        """Summaries [B, S] that are the same at every step -> standardized summaries [T, B, S]."""
+        if self.training:
+            self._add_to_all(summary_BS.detach().float())
+        return (summary_BS - self.mean_TS.unsqueeze(1)) / (self.variance_TS.sqrt() + 1e-3).unsqueeze(1)
+
+    @torch.no_grad()
+    def _add_to_all(self, summary_BS: Tensor) -> None:
+        """Update the mean and the variance of every step with the same summaries."""
+        if not batch_any(len(summary_BS) > 0):
+            return
+        self.batches_T += 1
+        weight_T1 = (1 / self.batches_T).clamp_min(1e-3).unsqueeze(1)
+        self.mean_TS += weight_T1 * (mean_of_rows(summary_BS) - self.mean_TS)
+        gap_BTS = summary_BS.unsqueeze(1) - self.mean_TS
+        self.variance_TS += weight_T1 * (mean_of_rows(gap_BTS.square()) - self.variance_TS)
+
     @torch.no_grad()
     def _add(self, summary_RS: Tensor, step: int) -> None:
         """Update the mean and the variance of a step with the summaries of running samples."""
@@ -143,8 +201,9 @@ class TokenFeatures(nn.Module):
         self.positions = positions
         self.cursor = cursor
         self._pooled_BS = torch.empty(0)
+        self._positions_LD = torch.empty(0, embed_dim)
 
-    def forward(self, ids_BL: Tensor, keep_BL: Tensor, step: int) -> Tensor:
+    def forward(self, ids_BL: Tensor, keep_BL: Tensor | None, step: int) -> Tensor:
         """[mean; max] over the real tokens, or with `cursor` token number `step` twice, [B, 2 D].
 
         The pooled features of a batch are computed at step 0 and reused at all later steps.
@@ -152,12 +211,13 @@ class TokenFeatures(nn.Module):
         if self.cursor:
             if step >= ids_BL.shape[1]:
                 return self.table_VD.new_zeros(len(ids_BL), 2 * self.table_VD.shape[1])  # as after a sample's end
-            return (self.table_VD[ids_BL[:, step]] * keep_BL[:, step, None]).repeat(1, 2)
+            features_BD = self.table_VD[ids_BL[:, step]]
+            return (features_BD if keep_BL is None else features_BD * keep_BL[:, step, None]).repeat(1, 2)
         if step == 0:
-            width, features_BLD = self.table_VD.shape[1], self.table_VD[ids_BL]
+            width, features_BLD = self.table_VD.shape[1], F.embedding(ids_BL, self.table_VD)
             if self.positions:
-                positions_L = torch.arange(ids_BL.shape[1], dtype=torch.float32, device=ids_BL.device)
-                features_BLD = features_BLD + sinusoids_at(positions_L, width)
+                self._positions_LD = sinusoids_for(ids_BL, width, self._positions_LD)
+                features_BLD = features_BLD + self._positions_LD[: ids_BL.shape[1]]
             features_BLD = F.layer_norm(features_BLD, (width,))
             self._pooled_BS = torch.cat([masked_mean(features_BLD, keep_BL), masked_max(features_BLD, keep_BL)], dim=-1)
         return self._pooled_BS

@@ -16,6 +16,7 @@ from research_eval.errors import ConfigError
 from research_eval.layers.collective import batch_any
 from research_eval.layers.experts import Step
 from research_eval.layers.intervention import Intervention
+from research_eval.layers.path.router import AllSteps
 from research_eval.layers.routing import members
 from research_eval.routing.record import STOPPED
 
@@ -91,6 +92,7 @@ class Walk:
     path_BT: Tensor  # the expert at each step, STOPPED after the end
     training: bool
     everyone_runs: bool
+    router_steps: AllSteps | None = None  # what the router knows of all steps, if its input is the same at each
     logits: list[Tensor] = field(default_factory=list)  # [R, A] per step, with a gradient to the router only
     decisions: list[Decision] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
@@ -122,14 +124,16 @@ class Walk:
     def decide(self, view: RouterView | None, choice: Choice, keep_decision: bool) -> None:
         """Record the choice, and end the paths of samples that choose to stop or have no expert left."""
         if view is not None:
-            self.running_B = self.running_B & ~view.full_BN.all(1)
+            if not self.everyone_runs:
+                self.running_B = self.running_B & ~view.full_BN.all(1)
             if self.training:
                 own_RA = view.own_BA if self.everyone_runs else view.own_BA[self.running_B]
                 if self.everyone_runs or batch_any(len(own_RA) > 0):
                     self.logits.append(own_RA)
                 if keep_decision:
                     self.decisions.append(Decision(self.running_B, choice.action_B, view))
-        self.running_B = self.running_B & (choice.action_B < self.num_experts)
+        if not self.everyone_runs:
+            self.running_B = self.running_B & (choice.action_B < self.num_experts)
 
     def is_over(self) -> bool:
         """Whether no sample runs any more."""
@@ -137,9 +141,13 @@ class Walk:
 
     def executed(self, action_B: Tensor) -> Tensor:
         """The action of running samples; N for all others, which the experts leave unchanged."""
-        return action_B.masked_fill(~self.running_B, self.num_experts)
+        return action_B if self.everyone_runs else action_B.masked_fill(~self.running_B, self.num_experts)
 
     def advance(self, choice: Choice, step: int) -> None:
         """Add the choices of running samples to their visits and paths."""
-        self.visits_BN = self.visits_BN + members(choice.action_B, self.num_experts) * self.running_B.unsqueeze(1)
-        self.path_BT[:, step] = choice.action_B.masked_fill(~self.running_B, STOPPED)
+        taken_BN, action_B = members(choice.action_B, self.num_experts), choice.action_B
+        if not self.everyone_runs:
+            taken_BN = taken_BN & self.running_B.unsqueeze(1)
+            action_B = action_B.masked_fill(~self.running_B, STOPPED)
+        self.visits_BN = self.visits_BN + taken_BN
+        self.path_BT[:, step] = action_B

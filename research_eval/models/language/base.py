@@ -190,7 +190,8 @@ class LanguageModel(RoutedModel):
                 self._note(walk, choice, running)
             if step + 1 < self.num_steps:
                 running = self.after_layer(step, h_SD, walk, running)
-        if recorded_BL is not None and self._recorder is not None and walk.experts:
+        recorder = self._recorder
+        if recorded_BL is not None and recorder is not None and recorder.wants != "nothing" and walk.experts:
             self._push(walk, recorded_BL)
         outputs_BnV = self.head(h_SD).unflatten(0, ids_Bn.shape)
         return Outcome(outputs_BnV, walk)
