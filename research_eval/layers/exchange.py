@@ -147,7 +147,15 @@ class Exchange(Dispatcher):
                 tokens_SD = _on_grid(tokens_SD, keep_RL)
         counts_n = torch.tensor(sizes, device=tokens_SD.device)
         local = Dispatch.of(counts_n, plan.kernels)
-        held = _Arrived(local.sizes, local.ends_N, None, plan.kernels, {}, parcel, sender, samples, has_guest)
+        held = _Arrived(
+            local.sizes,
+            local.ends_N,
+            kernels=plan.kernels,
+            parcel=parcel,
+            from_samples=sender,
+            samples=samples,
+            has_guest=has_guest,
+        )
         return tokens_SD, held, samples
 
     def combine(self, outputs: Tensor, plan: Dispatch) -> Tensor:
