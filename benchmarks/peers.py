@@ -29,6 +29,7 @@ from timing import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from research_eval.annotations import Precision
 from research_eval.datasets.token_data import Batch
 from research_eval.models.base_model import logits_of
 from research_eval.models.goe_original import GoEOriginalClassifier
@@ -47,6 +48,7 @@ MOE_LM_TINY = (Shape(16, 1, 4, 2, 10, 4, 2), 48)
 GOE = [(256, 1024, 4, 4, 128, 16), (128, 512, 8, 6, 64, 32), (64, 128, 16, 6, 32, 64), (64, 256, 4, 6, 32, 32)]
 GOE_GPU = [(512, 2048, 16, 6, 128, 256)]
 GOE_TINY = [(16, 32, 4, 2, 6, 4)]
+BOTH: dict[str, Precision] = {"bf16": "bf16", "fp32": "fp32"}
 ROOFLINE = [(64, 64, 64), (1024, 64, 64), (1024, 64, 256), (2048, 128, 512), (2048, 256, 256), (8192, 256, 1024)]
 ROOFLINE_GPU = [(8192, 1024, 4096), (16384, 4096, 4096)]
 Build = Callable[[], Contestant]
@@ -104,7 +106,7 @@ def inference(module: nn.Module, forward: Callable[[], Tensor], autocast: Autoca
 
 
 def language_model(
-    build: Callable[[], nn.Module], shape: Shape, train: bool, settings: Settings, precision: str | None = None
+    build: Callable[[], nn.Module], shape: Shape, train: bool, settings: Settings, precision: Precision | None = None
 ) -> Build:
     """Cross-entropy of the token at every position."""
 
@@ -163,7 +165,7 @@ def bf16(settings: Settings) -> dict[str, list[Row]]:
         for train in (True, False):
             contestants = {
                 name: language_model(functools.partial(peer_models.ours, shape), shape, train, settings, precision)
-                for name, precision in (("bf16", "bf16"), ("fp32", "fp32"))
+                for name, precision in BOTH.items()
             }
             row, _ = ratios(settings, contestants, left, ours="bf16")
             left -= 1
@@ -304,7 +306,7 @@ def goe_contestant(
     dropout: float,
     settings: Settings,
     attend: naive_goe.Attend | None,
-    precision: str | None = None,
+    precision: Precision | None = None,
     rate: float | None = 0.0,
     busy: int | None = None,
 ) -> Build:

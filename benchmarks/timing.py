@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar, get_args
 import torch
 from torch import nn
 
-from research_eval.annotations import Kernels
+from research_eval.annotations import Kernels, Precision
 from research_eval.layers.dispatch import Execution, set_execution
 from research_eval.system.environment import environment_record
 from research_eval.training.runtime import Runtime, choose_device
@@ -73,7 +73,7 @@ class Settings:
     seconds: float = 45.0
     threads: int = 1
     device: str = "cpu"
-    precision: str = "fp32"
+    precision: Precision = "fp32"
     kernels: Kernels = "auto"
     keep_memory: bool = False
     tiny: bool = False
@@ -87,7 +87,7 @@ class Settings:
         """Whether this machine has the device."""
         return self.device == "cpu" or torch.cuda.is_available()
 
-    def runtime(self, precision: str | None = None) -> Runtime:
+    def runtime(self, precision: Precision | None = None) -> Runtime:
         return Runtime(self.device, precision or self.precision, self.threads, self.keep_memory)
 
     def placed(self, module: M) -> M:
@@ -111,7 +111,7 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=Settings.seconds, help="per question, roughly")
     parser.add_argument("--threads", type=int, default=1, choices=(1, 2))
     parser.add_argument("--device", default="cpu", help='"not measured" is all there is where the machine lacks it')
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of all contestants")
+    parser.add_argument("--precision", default="fp32", choices=get_args(Precision), help="of all contestants")
     parser.add_argument("--kernels", default="auto", choices=get_args(Kernels), help="of our models")
     parser.add_argument("--keep_memory", action="store_true", help="as training_params has it, for all contestants")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to see that it runs")

@@ -80,6 +80,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 
+Precision = Literal["fp32", "tf32", "bf16"]  # of products; tf32 rounds their inputs on CUDA, elsewhere it is fp32
 Kernels = Literal["auto", "plain", "slices", "grouped"]  # how experts are executed: layers/kernels explains the names
 
 

@@ -353,6 +353,15 @@ def test_bf16_computes_in_bf16_and_keeps_weights_in_fp32(model_type: str, tmp_pa
     assert ends[1].evaluation.loss != ends[0].evaluation.loss
 
 
+def test_tf32_is_asked_of_the_device_by_this_run_alone() -> None:
+    runtime = Runtime("cpu", "tf32")
+    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    with runtime.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    Runtime("cpu")
+    assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+
+
 @pytest.mark.parametrize(
     ("device", "complaint"),
     [

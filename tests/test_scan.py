@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import history, run_in
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from research_eval.datasets.synthetic import synthetic_splits
 from research_eval.datasets.token_data import Batches
 from research_eval.errors import ConfigError
 from research_eval.experiment import Result
+from research_eval.layers import scan
 from research_eval.layers.dispatch import Dispatch
 from research_eval.layers.experts import ExpertPool
 from research_eval.layers.packing import Layout
@@ -112,11 +113,15 @@ def by_composition(graph: WalkerGraph, picks_BLS: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------- the forms
 
 
-@settings(max_examples=10, deadline=None)
-@given(st.sampled_from(["soft", "st"]), st.booleans(), st.integers(1, 7), st.integers(0, 1000))
+@pytest.mark.parametrize("min_length", [1, 1000], ids=["composed", "token by token"])
+@settings(
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)  # the patch is the same for all examples
+@given(st.sampled_from(["soft", "st"]), st.booleans(), st.integers(1, 9), st.integers(0, 1000))
 def test_loop_mix_groups_and_prefix_agree_in_values_and_gradients(
-    edges: Any, hard: bool, length: int, seed: int
+    min_length: int, monkeypatch: pytest.MonkeyPatch, edges: Any, hard: bool, length: int, seed: int
 ) -> None:
+    monkeypatch.setattr(scan, "MIN_LENGTH", min_length)
     torch.manual_seed(seed)
     graph = WalkerGraph(num_edge_sets=3, num_walkers=2, num_nodes=4, edges=edges).train()
     picks_BLS = random_picks(5, length, 3, hard).requires_grad_()

@@ -11,7 +11,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from research_eval.annotations import Choice, Count, Kernels, Natural, Positive, Range, Share, Weight, When, Younger
+from research_eval.annotations import (
+    Choice,
+    Count,
+    Kernels,
+    Natural,
+    Positive,
+    Precision,
+    Range,
+    Share,
+    Weight,
+    When,
+    Younger,
+)
 from research_eval.config.signatures import younger_fields
 from research_eval.datasets.kinds import DATASET_KINDS, task_name
 from research_eval.files import MAX_NAME
@@ -107,7 +119,7 @@ class TrainingParams(_Section):
 
     device: Annotated[str, AfterValidator(_known_device)] = "auto"
     """auto (the best one there is), cpu, cuda, cuda:N or mps."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """Number format of the forward and backward pass; weights stay fp32."""
     compile: bool = False
     """Compile the model's blocks with torch.compile."""

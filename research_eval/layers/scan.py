@@ -15,6 +15,13 @@ from research_eval.layers.routing import entropy
 
 Estimator = Literal["soft", "st"]
 
+# Multiplications per token, B M K^3, up to which products of whole maps in log L rounds are faster than a loop over the
+# tokens in training. On a CPU `benchmarks/scan_speed.py` measures them; those of other devices are an estimate: a call
+# costs as much there, and a multiplication far less.
+MAX_WORK = {"numbers, last": 250_000, "numbers": 100_000, "weights, last": 80_000, "weights": 30_000}
+OTHER_DEVICES = 16  # times as much
+MIN_LENGTH = 16
+
 
 class ScanSettings(NamedTuple):
     """Sizes of a scan expert, and the gradient estimators of its discrete choices.
@@ -61,6 +68,8 @@ class WalkerGraph(nn.Module):
         """
         with torch.autocast(picks.device.type, enabled=False):
             if self.training:
+                if self._pays_to_compose(picks, every_position):
+                    return self._composed(picks, every_position).flatten(-2)
                 hops = self._mix if picks.is_floating_point() else self._grouped
                 return hops(picks, every_position).flatten(-2)
             nodes = self.walk(picks.argmax(-1) if picks.is_floating_point() else picks, every_position)
@@ -111,6 +120,23 @@ class WalkerGraph(nn.Module):
             return torch.stack(states).permute(2, 0, 1, 3)
         return state_MBK[:, back_LB[-1]].transpose(0, 1)
 
+    def _pays_to_compose(self, picks: Tensor, every_position: bool) -> bool:
+        """Whether `_composed` is faster than a loop over the tokens, from sizes alone, so that a run repeats."""
+        kind = ("weights" if picks.is_floating_point() else "numbers") + ("" if every_position else ", last")
+        limit = MAX_WORK[kind] * (1 if picks.device.type == "cpu" else OTHER_DEVICES)
+        work = len(picks) * self.num_walkers * self.num_nodes**3
+        return picks.shape[1] >= MIN_LENGTH and work <= limit
+
+    def _composed(self, picks: Tensor, every_position: bool) -> Tensor:
+        """The product of all maps A_1 ... A_t in 2 log2 L rounds of batched products (an associative scan)."""
+        start_MK, edges_SMKK = self._tables()
+        tables_SE = edges_SMKK.flatten(1)
+        maps_BLE = picks.float() @ tables_SE if picks.is_floating_point() else F.embedding(picks, tables_SE)
+        maps_BLMKK = maps_BLE.unflatten(-1, edges_SMKK.shape[1:])
+        if not every_position:
+            return torch.einsum("mi,bmij->bmj", start_MK, product(maps_BLMKK))
+        return torch.einsum("mi,blmij->blmj", start_MK, prefix_products(maps_BLMKK))
+
     @torch.no_grad()
     def walk(self, edge_sets_BL: Tensor, every_position: bool = False) -> Tensor:
         """The discrete path: edge sets (R: stay) -> nodes after the last token [B, M], or each token [B, L, M]."""
@@ -133,6 +159,33 @@ class WalkerGraph(nn.Module):
     def flops(self, length: int) -> float:
         """Forward FLOPs of one sample in training. In evaluation a step is a look-up and costs none."""
         return 2.0 * length * self.num_walkers * (self.num_edge_sets + 1) * self.num_nodes**2
+
+
+def product(maps_BL: Tensor) -> Tensor:
+    """Matrices [B, L, ..., K, K] -> their product over L, [B, ..., K, K]: neighbours in pairs, log2 L rounds."""
+    while maps_BL.shape[1] > 1:
+        maps_BL = torch.cat([_pairs(maps_BL), maps_BL[:, maps_BL.shape[1] // 2 * 2 :]], dim=1)
+    return maps_BL[:, 0]
+
+
+def prefix_products(maps_BL: Tensor) -> Tensor:
+    """Matrices [B, L, ..., K, K] -> the products of the first 1, 2, ..., L of them, the same shape.
+
+    The prefixes of the pairs are the prefixes at odd places. One product more gives those at even places, so all take
+    2 L products in 2 log2 L rounds (Blelloch, 1990).
+    """
+    if maps_BL.shape[1] == 1:
+        return maps_BL
+    odd_Bl = prefix_products(_pairs(maps_BL))
+    later_Bl = maps_BL[:, 2::2]
+    even_Bl = torch.cat([maps_BL[:, :1], odd_Bl[:, : later_Bl.shape[1]] @ later_Bl], dim=1)
+    both_BL = torch.stack([even_Bl[:, : odd_Bl.shape[1]], odd_Bl], dim=2).flatten(1, 2)
+    return torch.cat([both_BL, even_Bl[:, odd_Bl.shape[1] :]], dim=1)
+
+
+def _pairs(maps_BL: Tensor) -> Tensor:
+    """The products of neighbours; without the last matrix if their number is odd."""
+    return maps_BL[:, :-1:2] @ maps_BL[:, 1::2]
 
 
 def _softmax(logits: Tensor) -> Tensor:

@@ -206,7 +206,7 @@ def differing_conditions(found: Sequence[Subject]) -> list[str]:
     settings = {
         "CPU threads": [str(one.num_threads) for one in found],
         "devices": [str(one.timed.runtime.device) for one in found],
-        "precisions": [one.timed.runtime.precision for one in found],
+        "precisions": [str(one.timed.runtime.precision) for one in found],
         "batch sizes": [str(one.batch_size) for one in found],
     }
     for what, values in settings.items():

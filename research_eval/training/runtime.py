@@ -14,6 +14,7 @@ from types import FrameType
 import numpy as np
 import torch
 
+from research_eval.annotations import Precision
 from research_eval.errors import ConfigError
 from research_eval.seeding import derive_seed
 
@@ -29,12 +30,14 @@ class Runtime:
     def __init__(
         self,
         device: str = "auto",
-        precision: str = "fp32",
+        precision: Precision = "fp32",
         num_threads: int | None = None,
         keep_memory: bool = False,
     ) -> None:
         self.device = choose_device(device)
         self.precision = precision
+        # Of the whole process, so every run says it anew.
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         if keep_memory:
@@ -42,7 +45,7 @@ class Runtime:
 
     def autocast(self) -> AbstractContextManager[object]:
         """Compute in bf16 if the precision says so. Parameters and optimiser state stay in fp32."""
-        if self.precision == "fp32":
+        if self.precision != "bf16":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
