@@ -30,20 +30,22 @@ def test_axe_finds_nothing_serious(browser: Any, site: Site, theme: str, tmp_pat
         (f"/atlas/{site.goe}?sample=3&with={site.twin}", "atlas"),
         (f"/atlas/{site.moe}?sample=2", "atlas"),
     ]
+    if theme == "dark":  # one of each kind
+        pages = [pages[0], *pages[2:4], pages[6]]
     found = {}
     for path, name in pages:
         watched = Watched(browser, site, color_scheme=theme)
         page = watched.open(path, name)
         page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
         page.locator("#columns .columns label").first.wait_for() if "sort" in path else None
-        found[path] = findings(page)
+        found[path] = findings(page, theme)
         page.close()
     page = browser.new_page(color_scheme=theme)
-    for state in ("", "#node=1.0", "#sample=1"):
+    for state in ("", "#node=1.0", "#sample=1") if theme == "light" else ("#node=1.0",):
         page.goto("about:blank")
         page.goto(out.as_uri() + state)
         page.locator('html[data-ready="atlas"]').wait_for(state="attached")
-        found[f"file {state}"] = findings(page)
+        found[f"file {state}"] = findings(page, theme)
     page.close()
     assert {path: problems for path, problems in found.items() if problems} == {}
 

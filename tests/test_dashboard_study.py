@@ -119,5 +119,5 @@ def test_the_page_of_a_study_draws_them_and_its_address_holds_the_choice(study_s
 @pytest.mark.parametrize("theme", THEMES)
 def test_axe_finds_nothing_serious_on_the_page_of_a_study(study_site: Site, browser: Any, theme: str) -> None:
     page = Watched(browser, study_site, color_scheme=theme).open(f"/study/{quote(STUDY)}", "study")
-    assert findings(page) == []
+    assert findings(page, theme) == []
     page.close()

@@ -93,7 +93,7 @@ REWRITES = [
     (r"(.*)postgresql://\S+(.*)", r"\1sqlite:///cluster.db\2", "test_db_utils.py has a server"),
     (r"(.*--device) cuda\S*(.*)", r"\1 cpu\2", "not every machine has a GPU"),
 ]
-FEWER = {"n_trials": 3, "syn_num_samples": 300}  # flag: the largest value in the sandbox
+FEWER = {"n_trials": 3, "syn_num_samples": 300, "n_jobs": 1}  # flag: the largest value in the sandbox
 # Smaller numbers in the sandbox's copies of the example configs, so that the commands run as they are written.
 SMALLER = {
     r'"epochs": \d+': '"epochs": 1',
@@ -223,7 +223,9 @@ def sandbox(tmp_path: Path) -> Path:
     goe = f'if test -e {tmp_path}/server; then {ask} goe "$@"; fi\n' + (
         f'exec {python} -c "from research_eval.main import cli; raise SystemExit(cli())" "$@"\n'
     )
-    script = f'case "$1" in research_eval/*.py) if test -e {tmp_path}/server; then {ask} "$@"; fi;; esac\n'
+    script = (
+        f'case "$1" in research_eval/*.py|benchmarks/*.py) if test -e {tmp_path}/server; then {ask} "$@"; fi;; esac\n'
+    )
     for name, text in {"python": f'{script}exec {python} "$@"\n', "goe": goe}.items():
         (shims / name).write_text(f"#!/bin/sh\n{text}")
         (shims / name).chmod(0o755)
