@@ -5,6 +5,7 @@ counts the bytes of real steps in two processes, fits the links of this machine,
 times.
 
 W processes  E processes that hold the experts together  P parameters  N experts  T steps of a path  B samples per GPU
+R rounds
 """
 
 from __future__ import annotations
@@ -296,8 +297,11 @@ def links(size: int = 2) -> dict[str, float]:
     return {"start_seconds": float(max(start, 0.0)), "bytes_per_second": float(1 / per_byte)}
 
 
-def step_seconds(batch: int, width: int, size: int, steps: int) -> float:
-    """The median of a step of `goe`, whose whole batch is shared by so many processes."""
+def step_seconds(batch: int, width: int, size: int, steps: int, apart: bool = False) -> float:
+    """The median of a step of `goe`, whose whole batch is shared by so many processes.
+
+    If they work `apart`, each has a model and a batch of its own and exchanges nothing: what the cores cost each other.
+    """
 
     def timed(step: Callable[[int], Any]) -> float:
         for number in range(3):
@@ -312,8 +316,11 @@ def step_seconds(batch: int, width: int, size: int, steps: int) -> float:
     settings = config("goe", batch, width)
     if size == 1:
         return timed(stepper(settings, None, ParallelParams()))
-    found = in_processes(size, lambda group: timed(stepper(settings, group, ParallelParams())), ParallelParams())
-    return max(found)
+
+    def work(group: Processes) -> float:
+        return timed(stepper(settings, None if apart else group, ParallelParams()))
+
+    return max(in_processes(size, work, ParallelParams()))
 
 
 def check(batch: int, width: int, steps: int, rounds: int) -> dict[str, Any]:
@@ -328,10 +335,19 @@ def check(batch: int, width: int, steps: int, rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         sizes = ((batch // 2, 1), (batch, 1), (batch, 2))
         half, whole, shared = (step_seconds(samples, width, size, steps) for samples, size in sizes)
-        times.append({"one, half the batch": half, "one": whole, "two": shared, "predicted": half + exchange})
+        apart = step_seconds(batch // 2, width, 2, steps, apart=True)
+        times.append({"one, half the batch": half, "one": whole, "two": shared, "two apart": apart})
     found |= {"links": link, "exchanges": given["calls"], "rounds": times}
-    found["predicted / measured"] = [one["predicted"] / one["two"] for one in times]
-    found["weak-scaling efficiency"] = [one["one, half the batch"] / one["two"] for one in times]
+    alone_R, shared_R, apart_R = (
+        np.array([one[name] for one in times]) for name in ("one, half the batch", "two", "two apart")
+    )
+    ratios = {
+        "predicted / measured": (alone_R + exchange) / shared_R,
+        "predicted from two apart / measured": (apart_R + exchange) / shared_R,
+        "weak-scaling efficiency": alone_R / shared_R,
+        "the same against two apart": apart_R / shared_R,
+    }
+    found |= {name: values.round(3).tolist() for name, values in ratios.items()}
     return found
 
 

@@ -15,7 +15,7 @@ from timing import Contestant, Row, Settings, argument_parser, measure, report
 from research_eval.layers.scan import WalkerGraph
 
 EDGE_SETS = 8
-SIZES = ((1, 4, 16), (4, 4, 16), (8, 4, 8), (8, 4, 16), (32, 4, 16), (128, 4, 16))  # B, M, K
+SIZES = ((1, 4, 16), (4, 4, 16), (8, 4, 8), (8, 4, 16), (32, 4, 16))  # B, M, K; more samples only lose more
 LENGTHS = (64, 512)
 
 

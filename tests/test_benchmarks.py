@@ -206,6 +206,12 @@ def test_the_floors_are_replays_of_the_step(answer: Answer) -> None:
     assert [row["what"] for row in predicting] == ["naive loop", "load(...).predict", "goe predict"]
 
 
+def test_both_ways_along_the_sequence_are_measured(answer: Answer) -> None:
+    ((row,),) = answer("scan_speed")["scan"].values()
+    assert row["B M K^3"] == row["B"] * row["M"] * row["K"] ** 3
+    assert all(row[f"{picks}, {place}"][0] > 0 for picks in ("numbers", "weights") for place in ("last", "every place"))
+
+
 @needs_transformers
 @pytest.mark.parametrize(
     ("question", "columns"),

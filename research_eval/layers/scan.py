@@ -18,7 +18,7 @@ Estimator = Literal["soft", "st"]
 # Multiplications per token, B M K^3, up to which products of whole maps in log L rounds are faster than a loop over the
 # tokens in training. On a CPU `benchmarks/scan_speed.py` measures them; those of other devices are an estimate: a call
 # costs as much there, and a multiplication far less.
-MAX_WORK = {"numbers, last": 250_000, "numbers": 100_000, "weights, last": 80_000, "weights": 30_000}
+MAX_WORK = {"numbers, last": 200_000, "numbers": 80_000, "weights, last": 40_000, "weights": 12_000}
 OTHER_DEVICES = 16  # times as much
 MIN_LENGTH = 16
 

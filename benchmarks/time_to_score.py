@@ -1,0 +1,176 @@
+"""CPU seconds to a validation score on AG News: the shipped recipe, and the Trainer of transformers with an equal BERT.
+
+Both get the same training and validation rows, the same word ids and one thread, and are trained once per length of
+training, each with a schedule of its own. `--tune` chooses the rates of both on seed 100, with the same number of
+trials. The Trainer needs `accelerate`, which is in no requirements file.
+
+N samples  L length  C classes
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import f1_score
+from timing import machine
+
+from research_eval.analysis.statistics import half_width
+from research_eval.config.jsonc import load_json
+from research_eval.datasets.providers import load_splits
+from research_eval.datasets.token_data import DataSplits, TokenData
+from research_eval.experiment import run
+from research_eval.schema import config_from_dict
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = ROOT / "examples" / "configs" / "ag_news_dense.json"
+RATES = {"ours": (0.001, 0.002, 0.004, 0.008), "trainer": (0.0005, 0.001, 0.002, 0.004)}
+TAKEN = {"ours": 0.004, "trainer": 0.002}
+EPOCHS = (1, 2, 3)
+
+
+def ours(epochs: int, rate: float, seed: int, data_dir: Path, changes: dict[str, Any]) -> dict[str, float]:
+    """Train the recipe for so many epochs: the CPU seconds of the whole run, and the validation score at its end."""
+    config = load_json(RECIPE) | {"epochs": epochs, "seed": seed}
+    config["dataset_params"] |= {"data_dir": str(data_dir)}
+    config["optimizer_params"] |= {"lr": rate}
+    config["training_params"] |= {"test": False}
+    for section, values in changes.items():
+        config[section] |= values
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        begun = time.process_time()
+        result = run(config_from_dict(config), db="results.db", quiet=True)
+        seconds = time.process_time() - begun
+    return {"cpu_s": seconds, "f1": result.metrics["final_val_f1"], "parameters": result.metrics["param_count"]}
+
+
+def trainer(epochs: int, rate: float, seed: int, data_dir: Path) -> dict[str, float]:
+    """The same with transformers' Trainer: AdamW, 10 % warm-up, linear decay, batches of similar lengths."""
+    from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+    recipe = config_from_dict(load_json(RECIPE) | {"seed": seed})
+    params = recipe.dataset_params | {"data_dir": str(data_dir)}
+    splits: DataSplits = load_splits(recipe.dataset_type, recipe.dataset_name, params, seed)
+    torch.set_num_threads(1)
+    first = splits.vocab_size
+    config = BertConfig(
+        vocab_size=first + 1,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=192,
+        max_position_embeddings=160,
+        num_labels=splits.num_classes,
+    )
+    torch.manual_seed(seed)
+    model = BertForSequenceClassification(config)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            num_train_epochs=epochs,
+            learning_rate=rate,
+            per_device_train_batch_size=recipe.batch_size,
+            per_device_eval_batch_size=256,
+            warmup_steps=0.1,
+            train_sampling_strategy="group_by_length",
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            seed=seed,
+            disable_tqdm=True,
+            logging_strategy="no",
+        )
+        begun = time.process_time()
+        engine = Trainer(model, arguments, train_dataset=rows(splits.train, first), data_collator=padded)
+        engine.train()
+        predicted = engine.predict(rows(splits.validation, first))  # in an order of its own
+        seconds = time.process_time() - begun
+    f1 = f1_score(predicted.label_ids, np.asarray(predicted.predictions).argmax(-1), average="macro")
+    return {"cpu_s": seconds, "f1": float(f1), "parameters": sum(one.numel() for one in model.parameters())}
+
+
+def rows(data: TokenData, first: int) -> list[dict[str, Any]]:
+    """The samples as the Trainer reads them, each behind a first token for the class."""
+    parts = np.split(data.tokens, data.offsets[1:-1])
+    return [
+        {"input_ids": [first, *part.tolist()], "labels": int(label)}
+        for part, label in zip(parts, data.labels, strict=True)
+    ]
+
+
+def padded(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    ids = [torch.tensor(sample["input_ids"]) for sample in samples]
+    ids_NL = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    lengths_N = torch.tensor([len(one) for one in ids])
+    return {
+        "input_ids": ids_NL,
+        "attention_mask": (torch.arange(ids_NL.shape[1]) < lengths_N[:, None]).long(),
+        "labels": torch.tensor([sample["labels"] for sample in samples]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data_dir", type=Path, required=True, help="folder of AG News")
+    parser.add_argument("--arms", nargs="+", default=("ours", "trainer"), choices=("ours", "trainer"))
+    parser.add_argument("--epochs", type=int, nargs="+", default=EPOCHS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
+    parser.add_argument("--tune", action="store_true", help="one epoch per rate, on seed 100")
+    parser.add_argument("--changes", type=json.loads, default={}, help="JSON: sections of the recipe with other values")
+    parser.add_argument("--one", nargs=4, metavar=("ARM", "EPOCHS", "RATE", "SEED"), help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/time_to_score.json")
+    arguments = parser.parse_args()
+    if arguments.one:
+        arm, epochs, rate, seed = arguments.one
+        more = (arguments.changes,) if arm == "ours" else ()
+        found = globals()[arm](int(epochs), float(rate), int(seed), arguments.data_dir.absolute(), *more)
+        print(json.dumps(found))
+        return
+
+    def trained(arm: str, epochs: int, rate: float, seed: int) -> dict[str, Any]:
+        """One training, in a process of its own."""
+        command = [sys.executable, __file__, "--data_dir", str(arguments.data_dir), "--changes"]
+        command += [json.dumps(arguments.changes), "--one", arm, str(epochs), str(rate), str(seed)]
+        answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+        found = {"arm": arm, "epochs": epochs, "rate": rate, "seed": seed, **json.loads(answer)}
+        print(found, flush=True)
+        return found
+
+    if arguments.tune:
+        for rates in zip(*(RATES[arm] for arm in arguments.arms), strict=True):
+            for arm, rate in zip(arguments.arms, rates, strict=True):
+                trained(arm, 1, rate, 100)
+        return
+    found = [
+        trained(arm, epochs, TAKEN[arm], seed)
+        for seed in arguments.seeds
+        for epochs in arguments.epochs
+        for arm in arguments.arms
+    ]
+    print(table(found))
+    arguments.output.write_text(json.dumps({"machine": machine("cpu"), "runs": found}, indent=1) + "\n")
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = ["| | epochs | CPU seconds | validation macro-F1 |", "|---|---|---|---|"]
+    for arm, epochs in dict.fromkeys((one["arm"], one["epochs"]) for one in found):
+        group = [one for one in found if (one["arm"], one["epochs"]) == (arm, epochs)]
+        scores, seconds = [one["f1"] for one in group], [one["cpu_s"] for one in group]
+        half = f" ± {half_width(scores):.4f}" if len(scores) > 1 else ""
+        lines.append(f"| {arm} | {epochs} | {statistics.mean(seconds):.0f} | {statistics.mean(scores):.4f}{half} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
