@@ -48,7 +48,7 @@ def measured(name: str, data_dir: Path | None, device: str) -> dict[str, Any] | 
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         command = [sys.executable, "-m", "research_eval.main", "--json_config_path", str(path), *flags]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        subprocess.run(command, check=True, env=environment)
+        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         with Store("results.db", read_only=True) as store:
             (row,) = store.experiments()
             metrics = store.metrics(row["experiment_id"])

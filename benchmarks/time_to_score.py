@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -19,42 +20,51 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from sklearn.metrics import f1_score
 from timing import machine
 
+from research_eval import experiment
 from research_eval.analysis.statistics import half_width
 from research_eval.config.jsonc import load_json
 from research_eval.datasets.providers import load_splits
 from research_eval.datasets.token_data import DataSplits, TokenData
-from research_eval.experiment import run
 from research_eval.schema import config_from_dict
+from research_eval.training.fit import fit
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPE = ROOT / "examples" / "configs" / "ag_news_dense.json"
-RATES = {"ours": (0.001, 0.002, 0.004, 0.008), "trainer": (0.0005, 0.001, 0.002, 0.004)}
-TAKEN = {"ours": 0.004, "trainer": 0.002}
-EPOCHS = (1, 2, 3)
+RECIPE = ROOT / "examples" / "configs" / "ag_news_one_epoch.json"
+RATES = {"ours": (0.002, 0.004, 0.008, 0.016), "trainer": (0.0005, 0.001, 0.002, 0.004)}
+TAKEN = {"ours": 0.008, "trainer": 0.002}
+DROPOUT = {"trainer": 0.0, "trainer with dropout": 0.1}
+ARMS = ("ours", *DROPOUT)
+STEPS = 501  # of an epoch
+EPOCHS = (0.5, 1.0, 2.0)
 
 
-def ours(epochs: int, rate: float, seed: int, data_dir: Path, changes: dict[str, Any]) -> dict[str, float]:
-    """Train the recipe for so many epochs: the CPU seconds of the whole run, and the validation score at its end."""
-    config = load_json(RECIPE) | {"epochs": epochs, "seed": seed}
+def ours(epochs: float, rate: float, seed: int, data_dir: Path) -> dict[str, float]:
+    """Train the recipe for so many epochs: CPU seconds with the evaluations, and the validation score at the end."""
+    config = load_json(RECIPE) | {"epochs": math.ceil(epochs), "seed": seed}
     config["dataset_params"] |= {"data_dir": str(data_dir)}
     config["optimizer_params"] |= {"lr": rate}
-    config["training_params"] |= {"test": False}
-    for section, values in changes.items():
-        config[section] |= values
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+    config["training_params"] |= {"test": False, "max_steps": round(epochs * STEPS)}
+    inner, seconds = fit, []
+
+    def timed(*arguments: Any) -> Any:
         begun = time.process_time()
-        result = run(config_from_dict(config), db="results.db", quiet=True)
-        seconds = time.process_time() - begun
-    return {"cpu_s": seconds, "f1": result.metrics["final_val_f1"], "parameters": result.metrics["param_count"]}
+        ended = inner(*arguments)
+        seconds.append(time.process_time() - begun)
+        return ended
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), mock.patch.object(experiment, "fit", timed):
+        result = experiment.run(config_from_dict(config), db="results.db", quiet=True)
+    return {"cpu_s": seconds[0], "f1": result.metrics["final_val_f1"], "parameters": result.metrics["param_count"]}
 
 
-def trainer(epochs: int, rate: float, seed: int, data_dir: Path) -> dict[str, float]:
+def trainer(epochs: float, rate: float, seed: int, data_dir: Path, dropout: float) -> dict[str, float]:
     """The same with transformers' Trainer: AdamW, 10 % warm-up, linear decay, batches of similar lengths."""
     from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
@@ -71,6 +81,8 @@ def trainer(epochs: int, rate: float, seed: int, data_dir: Path) -> dict[str, fl
         intermediate_size=192,
         max_position_embeddings=160,
         num_labels=splits.num_classes,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
     )
     torch.manual_seed(seed)
     model = BertForSequenceClassification(config)
@@ -122,37 +134,36 @@ def padded(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data_dir", type=Path, required=True, help="folder of AG News")
-    parser.add_argument("--arms", nargs="+", default=("ours", "trainer"), choices=("ours", "trainer"))
-    parser.add_argument("--epochs", type=int, nargs="+", default=EPOCHS)
+    parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
+    parser.add_argument("--epochs", type=float, nargs="+", default=EPOCHS)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--tune", action="store_true", help="one epoch per rate, on seed 100")
-    parser.add_argument("--changes", type=json.loads, default={}, help="JSON: sections of the recipe with other values")
     parser.add_argument("--one", nargs=4, metavar=("ARM", "EPOCHS", "RATE", "SEED"), help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/time_to_score.json")
     arguments = parser.parse_args()
     if arguments.one:
         arm, epochs, rate, seed = arguments.one
-        more = (arguments.changes,) if arm == "ours" else ()
-        found = globals()[arm](int(epochs), float(rate), int(seed), arguments.data_dir.absolute(), *more)
-        print(json.dumps(found))
+        settings = float(epochs), float(rate), int(seed), arguments.data_dir.absolute()
+        print(json.dumps(ours(*settings) if arm == "ours" else trainer(*settings, DROPOUT[arm])))
         return
 
-    def trained(arm: str, epochs: int, rate: float, seed: int) -> dict[str, Any]:
+    def trained(arm: str, epochs: float, rate: float, seed: int) -> dict[str, Any]:
         """One training, in a process of its own."""
-        command = [sys.executable, __file__, "--data_dir", str(arguments.data_dir), "--changes"]
-        command += [json.dumps(arguments.changes), "--one", arm, str(epochs), str(rate), str(seed)]
+        command = [sys.executable, __file__, "--data_dir", str(arguments.data_dir)]
+        command += ["--one", arm, str(epochs), str(rate), str(seed)]
         answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
         found = {"arm": arm, "epochs": epochs, "rate": rate, "seed": seed, **json.loads(answer)}
         print(found, flush=True)
         return found
 
+    kind = {arm: "ours" if arm == "ours" else "trainer" for arm in arguments.arms}
     if arguments.tune:
-        for rates in zip(*(RATES[arm] for arm in arguments.arms), strict=True):
-            for arm, rate in zip(arguments.arms, rates, strict=True):
-                trained(arm, 1, rate, 100)
+        for arm in arguments.arms:
+            for rate in RATES[kind[arm]]:
+                trained(arm, 1.0, rate, 100)
         return
     found = [
-        trained(arm, epochs, TAKEN[arm], seed)
+        trained(arm, epochs, TAKEN[kind[arm]], seed)
         for seed in arguments.seeds
         for epochs in arguments.epochs
         for arm in arguments.arms
