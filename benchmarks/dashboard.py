@@ -3,7 +3,8 @@
 The server's work is measured without a network, as CPU time of this process; the first answer of each kind is left out.
 `--page` also opens the pages in Chromium and prints how long a reader waits there (wall time). `--planted` trains a
 model on planted paths of 8 functions (half a minute of CPU) and counts the panels of its experts that show the function
-which the expert has learned, and those that show anything for labels in random order.
+which the expert has learned, and those that show anything for labels in random order. `--watched` trains a model while
+twenty browsers ask for its history once a second, in turn with nobody asking, and compares the speed of its steps.
 
 S samples  T steps
 """
@@ -14,11 +15,15 @@ import argparse
 import contextlib
 import gzip
 import json
+import os
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +31,7 @@ from typing import Any
 import numpy as np
 from store_scale import fill, trained
 
+from research_eval.analysis.statistics import half_width
 from research_eval.dashboard import atlas, queries
 from research_eval.dashboard.server import Options, Pages
 from research_eval.db_utils import DB_FILE, HistoryRow, Store
@@ -42,6 +48,7 @@ QUERIES = {
     "final_val_f1>=0.9": {"where": "final_val_f1>=0.9"},
 }
 
+ROOT = Path(__file__).resolve().parent.parent
 PORT = 8198
 ADDRESS = f"http://127.0.0.1:{PORT}"
 PLANTED = {
@@ -109,16 +116,25 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--page", action="store_true", help="also in Chromium")
     parser.add_argument("--planted", action="store_true", help="only what the panels show on planted paths")
+    parser.add_argument(
+        "--watched", type=int, metavar="PAIRS", default=0, help="only how much browsers slow a run down"
+    )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/dashboard.json"))
     arguments = parser.parse_args()
     known = json.loads(arguments.output.read_text()) if arguments.output.exists() else []
     with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
-        rows = planted() if arguments.planted else measured(arguments)
+        if arguments.watched:
+            rows = watched(arguments.watched)
+        else:
+            rows = planted() if arguments.planted else measured(arguments)
     measured_now = {row["what"] for row in rows}
     kept = [row for row in known if row["what"] not in measured_now]
     arguments.output.write_text(json.dumps([*kept, *rows], indent=1) + "\n")
     width = max(len(row["what"]) for row in rows)
     for row in rows:
+        if "ratio" in row:
+            print(f"{row['what']:<{width}}  {row['ratio']:.4f} ± {row['half_width']:.4f} ({row['pairs']} pairs)")
+            continue
         if "shown" in row:
             print(f"{row['what']:<{width}}  {row['shown']} of {row['panels']}")
             continue
@@ -202,6 +218,93 @@ def in_browser(run: str) -> list[dict[str, Any]]:
         timed("atlas, a class chosen", lambda: page.get_by_label("class").select_option("3"))
         timed("atlas, an expert chosen (300 shuffles)", lambda: page.locator(".node[role=button]").first.click())
     return rows
+
+
+TRAINING = """
+import json, pathlib, sys, time
+from research_eval import experiment
+from research_eval.schema import config_from_dict
+from research_eval.training import fit
+inner, count = fit.take_step, 0
+file = open("steps", "wb", buffering=0)
+def counted(*arguments):
+    global count
+    count += 1
+    file.seek(0)
+    file.write(count.to_bytes(8, "little"))
+    return inner(*arguments)
+fit.take_step = counted
+experiment.run(config_from_dict(json.load(open("config.json"))), db=sys.argv[1], quiet=True)
+"""
+
+
+def watched(pairs: int) -> list[dict[str, Any]]:
+    """Steps per second of a run with twenty browsers over those without, in slices of four seconds."""
+    config = {
+        "model_type": "dense",
+        "dataset_type": "synthetic",
+        "dataset_name": "majority",
+        "epochs": 1,
+        "batch_size": 32,
+        "dataset_params": {"num_samples": 4000, "seq_len": 32},
+        "model_params": {"embed_dim": 64},
+        "training_params": {"max_steps": 1_000_000, "num_threads": 1, "log_every": 10, "device": "cpu"},
+    }
+    Path("config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-c", TRAINING, DB_FILE]
+    training = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    serving = "from research_eval.cli.app import goe; goe()"
+    command = [sys.executable, "-c", serving, "dashboard", "--port", str(PORT), "--db", DB_FILE]
+    while not Path("steps").exists() or not Path("steps").read_bytes():
+        time.sleep(0.2)
+    server = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+    time.sleep(6)
+    with Store(DB_FILE, read_only=True) as store:
+        (run,) = (row["experiment_id"] for row in store.experiments())
+    asks, ends = threading.Event(), threading.Event()
+
+    def browser(number: int) -> None:
+        time.sleep(number / 20)
+        since = -1
+        while not ends.is_set():
+            if asks.is_set():
+                with urllib.request.urlopen(f"{ADDRESS}/api/run/{run}/history?since={since}") as answer:  # noqa: S310
+                    since = json.loads(answer.read())["since"]
+            ends.wait(1)
+
+    browsers = [threading.Thread(target=browser, args=(number,), daemon=True) for number in range(20)]
+    for one in browsers:
+        one.start()
+
+    def speed() -> float:
+        first, begun = _steps(), time.monotonic()
+        time.sleep(4)
+        return (_steps() - first) / (time.monotonic() - begun)
+
+    ratios = []
+    for number in range(pairs):
+        speeds = {}
+        for is_asked in (number % 2 == 0, number % 2 == 1):
+            (asks.set if is_asked else asks.clear)()
+            time.sleep(0.5)
+            speeds[is_asked] = speed()
+        ratios.append(speeds[True] / speeds[False])
+    ends.set()
+    for process in (training, server):
+        process.kill()
+        process.wait()
+    return [
+        {
+            "what": "steps per second with twenty browsers, over those without",
+            "ratio": statistics.mean(ratios),
+            "half_width": half_width(ratios),
+            "pairs": pairs,
+        }
+    ]
+
+
+def _steps() -> int:
+    return int.from_bytes(Path("steps").read_bytes(), "little")
 
 
 PANELS = """async ({ path, label, steps, experts, turns }) => {

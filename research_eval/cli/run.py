@@ -13,9 +13,8 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from research_eval.annotations import Precision
 from research_eval.cli.common import DB_HELP, add_flag
 from research_eval.cli.launching import add_launch_flags, workers_of
 from research_eval.errors import ConfigError
@@ -73,7 +72,7 @@ def add_common_arguments(parser: argparse._ActionsContainer) -> None:
     add_flag(parser, "data_dir", metavar="PATH", help="a local copy of the data set: a folder, or one file")
     add_flag(parser, "seed", type=int, help="replaces the file's seed; in a study the seed of all trials (default 0)")
     add_flag(parser, "device", help="auto, cpu, cuda, cuda:N or mps")
-    add_flag(parser, "precision", choices=get_args(Precision), help="tf32: for CUDA; bf16: mixed precision")
+    add_flag(parser, "precision", choices=["fp32", "tf32", "bf16"], help="tf32: for CUDA; bf16: mixed precision")
     add_flag(parser, "db", metavar="URL_OR_PATH", help=DB_HELP)
     add_flag(
         parser,
