@@ -3,8 +3,10 @@
 The server's work is measured without a network, as CPU time of this process; the first answer of each kind is left out.
 `--page` also opens the pages in Chromium and prints how long a reader waits there (wall time). `--planted` trains a
 model on planted paths of 8 functions (half a minute of CPU) and counts the panels of its experts that show the function
-which the expert has learned, and those that show anything for labels in random order. `--watched` trains a model while
-twenty browsers ask for its history once a second, in turn with nobody asking, and compares the speed of its steps.
+which the expert has learned, and those that show anything for labels in random order.
+
+`--watched` trains a model. For some seconds twenty browsers ask for its history once a second, then nobody asks, and so
+on. It prints the speed of the training while the browsers ask, over the speed while nobody does.
 
 S samples  T steps
 """
@@ -221,7 +223,7 @@ def in_browser(run: str) -> list[dict[str, Any]]:
 
 
 TRAINING = """
-import json, pathlib, sys, time
+import json, sys
 from research_eval import experiment
 from research_eval.schema import config_from_dict
 from research_eval.training import fit

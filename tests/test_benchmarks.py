@@ -196,13 +196,13 @@ def test_the_floors_are_replays_of_the_step(answer: Answer) -> None:
         floors.step_of(model, batch, train=False)()
     counted = sum(2 * math.prod(args[-2].shape) * args[-1].shape[-1] for _, args, _ in recorded.products)
     attention = 4.0 * 6**2 * 16 * 2 * 2 * 4  # two blocks at two steps, four samples
-    assert counted == pytest.approx(sum(model.get_flops_per_sample(6) for _ in range(4)) - attention, rel=0.01)
+    assert counted == pytest.approx(4 * model.get_flops_per_sample(6) - attention, rel=0.01)
     assert len(recorded.attention) >= 4
     steps, spare, predicting = answer("floors")["floors"].values()
     assert {row["what"] for row in steps} == {"train", "infer"}
     assert all(row["rounds"] >= timing.MIN_ROUNDS for row in steps)
     assert {"loop/P", "loop/PA", "ours/P", "ours/PA"} <= set(steps[0])
-    assert spare[0]["in vain"] >= 0
+    assert spare[0]["in vain"] > 0
     assert [row["what"] for row in predicting] == ["naive loop", "load(...).predict", "goe predict"]
 
 

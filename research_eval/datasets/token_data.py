@@ -197,8 +197,9 @@ class Batches:
     def take(self, rows: NDArray[np.int64]) -> Batch:
         """The given samples as one batch."""
         rows_B = torch.from_numpy(rows)
-        if self._tokens_S.is_cuda:  # a copy from pinned memory does not wait for the device
-            rows_B = rows_B.pin_memory().to(self._tokens_S.device, non_blocking=True)
+        if self._tokens_S.is_cuda:
+            rows_B = rows_B.pin_memory()  # a copy from there does not wait for the device
+        rows_B = rows_B.to(self._tokens_S.device, non_blocking=self._tokens_S.is_cuda)
         labels_B = self._labels_N.index_select(0, rows_B)
         paths_BT = None if self._paths_NT is None else self._paths_NT.index_select(0, rows_B)
         if self._tokens_NL is not None:
