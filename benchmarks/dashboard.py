@@ -157,24 +157,15 @@ def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         ms, size = cpu_ms(action, arguments.repeats)
         rows.append({"what": what, "ms": round(ms, 2), "of": "CPU", "bytes": size})
 
-    def answer(query: dict[str, str]) -> Any:
-        with Store(DB_FILE, read_only=True) as store:
-            return queries.runs_page(store, queries.Wanted.of(query))
-
+    served = Store(DB_FILE, read_only=True)  # stays open, as in the server
     for name, query in QUERIES.items():
-        add(name, lambda query=query: answer(query))  # type: ignore[misc]
-    with Store(DB_FILE, read_only=True) as store:
-        newest = store.find_runs(sort="timestamp", descending=True, limit=1)[0]["experiment_id"]
-
-    def grouped() -> Any:
-        with Store(DB_FILE, read_only=True) as store:
-            return queries.groups(store, queries.Wanted.of({"data": "parity"}))
-
-    add("groups of one data set", grouped)
+        add(name, lambda query=query: queries.runs_page(served, queries.Wanted.of(query)))  # type: ignore[misc]
+    newest = served.find_runs(sort="timestamp", descending=True, limit=1)[0]["experiment_id"]
+    add("groups of one data set", lambda: queries.groups(served, queries.Wanted.of({"data": "parity"})))
     traced = Path("runs/20260101-000000-trace")
     add(f"an epoch of {arguments.samples:,} paths", lambda: atlas.epoch_columns(traced, 1))
     add("its samples, once", lambda: atlas.samples_of(traced))
-    histories = queries.Histories(lambda: Store(DB_FILE, read_only=True))
+    histories = queries.Histories(lambda: served)
     with Store(DB_FILE) as store:
         store.add_history(newest, [HistoryRow(10_000 + step, 1.0, "train_loss", 0.5) for step in range(100)])
 

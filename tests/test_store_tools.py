@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from support import Ended, command, environment, run_in, small_config
 from test_db_utils import db  # noqa: F401 - a fixture
 
-from research_eval.db_utils import STATUSES, HistoryRow, RunFilter, RunRecord, Store, canonical_json
+from research_eval.db_utils import STATUSES, HistoryRow, RunFilter, RunRecord, Store, canonical_json, metrics_table
 from research_eval.errors import ConfigError
 from research_eval.experiment import Result
 from research_eval.main import cli
@@ -192,7 +192,7 @@ def is_number(value: Any) -> bool:
 
 
 def slowly_found(
-    runs: list[RunRecord], wanted: RunFilter, sort: str, upwards: bool, limit: int | None
+    runs: list[RunRecord], wanted: RunFilter, sort: str, upwards: bool, limit: int | None, offset: int = 0
 ) -> list[dict[str, Any]]:
     """What `find_runs` has to find, without SQL."""
 
@@ -251,7 +251,7 @@ def slowly_found(
             run for _, group in reversed([(k, list(g)) for k, g in itertools.groupby(with_key, key)]) for run in group
         ]
     ordered = [*with_key, *(run for run in found if key(run) is None)]
-    return [run.experiment for run in ordered][:limit]
+    return [run.experiment for run in ordered][offset:][:limit]
 
 
 @settings(EXAMPLES, max_examples=40)
@@ -261,18 +261,47 @@ def slowly_found(
     sort=st.sampled_from(["timestamp", "experiment_name", "seed", "experiment_id", *METRIC_NAMES]),
     descending=st.booleans(),
     limit=st.none() | st.integers(1, 4),
+    offset=st.integers(0, 3),
 )
-def test_runs_are_found_as_a_loop_would_find_them(db, runs, wanted, sort, descending, limit):  # noqa: F811
+def test_runs_are_found_as_a_loop_would_find_them(db, runs, wanted, sort, descending, limit, offset):  # noqa: F811
     fill(db, *runs)
     with Store(db, read_only=True) as store:
-        found = store.find_runs(wanted, sort=sort, descending=descending, limit=limit, with_json=True)
-        assert found == slowly_found(runs, wanted, sort, not descending, limit)
+        asked = {"sort": sort, "descending": descending, "limit": limit, "offset": offset}
+        found = store.find_runs(wanted, **asked, with_json=True)
+        assert found == slowly_found(runs, wanted, sort, not descending, limit, offset)
         assert store.count_runs(wanted) == len(slowly_found(runs, wanted, sort, True, None))
         ids = [run["experiment_id"] for run in found]
         assert repr(store.metrics_of(ids)) == repr({key: store.metrics(key) for key in ids})
         assert {name for name in METRIC_NAMES if store.has_metric(name)} == {
             name for run in runs for name in run.metrics
         }
+
+
+@settings(EXAMPLES, max_examples=30)
+@given(
+    written=st.lists(st.lists(st.sampled_from([0.25, 0.5, 1.0, math.nan]), max_size=3), min_size=2, max_size=6),
+    descending=st.booleans(),
+    limit=st.integers(1, 3),
+)
+def test_windows_of_runs_by_a_metric_that_a_run_may_have_twice(db, written, descending, limit):  # noqa: F811
+    """As in an adopted database: the last one that was written counts."""
+    runs = [record(f"run-{number}", {"f1": values[-1]} if values else {}) for number, values in enumerate(written)]
+    fill(db, *runs)
+    with Store(db) as store, store._write() as connection:
+        connection.execute(metrics_table.delete())
+        for number, values in enumerate(written):
+            for value in values:
+                row = {"experiment_id": f"run-{number}", "metric_name": "f1", "metric_value": value}
+                connection.execute(metrics_table.insert(), row)
+    with Store(db, read_only=True) as store:
+        windows = [
+            store.find_runs(sort="f1", descending=descending, limit=limit, offset=offset, with_json=True)
+            for offset in range(0, len(runs), limit)
+        ]
+        assert list(itertools.chain(*windows)) == slowly_found(runs, RunFilter(), "f1", not descending, None)
+        for sign in (">=", "=="):
+            wanted = RunFilter(where=(("f1", sign, 0.5),))
+            assert store.count_runs(wanted) == len(slowly_found(runs, wanted, "f1", True, None))
 
 
 def test_the_best_come_first_and_runs_without_the_metric_last():

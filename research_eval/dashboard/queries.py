@@ -269,17 +269,17 @@ class Histories:
             return {"status": series.status, "start": series.start, "since": last, "series": found}
 
     def _read(self, experiment_id: str, series: Series) -> None:
-        with self._store() as store:
-            row = store.find_id(experiment_id)
-            if row is None:
-                raise NotThere(experiment_id)
-            attempt = row["attempt"] or 0
-            if attempt != series.attempt:  # a resumed run writes some steps again
-                series.rows, series.attempt, series.start = [], attempt, series.start + 1
-            last = max((one[0] for one in series.rows), default=-1)
-            for one in store.history(experiment_id, after_step=last):
-                if math.isfinite(one.value):
-                    series.rows.append((one.step, one.epoch, one.name, one.value))
+        store = self._store()
+        row = store.find_id(experiment_id)
+        if row is None:
+            raise NotThere(experiment_id)
+        attempt = row["attempt"] or 0
+        if attempt != series.attempt:  # a resumed run writes some steps again
+            series.rows, series.attempt, series.start = [], attempt, series.start + 1
+        last = max((one[0] for one in series.rows), default=-1)
+        for one in store.history(experiment_id, after_step=last):
+            if math.isfinite(one.value):
+                series.rows.append((one.step, one.epoch, one.name, one.value))
         series.status, series.read_at = row["status"], time.monotonic()
 
 

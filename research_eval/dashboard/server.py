@@ -11,6 +11,7 @@ import json
 import logging
 import secrets
 import socket
+import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,18 +82,23 @@ Answer = Callable[[Request], Any]
 
 
 class Pages:
-    """The answers of the server. Every answer opens the results for itself, and never for long."""
+    """The answers of the server, from results that stay open: to open them takes as long as to read a list."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
         self.page_token = secrets.token_urlsafe(24)  # a page of another site does not know it
+        self._opened: Store | None = None
+        self._opening = threading.Lock()
         self.histories = queries.Histories(self._store)
         self.probes, self.studies = Probes(options.db), Studies()
-        with self._store():  # a database that is not there is one message, before the server listens
-            pass
+        self._store()  # a database that is not there is one message, before the server listens
 
     def _store(self) -> Store:
-        return Store(self.options.db, read_only=True)
+        """The results; opened again if another file lies at their place."""
+        with self._opening:
+            if self._opened is None or not self._opened.is_current:
+                self._opened = Store(self.options.db, read_only=True)
+            return self._opened
 
     def app(self) -> Starlette:
         """The application."""
@@ -170,31 +176,25 @@ class Pages:
     # ---------------------------------------------------------------------------------------------------- answers
 
     def _choices(self, request: Request) -> Any:
-        with self._store() as store:
-            return {**queries.choices(store), "probes": self.options.has_probes}
+        return {**queries.choices(self._store()), "probes": self.options.has_probes}
 
     def _columns(self, request: Request) -> Any:
-        with self._store() as store:
-            return queries.column_names(store)
+        return queries.column_names(self._store())
 
     def _runs(self, request: Request) -> Any:
-        with self._store() as store:
-            return queries.runs_page(store, queries.Wanted.of(request.query_params))
+        return queries.runs_page(self._store(), queries.Wanted.of(request.query_params))
 
     def _groups(self, request: Request) -> Any:
-        with self._store() as store:
-            return queries.groups(store, queries.Wanted.of(request.query_params))
+        return queries.groups(self._store(), queries.Wanted.of(request.query_params))
 
     def _compare(self, request: Request) -> Any:
         ids = request.query_params.get("sel", "").split(",")
         if not all(one and set(one) <= ID_LETTERS for one in ids):
             raise queries.NotThere("sel")
-        with self._store() as store:
-            return queries.compared(store, ids)
+        return queries.compared(self._store(), ids)
 
     def _run(self, request: Request) -> Any:
-        with self._store() as store:
-            return queries.run_facts(store, request.path_params["name"])
+        return queries.run_facts(self._store(), request.path_params["name"])
 
     def _history(self, request: Request) -> Any:
         text = request.query_params.get("since", "-1")
@@ -202,13 +202,11 @@ class Pages:
         return self.histories.behind(request.path_params["name"], since)
 
     def _study(self, request: Request) -> Any:
-        with self._store() as store:
-            asked = request.query_params
-            return self.studies.view(store, request.path_params["study"], asked.get("x", ""), asked.get("y", ""))
+        asked = request.query_params
+        return self.studies.view(self._store(), request.path_params["study"], asked.get("x", ""), asked.get("y", ""))
 
     def _parameters(self, request: Request) -> Any:
-        with self._store() as store:
-            return self.studies.parameters(store, request.path_params["study"], request.query_params.get("y", ""))
+        return self.studies.parameters(self._store(), request.path_params["study"], request.query_params.get("y", ""))
 
     def _epochs(self, request: Request) -> Any:
         return {"epochs": atlas.epoch_list(atlas.trace_folder(request.path_params["name"]))}

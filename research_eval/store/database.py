@@ -57,6 +57,18 @@ class Database:
         except BaseException:  # also Ctrl-C while a migration waits for its lock
             self.close()
             raise
+        self._identity = self._identity_now()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether what was opened still lies at its place: not for a file that was moved away, or that replaces it."""
+        return self._identity == self._identity_now()
+
+    def _identity_now(self) -> tuple[int, int] | None:
+        if self._file is None or not self._file.exists():
+            return None
+        found = self._file.stat()
+        return found.st_dev, found.st_ino
 
     def close(self) -> None:
         """Give all connections back; the object cannot be used afterwards."""

@@ -16,7 +16,7 @@ from research_eval.store.changes import MISSING
 from research_eval.store.records import ACTIVE, ALL, ARCHIVED, COMPARISONS, DELETED, HIDDEN, RunFilter
 from research_eval.store.tables import experiments_table, metrics_table
 
-# `metric_value` if it is a number, else NULL. Written exactly as in the index `ix_metrics_number` of `v0003_scale`: a
+# `metric_value` if it is a number, else NULL. Written exactly as in the index `ix_metrics_number` of the migrations: a
 # database uses an index over an expression only for the same expression. Hence no bound parameters either.
 _SQLITE_NUMBER = "CASE WHEN typeof(metric_value) IN ('real', 'integer') THEN metric_value END"
 _POSTGRESQL_NUMBER = (
@@ -138,19 +138,25 @@ def status_condition(status: str, dead: list[str]) -> sa.ColumnElement[bool]:
     return columns.status == status
 
 
-def runs_with_metric(name: str, sign: str, limit: float) -> tuple[sa.Select[str], sa.ColumnElement[bool]]:
-    """On PostgreSQL: the ids of runs with a metric of this name that fits, and the condition that it is the last one.
+def runs_with_metric(
+    name: str, sign: str, limit: float, on_sqlite: bool
+) -> tuple[sa.Select[str], sa.ColumnElement[bool]]:
+    """The ids of runs with a metric of this name that fits, and the condition that it is the last one.
 
     An adopted database may have a name twice in a run; the last one counts. That condition is apart, because a caller
     that only asks whether few runs fit is faster without it.
     """
+    query = sa.select(metrics_table.c.experiment_id).where(
+        metrics_table.c.metric_name == name, COMPARISONS[sign](number(on_sqlite), limit)
+    )
+    return query, is_last_of_its_name()
+
+
+def is_last_of_its_name() -> sa.ColumnElement[bool]:
+    """Whether a metric is the last one of its name in its run."""
     later = metrics_table.alias()
-    is_last = ~sa.exists().where(
+    return ~sa.exists().where(
         later.c.experiment_id == metrics_table.c.experiment_id,
-        later.c.metric_name == name,
+        later.c.metric_name == metrics_table.c.metric_name,
         later.c.metric_id > metrics_table.c.metric_id,
     )
-    query = sa.select(metrics_table.c.experiment_id).where(
-        metrics_table.c.metric_name == name, COMPARISONS[sign](number(on_sqlite=False), limit)
-    )
-    return query, is_last

@@ -17,6 +17,7 @@ from research_eval.store.filters import (
     column_conditions,
     fits,
     in_view,
+    is_last_of_its_name,
     metric_of_run,
     number,
     one_of,
@@ -355,7 +356,7 @@ class Queries(Database):
                 some = sa.select(ids).where(*conditions).order_by(*order).limit(limit).offset(offset)
                 first = list(connection.scalars(some))
         else:
-            first = self._first_by_metric(sort, conditions, descending, offset + limit)[offset:]
+            first = self._first_by_metric(sort, wanted, descending, limit, offset)
         rows = {row["experiment_id"]: row for row in self._rows(query.where(ids.in_(first)))}
         return [rows[experiment_id] for experiment_id in first if experiment_id in rows]
 
@@ -366,41 +367,55 @@ class Queries(Database):
             key = sa.collate(key, "BINARY" if self._on_sqlite else "C")  # the order of Python, on every database
         return [sa.nulls_last(key.desc() if descending else key), columns.experiment_id]
 
-    def _first_by_metric(
-        self, name: str, conditions: Sequence[sa.ColumnElement[bool]], descending: bool, limit: int
-    ) -> list[str]:
+    def _first_by_metric(self, name: str, wanted: RunFilter, descending: bool, limit: int, offset: int) -> list[str]:
         """The ids of runs with a number in this metric, in its order, then of those without one."""
-        ids, value, same = experiments_table.c.experiment_id, number(self._on_sqlite), metrics_table.alias()
-        last = sa.select(sa.func.max(same.c.metric_id)).where(
-            same.c.experiment_id == metrics_table.c.experiment_id, same.c.metric_name == metrics_table.c.metric_name
+        ids, value = metrics_table.c.experiment_id, number(self._on_sqlite)
+        numbered = sa.select(ids, metrics_table.c.metric_id).where(
+            metrics_table.c.metric_name == name, value.is_not(None)
         )
-        with_number = (
-            sa.select(ids)
-            .join(metrics_table)
-            .where(metrics_table.c.metric_name == name, value.is_not(None), *conditions)
-            .where(metrics_table.c.metric_id == last.scalar_subquery())
-            .order_by(value.desc() if descending else value, ids)
-            .limit(limit)
-        )
+        if wanted == RunFilter(view=wanted.view):  # then an index of the metrics holds all that is asked for
+            numbered = numbered.where(in_view(wanted.view, ids))
+        else:
+            numbered = numbered.join(experiments_table).where(*self._conditions(wanted))
+        last = numbered.where(is_last_of_its_name())
+
+        def window(query: sa.Select[Any]) -> sa.Select[Any]:
+            return query.order_by(value.desc() if descending else value, ids).limit(limit).offset(offset)
+
         with self._engine.connect() as connection:
-            first = list(connection.scalars(with_number))
+            # Only an adopted database has a name twice in a run. So the first window is read without a look at every
+            # metric, and read again if one of its metrics turns out not to be the last one of its name.
+            found = list(connection.execute(window(last if offset else numbered)))
+            if not offset:
+                some = metrics_table.c.metric_id.in_([metric_id for _, metric_id in found])
+                older = sa.select(sa.func.count()).where(some, ~is_last_of_its_name())
+                found = list(connection.execute(window(last))) if connection.scalar(older) else found
+            first = [experiment_id for experiment_id, _ in found]
             if len(first) < limit:
-                rest = sa.select(ids).where(ids.not_in(first), *conditions).order_by(ids)
-                first += connection.scalars(rest.limit(limit - len(first)))
+                numbers = sa.select(sa.func.count()).select_from(last.subquery())
+                before = int(connection.scalar(numbers) or 0) if offset else 0
+                with_number = last.with_only_columns(ids)
+                rest = sa.select(experiments_table.c.experiment_id).where(
+                    experiments_table.c.experiment_id.not_in(with_number), *self._conditions(wanted)
+                )
+                rest = rest.order_by(experiments_table.c.experiment_id).limit(limit - len(first))
+                first += connection.scalars(rest.offset(max(0, offset - before)))
         return first
 
     def count_runs(self, wanted: RunFilter = ACTIVE_RUNS) -> int:
         """How many runs `wanted` describes."""
         with self._engine.connect() as connection:
-            query = sa.select(sa.func.count()).select_from(experiments_table).where(*self._conditions(wanted))
+            conditions = self._conditions(wanted, all_runs=True)
+            query = sa.select(sa.func.count()).select_from(experiments_table).where(*conditions)
             return int(connection.scalar(query) or 0)
 
-    def _conditions(self, wanted: RunFilter) -> list[sa.ColumnElement[bool]]:
+    def _conditions(self, wanted: RunFilter, all_runs: bool = False) -> list[sa.ColumnElement[bool]]:
+        """What the runs have to meet, for a query that reads `all_runs` or one that ends after the first few."""
         conditions = column_conditions(wanted, self._on_sqlite)
         if wanted.status is not None:
             dead = self.dead_runs() if wanted.status in ("running", "interrupted") else []
             conditions.append(status_condition(wanted.status, dead))
-        conditions += [self._metric_condition(*comparison) for comparison in wanted.where]
+        conditions += [self._metric_condition(*comparison, all_runs) for comparison in wanted.where]
         # A run that lacks what a condition asks for is not excluded: NULL counts as false.
         conditions += [
             ~sa.func.coalesce(sa.and_(sa.true(), *self._conditions(one)), sa.false()) for one in wanted.exclude
@@ -422,21 +437,31 @@ class Queries(Database):
         found = [key for key, config in rows if all(fits(config, *comparison) for comparison in wanted.config)]
         return [one_of(found, self._on_sqlite)]
 
-    def _metric_condition(self, name: str, sign: str, limit: float) -> sa.ColumnElement[bool]:
+    def _metric_condition(self, name: str, sign: str, limit: float, all_runs: bool) -> sa.ColumnElement[bool]:
         """Whether a run's metric fits the comparison.
 
         PostgreSQL takes ten times as long as SQLite to look a metric up for every run. There the query begins at the
-        metrics, and if few fit, it names their runs, so that the index of the primary key finds them.
+        metrics, and if few fit, it names their runs, so that the index of the primary key finds them. On SQLite a query
+        of all runs begins at the metrics if few fit.
         """
+        query, is_last = runs_with_metric(name, sign, limit, self._on_sqlite)
+        ids = experiments_table.c.experiment_id
+        fits: sa.ColumnElement[bool] = ids.in_(query.where(is_last).correlate(None))
         if self._on_sqlite:
-            fits: sa.ColumnElement[bool] = COMPARISONS[sign](metric_of_run(name, self._on_sqlite), limit)
+            if not (all_runs and self._are_few(query)):
+                fits = COMPARISONS[sign](metric_of_run(name, self._on_sqlite), limit)
             return fits
-        query, is_last = runs_with_metric(name, sign, limit)
         with self._engine.connect() as connection:
             some = list(connection.scalars(query.limit(IDS_PER_QUERY + 1)))
-        ids = experiments_table.c.experiment_id
-        fits = ids.in_(query.where(is_last).correlate(None))
         return fits if len(some) > IDS_PER_QUERY else fits & ids.in_(some)
+
+    def _are_few(self, query: sa.Select[str]) -> bool:
+        """Whether a query of metrics finds less than a fifth as many rows as there are runs."""
+        runs = sa.select(sa.func.count()).select_from(experiments_table).scalar_subquery()
+        with self._engine.connect() as connection:
+            return bool(
+                connection.scalar(sa.select(5 * query.with_only_columns(sa.func.count()).scalar_subquery() < runs))
+            )
 
     def metrics_of(
         self, experiment_ids: Sequence[str], names: Sequence[str] | None = None

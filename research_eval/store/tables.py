@@ -20,7 +20,7 @@ import sqlalchemy as sa
 
 from research_eval.store.column_types import MetricValue, NanAsNull, Text, UtcDateTime
 
-SCHEMA_VERSION = "0006"  # the newest file in migrations/versions
+SCHEMA_VERSION = "0007"  # the newest file in migrations/versions
 VERSION_TABLE = "goe_schema_version"  # own name: Optuna keeps its `alembic_version` in the same database
 NUM_OLD_COLUMNS = 11  # `experiments` had this many columns before there was a schema version
 CONTINUES = "continues"  # key of `env_details_json`: the run of fewer epochs, the parent, that a run trained on from
