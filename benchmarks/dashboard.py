@@ -1,12 +1,15 @@
 """What the pages cost: CPU of the server for 30,000 runs and for 10,000 paths, of a live poll, and of the statistics.
 
 The server's work is measured without a network, as CPU time of this process; the first answer of each kind is left out.
-`--page` also opens the pages in Chromium and prints how long a reader waits there (wall time). `--planted` trains a
-model on planted paths of 8 functions (half a minute of CPU) and counts the panels of its experts that show the function
-which the expert has learned, and those that show anything for labels in random order.
+`--page` also opens the pages in Chromium and prints how long a reader waits there (wall time), and how long a page
+takes to follow a choice (by its own clock, the median of seven). `--planted` trains a model on planted paths of 8
+functions (half a minute of CPU) and counts the panels of its experts that show the function which the expert has
+learned, and those that show anything for labels in random order.
 
 `--watched` trains a model. For some seconds twenty browsers ask for its history once a second, then nobody asks, and so
-on. It prints the speed of the training while the browsers ask, over the speed while nobody does.
+on. It prints the speed of the training while the browsers ask, over the speed while nobody does: steps per second, and
+steps per second of the training's own CPU time, which other work on the machine disturbs less. The CPU time of the
+server stands beside it.
 
 S samples  T steps
 """
@@ -16,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gzip
+import http.client
 import json
 import os
 import shutil
@@ -25,7 +29,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -208,9 +211,35 @@ def in_browser(run: str) -> list[dict[str, Any]]:
         timed("page of all runs", lambda: page.goto(f"{address}/runs"))
         timed("atlas of 10,000 paths", lambda: page.goto(f"{address}/atlas/20260101-000000-trace"))
         page.wait_for_timeout(1500)
-        timed("atlas, a class chosen", lambda: page.get_by_label("class").select_option("3"))
-        timed("atlas, an expert chosen (300 shuffles)", lambda: page.locator(".node[role=button]").first.click())
+
+        def inside(what: str, selectors: list[tuple[str, str | None]]) -> None:
+            times = [page.evaluate(IN_PAGE, list(one)) for one in selectors]
+            rows.append({"what": what, "ms": round(statistics.median(times), 1), "of": "page"})
+
+        inside("atlas, a class chosen", [("#filters select", str(label)) for label in range(3, 10)])
+        experts = [page.locator(".node[role=button]").nth(n).get_attribute("data-node") for n in range(7)]
+        nodes: list[tuple[str, str | None]] = [(f'[data-node="{node}"]', None) for node in experts]
+        inside("atlas, an expert chosen (300 shuffles)", nodes)
     return rows
+
+
+IN_PAGE = """async ([selector, value]) => {
+  const page = document.documentElement;
+  const shown = new Promise((done) => {
+    const observer = new MutationObserver(() => {
+      if (!page.dataset.ready) return;
+      observer.disconnect();
+      done();
+    });
+    observer.observe(page, { attributes: true });
+  });
+  const element = document.querySelector(selector);
+  const begun = performance.now();
+  if (value !== null) element.value = value;
+  element.dispatchEvent(new Event(value === null ? "click" : "change", { bubbles: true }));
+  await shown;
+  return performance.now() - begun;
+}"""  # milliseconds from a reader's choice until the page shows it, by the page's own clock
 
 
 TRAINING = """
@@ -259,45 +288,64 @@ def watched(pairs: int) -> list[dict[str, Any]]:
     def browser(number: int) -> None:
         time.sleep(number / 20)
         since = -1
+        connection = http.client.HTTPConnection("127.0.0.1", PORT)  # a browser keeps its connection, too
         while not ends.is_set():
             if asks.is_set():
-                with urllib.request.urlopen(f"{ADDRESS}/api/run/{run}/history?since={since}") as answer:  # noqa: S310
-                    since = json.loads(answer.read())["since"]
+                connection.request("GET", f"/api/run/{run}/history?since={since}")
+                since = json.loads(connection.getresponse().read())["since"]
+            else:
+                connection.close()  # the next request opens it again
             ends.wait(1)
 
     browsers = [threading.Thread(target=browser, args=(number,), daemon=True) for number in range(20)]
     for one in browsers:
         one.start()
 
-    def speed() -> float:
-        first, begun = _steps(), time.monotonic()
+    def speeds() -> tuple[float, float, float]:
+        """Steps per second, steps per second of CPU time, and CPU seconds of the server per second."""
+        begun = np.array([_steps(), time.monotonic(), _cpu_seconds(training.pid), _cpu_seconds(server.pid)])
         time.sleep(4)
-        return (_steps() - first) / (time.monotonic() - begun)
+        ended = np.array([_steps(), time.monotonic(), _cpu_seconds(training.pid), _cpu_seconds(server.pid)])
+        steps, seconds, cpu, serving = ended - begun
+        return steps / seconds, steps / cpu, serving / seconds
 
-    ratios = []
+    by_wall, by_cpu, served = [], [], []
     for number in range(pairs):
-        speeds = {}
+        found = {}
         for is_asked in (number % 2 == 0, number % 2 == 1):
             (asks.set if is_asked else asks.clear)()
             time.sleep(0.5)
-            speeds[is_asked] = speed()
-        ratios.append(speeds[True] / speeds[False])
+            found[is_asked] = speeds()
+        by_wall.append(found[True][0] / found[False][0])
+        by_cpu.append(found[True][1] / found[False][1])
+        served.append(1000 * found[True][2])
     ends.set()
     for process in (training, server):
         process.kill()
         process.wait()
+    named = {"steps per second": by_wall, "steps per CPU second": by_cpu}
     return [
-        {
-            "what": "steps per second with twenty browsers, over those without",
-            "ratio": statistics.mean(ratios),
-            "half_width": half_width(ratios),
-            "pairs": pairs,
-        }
+        *(
+            {
+                "what": f"{name} with twenty browsers, over those without",
+                "ratio": statistics.mean(ratios),
+                "half_width": half_width(ratios),
+                "pairs": pairs,
+            }
+            for name, ratios in named.items()
+        ),
+        {"what": "server, per second of twenty browsers", "ms": round(statistics.median(served), 1), "of": "CPU"},
     ]
 
 
 def _steps() -> int:
     return int.from_bytes(Path("steps").read_bytes(), "little")
+
+
+def _cpu_seconds(process: int) -> float:
+    """The CPU time of a process so far."""
+    fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 PANELS = """async ({ path, label, steps, experts, turns }) => {

@@ -126,6 +126,30 @@ def test_live_points_come_by_a_cursor_and_begin_anew_after_a_resume(site: Site) 
     assert [step for step, *_ in again["series"]["train_loss"]] == [1, 2]
 
 
+def test_results_that_take_the_place_of_others_are_the_ones_shown(tmp_path: Path) -> None:
+    here, there = str(tmp_path / "here.db"), tmp_path / "there.db"
+    Store(here).close()
+    pages = server.Pages(Options(db=here))
+    opened = pages._store()
+    assert pages._store() is opened
+    with Store(str(there)) as store:
+        store.start_experiment(
+            experiment_id="new",
+            run_type="json",
+            experiment_name="",
+            model_type="dense",
+            dataset_name="parity",
+            dataset_type="synthetic",
+            epochs=1,
+            batch_size=1,
+            seed=0,
+            config={},
+            environment={},
+        )
+    there.replace(here)
+    assert [row["experiment_id"] for row in pages._store().experiments()] == ["new"]
+
+
 def test_the_columns_of_an_epoch_are_those_of_its_trace(site: Site) -> None:
     for name in (site.goe, site.moe):
         epoch = list(read_trace(Path("runs") / name))[-1]
@@ -339,11 +363,13 @@ def in_node(script: str, value: Any) -> Any:
     return json.loads(done.stdout)
 
 
-def test_enrichment_is_that_of_numpy() -> None:
+@pytest.mark.parametrize("share", [0.25, 0.65])  # the page draws the smaller part: the node or all others
+def test_enrichment_is_that_of_numpy(share: float) -> None:
     rng = np.random.default_rng(0)
     kind_U = rng.integers(5, size=400)
-    inside_U = (rng.random(400) < np.where(kind_U == 2, 0.7, 0.25)).astype(int)
+    inside_U = (rng.random(400) < np.where(kind_U == 2, share + 0.3, share)).astype(int)
     members = [np.flatnonzero(kind_U == kind).tolist() for kind in range(5)]
+    members += [np.flatnonzero(kind_U % 2 == 0).tolist(), []]  # tokens: a sample has several, or none
     found = in_node(
         "stats.enrichment(given.members, given.inside, 1000)", {"members": members, "inside": inside_U.tolist()}
     )
@@ -354,7 +380,7 @@ def test_enrichment_is_that_of_numpy() -> None:
         both_K = np.array([mask_U[places].sum() for places in members])
         mean_K = node * size_K / total
         variance_K = mean_K * (total - size_K) * (total - node) / (total * (total - 1))
-        return (both_K - mean_K) / np.sqrt(variance_K)
+        return (both_K - mean_K) / np.sqrt(np.maximum(variance_K, 1e-12))
 
     assert [row["z"] for row in found["rows"]] == pytest.approx(scores(inside_U), abs=1e-9)
     band = np.percentile([np.abs(scores(rng.permutation(inside_U))).max() for _ in range(4000)], 95)

@@ -1,13 +1,19 @@
 // The Path Atlas of a run: which way the samples take, what each expert gets, and what happens without it.
 import { DATA, colour, decode, get, h, notReady, num, params, percent, post, put, ready, select, setParams, table } from "./dom.js";
 import { lines } from "./charts.js";
-import { draw, graphTables } from "./graph.js";
+import { draw, flows, graphTables } from "./graph.js";
 import { secondGraph } from "./pair.js";
 import { enrichment, holm, pairedChange, wilson } from "./stats.js";
 
 const LISTED = 200;
 const PLAY_MS = 700;
 const TOKENS = 400;
+
+/** The list of a key; a new one if there is none. */
+function listed(map, key) {
+  if (!map.has(key)) map.set(key, []);
+  return map.get(key);
+}
 
 export async function atlasPage(page, id) {
   const { epochs } = await get(`/api/run/${id}/atlas`);
@@ -220,6 +226,7 @@ class Atlas {
     const wanted = params().get("node");
     const sample = params().get("sample");
     const shown = { paths: data.path, steps: data.steps, correct: data.correct, kept: this.kept };
+    shown.flow = flows(shown);
     const path = sample === null ? null : this.nodesOf(Number(sample));
     const focused = this.parts.graph.contains(document.activeElement) ? document.activeElement.dataset.node : null;
     const what = data.about_tokens ? "the most used expert of each layer" : "the expert of each step";
@@ -272,7 +279,7 @@ class Atlas {
     ].filter(Boolean);
     const members = (column) => {
       const kinds = new Map();
-      reached.forEach((row, place) => kinds.set(column[row], [...(kinds.get(column[row]) || []), place]));
+      reached.forEach((row, place) => listed(kinds, column[row]).push(place));
       return [...kinds].sort((a, b) => a[0] - b[0]);
     };
     const grouping = (title, column, name) => {
@@ -308,7 +315,7 @@ class Atlas {
     const { offsets, names } = this.samples;
     const where = new Map();
     reached.forEach((row, place) => {
-      for (const token of new Set(tokens.subarray(offsets[row], offsets[row + 1]))) where.set(token, [...(where.get(token) || []), place]);
+      for (const token of new Set(tokens.subarray(offsets[row], offsets[row + 1]))) listed(where, token).push(place);
     });
     const kept = [...where].filter(([, places]) => places.length >= 5 && places.length < reached.length).sort((a, b) => b[1].length - a[1].length || a[0] - b[0]).slice(0, TOKENS);
     if (!kept.length) return null;

@@ -114,11 +114,13 @@ export function decode(columns) {
   return found;
 }
 
+const whole = new Intl.NumberFormat("en");
+
 /** A number for people. */
 export function num(value, digits = 4) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   if (typeof value !== "number") return String(value);
-  if (Number.isInteger(value) && Math.abs(value) < 1e15) return value.toLocaleString("en");
+  if (Number.isInteger(value) && Math.abs(value) < 1e15) return whole.format(value);
   const size = Math.abs(value);
   return size >= 1000 || size < 0.001 ? value.toPrecision(digits) : value.toFixed(digits);
 }

@@ -10,26 +10,29 @@ const SMALL = 0.002; // of all samples: flows below it are drawn together
 const MANY = 16; // experts from which flows are drawn together
 
 /** The nodes and flows of the samples at `kept`. Nodes are called "in", "STEP.EXPERT", "right", "wrong" and "end". */
-export function flows(paths, steps, correct, kept) {
-  const nodes = new Map();
+export function flows({ paths, steps, correct, kept }) {
+  let experts = 1;
+  for (const expert of paths) if (expert >= experts) experts = expert + 1;
+  const ends = 1 + steps * experts; // nodes have numbers here: 0 is "in", then the experts of each step, then the answers
+  const all = ends + 3;
+  const nodes = new Int32Array(all);
   const links = new Map();
-  const add = (map, key, one) => map.set(key, (map.get(key) || 0) + one);
   for (const row of kept) {
-    let from = "in";
-    add(nodes, from, 1);
-    for (let step = 0; step < steps; step += 1) {
-      const expert = paths[row * steps + step];
-      if (expert < 0) break;
-      const to = `${step + 1}.${expert}`;
-      add(nodes, to, 1);
-      add(links, `${from}>${to}`, 1);
+    let from = 0;
+    nodes[0] += 1;
+    const go = (to) => {
+      nodes[to] += 1;
+      links.set(from * all + to, (links.get(from * all + to) || 0) + 1);
       from = to;
-    }
-    const last = correct ? (correct[row] ? "right" : "wrong") : "end";
-    add(nodes, last, 1);
-    add(links, `${from}>${last}`, 1);
+    };
+    for (let step = 0; step < steps && paths[row * steps + step] >= 0; step += 1) go(1 + step * experts + paths[row * steps + step]);
+    go(ends + (correct ? 1 - correct[row] : 2));
   }
-  return { nodes, links };
+  const name = (node) => (node === 0 ? "in" : node < ends ? `${Math.floor((node - 1) / experts) + 1}.${(node - 1) % experts}` : ["right", "wrong", "end"][node - ends]);
+  return {
+    nodes: new Map([...nodes.keys()].filter((node) => nodes[node]).map((node) => [name(node), nodes[node]])),
+    links: [...links].map(([key, count]) => [name(Math.floor(key / all)), name(key % all), count]),
+  };
 }
 
 function columnOf(name, steps) {
@@ -78,30 +81,37 @@ function called(name, layers) {
 }
 
 /** The graph as tables, for screen readers and for copying: all flows, and the most frequent paths. `open` keeps which are open. */
-export function graphTables({ paths, steps, correct, kept }, layers, open) {
+export function graphTables(data, layers, open) {
+  const { paths, steps, kept, flow } = data;
   const total = Math.max(kept.length, 1);
   const foldable = (name, summary, head, rows) => {
-    const kept = (event) => { if (event.target.open) open.add(name); else open.delete(name); };
-    return h("details", { id: name, open: open.has(name), ontoggle: kept }, h("summary", {}, summary), table(head, rows));
+    const place = h("details", { id: name, open: open.has(name) }, h("summary", {}, summary));
+    const fill = () => place.append(table(head, rows())); // only when it is open: many rows take long
+    if (open.has(name)) fill();
+    place.addEventListener("toggle", () => {
+      if (place.open && !place.querySelector("table")) fill();
+      if (place.open) open.add(name);
+      else open.delete(name);
+    });
+    return place;
   };
-  const { nodes, links } = flows(paths, steps, correct, kept);
-  const each = [...links].map(([key, count]) => [...key.split(">"), count]);
-  each.sort((a, b) => columnOf(a[0], steps) - columnOf(b[0], steps) || b[2] - a[2]);
+  const each = () => [...flow.links].sort((a, b) => columnOf(a[0], steps) - columnOf(b[0], steps) || b[2] - a[2]);
   const counts = new Map();
   for (const row of kept) {
-    const key = Array.from(paths.subarray(row * steps, (row + 1) * steps)).filter((one) => one >= 0).join(" → ") || "no expert";
+    const key = paths.subarray(row * steps, (row + 1) * steps).join(" → "); // -1 stands behind the end of a path
     counts.set(key, (counts.get(key) || 0) + 1);
   }
-  const frequent = [...counts].sort((a, b) => b[1] - a[1]).slice(0, 50);
+  const frequent = () => [...counts].sort((a, b) => b[1] - a[1]).slice(0, 50);
+  const text = (key) => key.split(" → ").filter((one) => one !== "-1").join(" → ") || "no expert";
   return [
-    foldable("flows", "the graph as a table", ["from", "to", "samples", "share of all", "share of from"], each.map(([from, to, count]) => [called(from, layers), called(to, layers), num(count), percent(count / total), percent(count / nodes.get(from))])),
-    foldable("paths", `${num(counts.size)} different paths as a table`, ["path", "samples", "share"], frequent.map(([key, count]) => [key, num(count), percent(count / total)])),
+    foldable("flows", "the graph as a table", ["from", "to", "samples", "share of all", "share of from"], () => each().map(([from, to, count]) => [called(from, layers), called(to, layers), num(count), percent(count / total), percent(count / flow.nodes.get(from))])),
+    foldable("paths", `${num(counts.size)} different paths as a table`, ["path", "samples", "share"], () => frequent().map(([key, count]) => [text(key), num(count), percent(count / total)])),
   ];
 }
 
 /** The picture. `path` is a list of node names to draw as a dashed line; `select` is called with a chosen node. */
 export function draw(data, { chosen, path, select, title, order, numbers = (expert) => expert, layers = false }) {
-  const { nodes, links } = flows(data.paths, data.steps, data.correct, data.kept);
+  const { nodes, links } = data.flow;
   const total = nodes.get("in") || 0;
   const { places, unit } = layout(nodes, data.steps, order);
   const picture = s("svg", { viewBox: `0 0 ${WIDTH} ${TOP + HEIGHT + 10}`, class: "graph", role: "group", "aria-label": title });
@@ -111,9 +121,8 @@ export function draw(data, { chosen, path, select, title, order, numbers = (expe
     const x = 12 + (n * (WIDTH - 24 - BAR)) / (data.steps + 1) + (n === 0 ? 0 : n > data.steps ? BAR : BAR / 2);
     picture.append(s("text", { x, y: 20, class: anchor }, text));
   });
-  const sorted = [...links].map(([key, count]) => [...key.split(">"), count]);
-  const byTarget = [...sorted].sort((a, b) => places.get(a[1]).x - places.get(b[1]).x || places.get(a[1]).y - places.get(b[1]).y);
-  const bySource = [...sorted].sort((a, b) => places.get(a[0]).x - places.get(b[0]).x || places.get(a[0]).y - places.get(b[0]).y);
+  const byTarget = [...links].sort((a, b) => places.get(a[1]).x - places.get(b[1]).x || places.get(a[1]).y - places.get(b[1]).y);
+  const bySource = [...links].sort((a, b) => places.get(a[0]).x - places.get(b[0]).x || places.get(a[0]).y - places.get(b[0]).y);
   const leaves = new Map();
   const enters = new Map();
   const start = new Map();
@@ -126,9 +135,9 @@ export function draw(data, { chosen, path, select, title, order, numbers = (expe
     end.set(link, enters.get(link[1]) || 0);
     enters.set(link[1], (enters.get(link[1]) || 0) + link[2] * unit);
   }
-  const ribbons = s("g", { class: `ribbons ${sorted.length <= 200 ? "blend" : ""}`, "aria-hidden": "true" });
+  const ribbons = s("g", { class: `ribbons ${links.length <= 200 ? "blend" : ""}`, "aria-hidden": "true" });
   const joined = new Map();
-  for (const link of sorted) {
+  for (const link of links) {
     const [from, to, count] = link;
     const few = nodes.size > MANY * 2 && count < SMALL * total;
     if (few) {

@@ -1,6 +1,6 @@
 // The graph of a second run, whose experts get the numbers of the first run that fit best.
 import { h, percent } from "./dom.js";
-import { draw } from "./graph.js";
+import { draw, flows } from "./graph.js";
 import { matching, profileMatching } from "./stats.js";
 
 const equal = (first, second) => Boolean(first && second && first.length === second.length && first.every((one, place) => one === second[place]));
@@ -9,15 +9,24 @@ const equal = (first, second) => Boolean(first && second && first.length === sec
 export function secondGraph({ second, data, kept, samples }) {
   if (second.error) return [h("p", { class: "error" }, second.error)];
   const other = second.data;
+  if (second.beside !== data) Object.assign(second, { beside: data, ...matched(second, data, samples) }); // it takes long
+  const { found, isSame } = second;
+  const inverse = new Map(found?.order.map((b, a) => [b, a]));
+  const numbers = found?.fits ? (expert) => inverse.get(expert) : (expert) => expert;
+  const rows = isSame ? kept : Array.from({ length: other.samples }, (_, row) => row);
+  const shown = { paths: other.path, steps: other.steps, correct: other.correct, kept: rows };
+  const picture = draw({ ...shown, flow: flows(shown) }, { title: `Paths of run ${second.id}`, order: numbers, numbers });
+  return [h("h2", {}, `Run ${second.id}, epoch ${second.epoch}`), h("p", { class: "soft" }, isSame ? saidOfSamples(found) : saidOfClasses(found)), picture];
+}
+
+/** Whether both runs have the same samples, and how their experts fit each other; null if nothing can be said. */
+function matched(second, data, samples) {
+  const other = second.data;
   const isSame = other.samples === data.samples && other.steps === data.steps && equal(other.label, data.label) && equal(second.tokens, samples?.tokens);
   const experts = Math.max(data.experts, other.experts);
   const hasSameClasses = equal(second.labels, samples?.names.labels) && new Set(other.label).size === new Set(data.label).size;
   const found = isSame ? matching(data.path, other.path, data.steps, experts) : hasSameClasses ? profileMatching(data, other, experts) : null;
-  const inverse = new Map(found?.order.map((b, a) => [b, a]));
-  const numbers = found?.fits ? (expert) => inverse.get(expert) : (expert) => expert;
-  const rows = isSame ? kept : Array.from({ length: other.samples }, (_, row) => row);
-  const picture = draw({ paths: other.path, steps: other.steps, correct: other.correct, kept: rows }, { title: `Paths of run ${second.id}`, order: numbers, numbers });
-  return [h("h2", {}, `Run ${second.id}, epoch ${second.epoch}`), h("p", { class: "soft" }, isSame ? saidOfSamples(found) : saidOfClasses(found)), picture];
+  return { isSame, found };
 }
 
 function saidOfSamples({ fits, overlap, chance, band }) {

@@ -33,25 +33,45 @@ function quantile(values, share) {
 export function enrichment(members, inside, shuffles = 300, seed = 1) {
   const all = inside.length;
   const node = inside.reduce((sum, one) => sum + one, 0);
-  const count = (places, mask) => places.reduce((sum, place) => sum + mask[place], 0);
-  const rows = members.map((places, kind) => {
-    const both = count(places, inside);
-    return { kind, both, total: places.length, share: node ? both / node : 0, base: places.length / Math.max(all, 1), z: zScore(both, node, places.length, all) };
-  });
+  const counts = counter(members, all);
+  const both = counts(Int32Array.from(inside.keys()).filter((place) => inside[place]));
+  const rows = members.map((places, kind) => ({ kind, both: both[kind], total: places.length, share: node ? both[kind] / node : 0, base: places.length / Math.max(all, 1), z: zScore(both[kind], node, places.length, all) }));
+  // |z| of a kind grows with the distance of its count from the mean, the same for a set and for its complement: so we
+  // draw the smaller of the two.
+  const drawn = Math.min(node, all - node);
+  const means = members.map((places) => (drawn * places.length) / all);
+  const scales = members.map((places, kind) => zScore(means[kind] + 1, drawn, places.length, all)); // 1 / deviation
   const random = generator(seed);
-  const mask = Uint8Array.from(inside);
+  const places = Int32Array.from(inside.keys());
   const largest = [];
   for (let turn = 0; turn < shuffles; turn += 1) {
-    for (let place = all - 1; place > 0; place -= 1) {
-      const other = Math.floor(random() * (place + 1));
-      [mask[place], mask[other]] = [mask[other], mask[place]];
+    for (let place = 0; place < drawn; place += 1) {
+      const other = place + Math.floor(random() * (all - place));
+      [places[place], places[other]] = [places[other], places[place]];
     }
+    const found = counts(places.subarray(0, drawn));
     let most = 0;
-    for (const places of members) most = Math.max(most, Math.abs(zScore(count(places, mask), node, places.length, all)));
+    for (let kind = 0; kind < means.length; kind += 1) most = Math.max(most, Math.abs(found[kind] - means[kind]) * scales[kind]);
     largest.push(most);
   }
   const band = largest.length ? quantile(largest, 0.95) : 0;
   return { rows: rows.map((row) => ({ ...row, outside: Math.abs(row.z) > band })), band, node, all };
+}
+
+/** A function that counts the kinds of some places. The next call writes into the same array. */
+function counter(members, all) {
+  const starts = new Int32Array(all + 1); // the kinds of place n stand in `kinds` from starts[n] on
+  for (const places of members) for (const place of places) starts[place + 1] += 1;
+  for (let place = 0; place < all; place += 1) starts[place + 1] += starts[place];
+  const kinds = new Int32Array(starts[all]);
+  const next = starts.slice();
+  members.forEach((places, kind) => { for (const place of places) kinds[next[place]++] = kind; });
+  const found = new Int32Array(members.length);
+  return (places) => {
+    found.fill(0);
+    for (const place of places) for (let at = starts[place]; at < starts[place + 1]; at += 1) found[kinds[at]] += 1;
+    return found;
+  };
 }
 
 /** The 95 % interval of a share (Wilson). */
