@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from research_eval.annotations import Precision
 from research_eval.datasets.token_data import Batch
-from research_eval.models.base_model import logits_of
+from research_eval.models.base_model import EvaluableModel, logits_of
 from research_eval.models.goe_original import GoEOriginalClassifier
 from research_eval.models.moe import RoutedFeedForward
 
@@ -97,6 +97,9 @@ def training(
 
 def inference(module: nn.Module, forward: Callable[[], Tensor], autocast: Autocast) -> Contestant:
     module.eval()
+    for one in module.modules():
+        if isinstance(one, EvaluableModel):
+            one.stop_recording()  # as after `load`: a peer records nothing either
 
     def step() -> None:
         with torch.inference_mode(), autocast():
@@ -330,7 +333,6 @@ def goe_contestant(
             if naive is not None:
                 logits: Tensor = naive(ids_BL, keep_BL)
                 return logits
-            model.start_recording()  # else the paths of every call are kept
             return logits_of(model, batch)
 
         def loss() -> Tensor:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from research_eval.errors import ConfigError
 from research_eval.layers.dispatch import Dispatch
 from research_eval.layers.kernels.plain import each_expert
+from research_eval.layers.overwrite import gelu, plus, times_sigmoid
 from research_eval.layers.packing import Layout
 from research_eval.layers.settings import EncoderSettings, PositionalEncoding
 from research_eval.layers.settings import feed_forward_width as feed_forward_width
@@ -105,7 +106,7 @@ class Attention(nn.Module):
         attended = self.output(attended, dispatch)
         if self.gate is None:
             return attended
-        return attended * torch.sigmoid(from_input[0] + self.gate(attended, dispatch))
+        return times_sigmoid(attended, from_input[0], self.gate(attended, dispatch))
 
     def _attended(self, qkv_BLE: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Queries, keys and values side by side [B, L, 3 D] -> attended values [B, L, D]."""
@@ -155,7 +156,7 @@ class FeedForward(nn.Module):
         return self._contracted(self.expand.of_normed(norm, x, dispatch), dispatch)
 
     def _contracted(self, expanded: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
-        image: torch.Tensor = self.contract(self.dropout(F.gelu(expanded)), dispatch)
+        image: torch.Tensor = self.contract(self.dropout(gelu(expanded)), dispatch)
         return image
 
 
@@ -180,9 +181,9 @@ class Block(nn.Module):
 
     def forward(self, h: torch.Tensor, layout: Layout, dispatch: Dispatch) -> torch.Tensor:
         """Rows [S, D], or a grid [R, L, D], in the order of the experts -> the same shape."""
-        h = h + self.dropout(self.attention(h, layout, dispatch))
+        h = plus(h, self.dropout(self.attention(h, layout, dispatch)))
         width = self.feed_forward.expand.weight.shape[1]
-        return h + self.dropout(each_expert(self._fed_forward, h, dispatch=dispatch, width=width))
+        return plus(h, self.dropout(each_expert(self._fed_forward, h, dispatch=dispatch, width=width)))
 
     def _fed_forward(self, h: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         return self.feed_forward.of_normed(self.norm, h, dispatch)

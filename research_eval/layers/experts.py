@@ -165,7 +165,7 @@ class ExpertPool(Executing):
         """Whether each expert goes through all of its steps before the next one starts."""
         keeps_draws = not (self.training and self._dropout)  # dropout draws for all experts, step by step
         is_simple = samples.is_full and not self.scans and keeps_draws and not self._is_compiled()
-        return is_simple and one_by_one(h, dispatch, self._width)
+        return is_simple and one_by_one(h, dispatch, self._width, whole=True)
 
     def _attend(self, h: torch.Tensor, layout: Layout, dispatch: Dispatch) -> torch.Tensor:
         """Apply the Transformer blocks to rows sorted by expert."""
@@ -189,13 +189,14 @@ class ExpertPool(Executing):
         parts += [scan(rows_RLD, rows_RL) for scan, rows_RLD, rows_RL in groups if len(rows_RLD)]
         return torch.cat(parts)
 
-    def _edge_entropy(self, member_BN: torch.Tensor) -> torch.Tensor | None:
+    def _edge_entropy(self, choice_B: torch.Tensor) -> torch.Tensor | None:
         """Mean edge entropy of the scan experts that any row of the batch executes; None outside training.
 
         Idle scan experts do not count, so they receive no gradient.
         """
         if not self.training or not self.scans:
             return None
+        member_BN = members(choice_B, self.num_experts)
         executed = zip(self.scans, batch_sum(member_BN.sum(0))[self.num_attention_experts :].tolist(), strict=True)
         entropies = [cast(ScanExpert, scan).graph.row_entropy() for scan, size in executed if size]
         return of_parameters(torch.stack(entropies).mean()) if entropies else None
@@ -234,24 +235,30 @@ class ExpertPool(Executing):
         One stable sort per step puts stopped samples last, and each expert reads one slice. With `all_run` the caller
         promises that no sample has stopped. The host then reads no count back from the device.
         """
-        if not pooled and self._may_be_even(h_BLD):
+        sizes = None  # samples of each expert; a GPU would have to be waited for
+        if h_BLD.device.type == "cpu" and kernels_on(h_BLD.device, self.execution.kernels) != "grouped":
             *sizes, stopped = torch.bincount(choice_B, minlength=self.num_experts + 1).tolist()
-            if not stopped and pays(sizes, h_BLD.shape[1], packing.num_tokens, self._average_map):
+            may_be_even = not (stopped or pooled) and self._may_be_even(h_BLD)
+            if may_be_even and pays(sizes, h_BLD.shape[1], packing.num_tokens, self._average_map):
                 even = Even.of(choice_B, sizes, packing.keep_BL, packing.padded)
                 rows = even.take(h_BLD)
                 plan = Dispatch([rows.shape[1]] * self.num_experts, kernels=self.execution.kernels, even=True)
                 change = self._change(rows, even, plan)
                 return Step(even.add_to(h_BLD, change, coefficient_B), choice_B)
-        order_B = choice_B.argsort(stable=True)
-        member_BN = members(choice_B, self.num_experts)
-        rows_R = order_B if all_run else order_B[: int(member_BN.sum())]
-        edge_entropy = self._edge_entropy(member_BN)
+        rows_R = choice_B.argsort(stable=True)
+        if not all_run:
+            rows_R = rows_R[: int((choice_B < self.num_experts).sum()) if sizes is None else sum(sizes)]
+        edge_entropy = self._edge_entropy(choice_B)
         dispatcher = self.execution.dispatcher
         if not len(rows_R) and not dispatcher.is_shared:
             return Step(h_BLD, rows_R, h_BLD.new_zeros(0, h_BLD.shape[-1]) if pooled else None, edge_entropy)
         samples = packing.samples(rows_R)
-        counts_N = (member_BN * samples.num_rows(packing.lengths_B).unsqueeze(1)).sum(0)
-        dispatch = Dispatch.of(counts_N, self.execution.kernels)
+        if sizes is None or samples.places is not None:  # rows are tokens
+            tokens_B = samples.num_rows(packing.lengths_B)
+            counts_N = (members(choice_B, self.num_experts) * tokens_B.unsqueeze(1)).sum(0)
+            dispatch = Dispatch.of(counts_N, self.execution.kernels)
+        else:
+            dispatch = Dispatch(sizes, kernels=self.execution.kernels)
         rows, plan, held = dispatcher.dispatch(samples.take(h_BLD), dispatch, samples)
         change = dispatcher.combine(self._change(rows, held, plan), plan)
         after_BLD = samples.add_to(h_BLD, change, coefficient_B[rows_R])

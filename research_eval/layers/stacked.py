@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -125,7 +126,7 @@ class StackedLinear(Stacked):
         tokens = x.shape[1:-1].numel()
         sizes = [size * tokens for size in dispatch.counts()]
         rows = x.reshape(-1, x.shape[-1])
-        apart = self.kept(f"{name}apart", lambda: taken_apart(weight, bias))
+        apart = self._apart() if weight is self.weight else self.kept("joined apart", lambda: taken_apart(weight, bias))
         if not torch.is_grad_enabled():
             return sliced_linear(rows, sizes, apart).view(*x.shape[:-1], -1)
         experts = dispatch.experts_of(x, tokens)
@@ -134,6 +135,18 @@ class StackedLinear(Stacked):
         if self._in_pass:
             self._kept[f"{name}chain"] = after
         return out.view(*x.shape[:-1], out.shape[-1])
+
+    def _apart(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The experts' weights one by one: views, which stay right as long as the stack keeps its place in memory."""
+        place = tuple((part.untyped_storage()._cdata, part.data_ptr()) for part in (self.weight, self.bias))
+        known = _VIEWS.get(self)
+        if known is None or known[0] != place:
+            known = _VIEWS[self] = (place, taken_apart(self.weight, self.bias))
+        return known[1]
+
+
+# By stack, and not in it: a copy of a model would copy every view.
+_VIEWS: WeakKeyDictionary[StackedLinear, tuple[Any, list[tuple[torch.Tensor, torch.Tensor]]]] = WeakKeyDictionary()
 
 
 def _turned(bias_NO: torch.Tensor, weight_NOI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

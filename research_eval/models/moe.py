@@ -18,6 +18,7 @@ from research_eval.layers.block import Attention, FeedForward, block_flops
 from research_eval.layers.collective import batch_mean, batch_sum
 from research_eval.layers.dispatch import Dispatch, Executing
 from research_eval.layers.intervention import Intervened, Intervention
+from research_eval.layers.overwrite import plus
 from research_eval.layers.packing import Layout, Samples
 from research_eval.layers.routing import balance_loss, balanced_bias, entropy, z_loss
 from research_eval.layers.settings import EncoderSettings, PositionalEncoding
@@ -118,9 +119,9 @@ class MoEBlock(nn.Module):
     def forward(self, h: Tensor, layout: Layout) -> tuple[Tensor, LayerRouting]:
         """Rows of real tokens [S, D], or a grid [B, L, D] without padding -> the same shape, and the routing."""
         everyone = Dispatch.single(len(h))
-        h = h + self.dropout(self.attention(h, layout, everyone))
+        h = plus(h, self.dropout(self.attention(h, layout, everyone)))
         update_SD, routing = self.feed_forward(self.norm(h, everyone).flatten(0, -2))
-        return h + self.dropout(update_SD.view_as(h)), routing
+        return plus(h, self.dropout(update_SD.view_as(h))), routing
 
 
 @MODELS_MAP.register("moe")

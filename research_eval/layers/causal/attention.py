@@ -13,6 +13,7 @@ from research_eval.layers.causal.context import Context
 from research_eval.layers.causal.products import ExpertMatrix
 from research_eval.layers.causal.settings import CausalNorm, CausalSettings
 from research_eval.layers.dispatch import Dispatch
+from research_eval.layers.overwrite import gelu
 
 
 def normed(x: Tensor, kind: CausalNorm = "layer") -> Tensor:
@@ -141,7 +142,7 @@ class CausalFeedForward(nn.Module):
         elif self.activation == "relu2":
             inner = F.relu(inner).square()
         else:
-            inner = F.gelu(inner)
+            inner = gelu(inner)
         out: Tensor = self.contract(inner, dispatch)
         return out
 

@@ -15,6 +15,7 @@ from research_eval.layers.dispatch import Dispatch
 # Output numbers per expert; with fewer, one call for all experts is faster. A call costs more with gradients.
 MIN_CHAIN = 80_000
 MIN_CHAIN_WITHOUT_GRADIENTS = 40_000
+MIN_WHOLE_CHAIN_WITHOUT_GRADIENTS = 16_000  # of a chain through whole blocks
 
 
 def each_expert(function: Callable[..., Tensor], *rows: Tensor, dispatch: Dispatch, width: int) -> Tensor:
@@ -28,11 +29,15 @@ def each_expert(function: Callable[..., Tensor], *rows: Tensor, dispatch: Dispat
     return function(*rows, dispatch)
 
 
-def one_by_one(rows: Tensor, dispatch: Dispatch, width: int) -> bool:
-    """Whether the rows of one expert after the other go through a chain of steps; `width` is the largest one inside."""
+def one_by_one(rows: Tensor, dispatch: Dispatch, width: int, whole: bool = False) -> bool:
+    """Whether the rows of one expert after the other go through a chain of steps; `width` is the largest one inside.
+
+    A `whole` chain is one of whole blocks.
+    """
     if dispatch.even or dispatch.expert is not None or dispatch.kernels_for(rows) == "grouped":
         return False
-    fewest = MIN_CHAIN if torch.is_grad_enabled() else min(MIN_CHAIN, MIN_CHAIN_WITHOUT_GRADIENTS)
+    without_gradients = MIN_WHOLE_CHAIN_WITHOUT_GRADIENTS if whole else MIN_CHAIN_WITHOUT_GRADIENTS
+    fewest = MIN_CHAIN if torch.is_grad_enabled() else min(MIN_CHAIN, without_gradients)
     return dispatch.sizes is None or rows.shape[:-1].numel() * width >= fewest * len(dispatch.sizes)
 
 
