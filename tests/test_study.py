@@ -720,7 +720,7 @@ def test_only_the_adapter_uses_the_storage_and_private_parts_of_optuna() -> None
     )
     package = ROOT / "research_eval"
     users = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if private.search(path.read_text())}
-    assert users == {"studies/adapter.py", "studies/ledger.py", "studies/storage.py"}
+    assert users == {f"studies/{name}.py" for name in ("adapter", "ledger", "storage", "trial_rows")}
 
 
 def test_the_name_of_a_narrowed_parameter_is_that_of_the_studies_in_peoples_databases() -> None:
