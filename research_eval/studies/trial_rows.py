@@ -1,7 +1,7 @@
 """Reading the trials of a study.
 
-Optuna makes an object of every row of six tables, which takes most of the time that a new worker needs for a large study.
-This file reads the same rows as tuples, and reads each distribution once.
+Optuna makes an object of every row of six tables, which takes most of the time that a new worker needs for a large
+study. This file reads the same rows as tuples, and reads each distribution once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial
-from sqlalchemy.engine import Connection, Row
+from sqlalchemy.engine import Connection
 
 _trials = models.TrialModel.__table__
 _params = models.TrialParamModel.__table__
@@ -41,10 +41,10 @@ def read_trials(
     wanted: sa.ColumnElement[bool] = _trials.c.study_id == study_id
     if after >= 0:
         # The ids are part of the text, because a query may have only so many parameters.
-        ids = sa.bindparam("ids", sorted(also), expanding=True, literal_execute=True)
+        ids: sa.BindParameter[Any] = sa.bindparam("ids", sorted(also), expanding=True, literal_execute=True)
         wanted &= (_trials.c.trial_id > after) | _trials.c.trial_id.in_(ids)
 
-    def rows(table: Any, order: Any, *columns: Any) -> Iterator[Row[Any]]:
+    def rows(table: Any, order: Any, *columns: Any) -> Iterator[Any]:
         query = sa.select(table.c.trial_id, *columns).join(_trials, _trials.c.trial_id == table.c.trial_id)
         yield from connection.execute(query.where(wanted).order_by(order))
 
