@@ -81,6 +81,7 @@ def csv_rows(stem: str = FILES) -> list[dict[str, str]]:
 # ------------------------------------------------------------------------------------------------- one study, whole
 
 
+@pytest.mark.usefixtures("real_pictures")
 def test_a_study_leaves_what_the_documentation_names_and_its_best_config_gives_the_same_score() -> None:
     ended = study_of("--model_types", "dense,moe,goe,goe_original", n_trials=5)
     assert ended.code == 0, ended.err
@@ -196,6 +197,7 @@ def test_without_a_pruner_every_epoch_is_trained() -> None:
     assert isinstance(make_pruner(options), optuna.pruners.HyperbandPruner)
 
 
+@pytest.mark.usefixtures("real_pictures")
 def test_several_objectives_make_a_pareto_study() -> None:
     ended = study_of("--objectives", "final_val_f1,param_count", "--model_types", "lstm", n_trials=8)
     assert ended.code == 0, ended.err
