@@ -1,4 +1,4 @@
-"""Runs the commands of a documentation page one after the other in one process, which imports the libraries once.
+"""Runs the commands of a documentation page one after the other in one process, which need not import the libraries.
 
 `Commands` starts that process; `client` is the text of a program that hands its command line, folder, environment and
 standard streams to it and ends with the exit code that comes back.
@@ -7,21 +7,22 @@ standard streams to it and ends with the exit code that comes back.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
-import runpy
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
+from forking import copy_that_runs, forget_own_modules, run_python
+
 STREAMS = 3
 STEPS = 12  # of a training
-OWN = ("research_eval", "goe_extension")  # modules of this project and of its users
+LIBRARIES = ("torch", "scipy.stats", "matplotlib.pyplot", "optuna", "plotly", "datasets", "sqlalchemy", "pydantic")
 CLIENT = """
 import json, os, socket, sys
 with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
@@ -35,39 +36,37 @@ with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
 
 @contextlib.contextmanager
 def commands(address: Path, environment: dict[str, str], *options: str) -> Iterator[None]:
-    """A process that serves at this address while the context lasts.
+    """A copy of this process that serves at this address while the context lasts.
 
-    Options: "changes" if the source changes meanwhile, "cheap" for runs that end sooner (cheap_runs.py).
+    Options: "changes" if the source changes meanwhile.
     """
-    command = [sys.executable, __file__, str(address), *options]
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, start_new_session=True)
-    assert server.stdout is not None
+    for library in LIBRARIES:
+        importlib.import_module(library)
+    ready, told = os.pipe()
+    server = copy_that_runs(lambda: serve(address, told, options), address.parent, environment, 1, 2)
+    os.close(told)
     try:
-        assert server.stdout.readline() == b"ready\n"
+        assert os.read(ready, 1), "the server did not start"
         yield
     finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.stdout.close()
-        server.wait()
+        os.close(ready)
+        os.killpg(server, signal.SIGKILL)
+        os.waitpid(server, 0)
 
 
-def serve(address: str, options: Sequence[str]) -> None:
+def serve(address: Path, told: int, options: Sequence[str]) -> int:
     """Run what clients ask for, until the process is killed.
 
     It has one core, so that several seeds run one after the other, without processes that import torch again.
     """
+    os.setsid()
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % len(cores)]})
-    if "cheap" in options:
-        from cheap_runs import make_runs_cheap, make_runs_short
-
-        make_runs_cheap(setattr)
-        make_runs_short(setattr, STEPS)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(address)
+        listener.bind(str(address))
         listener.listen()
-        print("ready", flush=True)
+        os.write(told, b"r")
         while True:
             connection, _ = listener.accept()
             with connection:
@@ -78,23 +77,20 @@ def serve(address: str, options: Sequence[str]) -> None:
 
 
 def _run(command: list[str], changes: bool) -> int:
-    """The exit code of a command: `goe ...` or a script with its arguments.
+    """The exit code of a command: `goe ...`, or what stands behind `python`.
 
     If the page changes the source between commands, each one imports it anew, but not the libraries.
     """
-    program, *arguments = command
-    sys.argv = command
-    if changes:
-        for name in [name for name in sys.modules if name.startswith(OWN)]:
-            del sys.modules[name]
     try:
-        if program == "goe":
-            from research_eval.main import cli
+        if changes:
+            forget_own_modules()
+        _make_runs_cheap()
+        if command[0] != "goe":
+            return run_python(command)
+        from research_eval.main import cli
 
-            return cli(arguments)
-        sys.path.insert(0, str(Path(program).resolve().parent))
-        runpy.run_path(program, run_name="__main__")
-        return 0
+        sys.argv = command
+        return cli(command[1:])
     except SystemExit as end:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
@@ -102,6 +98,16 @@ def _run(command: list[str], changes: bool) -> int:
     except BaseException:
         sys.excepthook(*sys.exc_info())
         return 1
+
+
+def _make_runs_cheap() -> None:
+    """Runs end sooner, in the modules that are imported by now."""
+    if "cheap_runs" in sys.modules:
+        return
+    sys.path.append(str(Path(__file__).parent))
+    cheap_runs = importlib.import_module("cheap_runs")
+    cheap_runs.make_runs_cheap(setattr)
+    cheap_runs.make_runs_short(setattr, STEPS)
 
 
 @contextlib.contextmanager
@@ -143,7 +149,3 @@ def _surroundings(request: dict[str, Any]) -> Iterator[list[str]]:
         # They have the client's streams, and the next command has others.
         forkserver._forkserver._stop()
         resource_tracker._resource_tracker._stop()
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1], sys.argv[2:])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,12 +16,11 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 import torch
-from cheap_runs import DRAW_EXPERT_GRAPH, make_runs_cheap
+from cheap_runs import draw_pictures_again, make_runs_cheap
 from hypothesis import settings
 from support import stop_at_once
 from torch.nn import functional as F
 
-from research_eval.analysis import expert_graph
 from research_eval.models.base_model import EvaluableModel
 from research_eval.registry import MODELS_MAP
 from research_eval.schema import context_arguments
@@ -32,6 +32,10 @@ VOCAB_SIZE, NUM_CLASSES = 13, 3
 # per process, the tests of the models take three times as long.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+# Many tests start a process that imports the program: it need not be compiled every time.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # The same examples at every run, so that a change fails for what it does alone; fuzzing makes up fresh ones.
 settings.register_profile("repeatable", derandomize=True)
@@ -52,10 +56,16 @@ def _cheap_runs() -> Iterator[None]:
 
 @pytest.fixture(name="real_graphs", scope="module")
 def _real_graphs() -> Iterator[None]:
-    """For a module that looks at the picture of a run."""
+    """For a module that looks at the pictures of a run or of a study."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(expert_graph, "draw_expert_graph", DRAW_EXPERT_GRAPH)
+        draw_pictures_again(patch.setattr)
         yield
+
+
+@pytest.fixture(name="real_pictures")
+def _real_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a test that looks at them."""
+    draw_pictures_again(monkeypatch.setattr)
 
 
 @pytest.fixture(autouse=True)

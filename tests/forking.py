@@ -11,20 +11,17 @@ import sys
 import tempfile
 import types
 import warnings
+from collections.abc import Callable
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
-OWN = ("research_eval", "goe_extension", "tests")
+OWN = ("research_eval", "goe_extension_", "tests.", "cheap_runs")  # of this project and of its users
 
 
 def output_of_a_copy(words: list[str], folder: Path, environment: dict[str, str]) -> tuple[int, str, str]:
     """What `python words...` would do in this folder: exit code, standard output and standard error."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        pid = os.fork()
-        if pid == 0:
-            _become(words, folder, environment, out.fileno(), err.fileno())
+        pid = copy_that_runs(lambda: run_python(words), folder, environment, out.fileno(), err.fileno())
         _, status = os.waitpid(pid, 0)
         texts = []
         for file in (out, err):
@@ -33,12 +30,20 @@ def output_of_a_copy(words: list[str], folder: Path, environment: dict[str, str]
     return os.waitstatus_to_exitcode(status), texts[0], texts[1]
 
 
-def _become(words: list[str], folder: Path, environment: dict[str, str], out: int, err: int) -> None:
-    """Run the program in this copy, and end it without the end of an interpreter, which would touch all memory."""
+def copy_that_runs(program: Callable[[], int], folder: Path, environment: dict[str, str], out: int, err: int) -> int:
+    """The id of a copy of this process that runs `program` in this folder and ends with the exit code that it returns.
+
+    It ends without the end of an interpreter, which would touch all memory.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid != 0:
+        return pid
     code = 1
     try:
         _prepare(folder, environment, out, err)
-        code = _run(words)
+        code = program()
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
@@ -68,15 +73,20 @@ def _prepare(folder: Path, environment: dict[str, str], out: int, err: int) -> N
     warnings.resetwarnings()
     for one in (forkserver._forkserver, resource_tracker._resource_tracker):
         one.__init__()  # type: ignore[misc]
-    for name in [name for name in sys.modules if name.partition(".")[0] in OWN]:
-        del sys.modules[name]
+    forget_own_modules()
     own = [part for part in environment.get("PYTHONPATH", "").split(os.pathsep) if part]
     installed = [part for part in sys.path if part.startswith((sys.prefix, sys.base_prefix))]
     sys.path[:] = [*own, *installed]
     importlib.invalidate_caches()
 
 
-def _run(words: list[str]) -> int:
+def forget_own_modules() -> None:
+    """They are imported anew where they are needed."""
+    for name in [name for name in sys.modules if name.startswith(OWN)]:
+        del sys.modules[name]
+
+
+def run_python(words: list[str]) -> int:
     """The exit code of `python words...`."""
     try:
         if words[0] == "-c":

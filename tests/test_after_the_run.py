@@ -210,6 +210,7 @@ def test_a_summary_that_cannot_be_made_is_only_a_warning(monkeypatch: pytest.Mon
 # ------------------------------------------------------------------------------------------------------- pictures
 
 
+@pytest.mark.usefixtures("real_pictures")
 def test_the_plotting_backend_of_a_notebook_does_not_matter(tmp_path: Path) -> None:
     """The process imports matplotlib for the first picture of the run."""
     write_config(tmp_path, **SMALL)

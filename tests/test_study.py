@@ -81,6 +81,7 @@ def csv_rows(stem: str = FILES) -> list[dict[str, str]]:
 # ------------------------------------------------------------------------------------------------- one study, whole
 
 
+@pytest.mark.usefixtures("real_pictures")
 def test_a_study_leaves_what_the_documentation_names_and_its_best_config_gives_the_same_score() -> None:
     ended = study_of("--model_types", "dense,moe,goe,goe_original", n_trials=5)
     assert ended.code == 0, ended.err
@@ -196,6 +197,7 @@ def test_without_a_pruner_every_epoch_is_trained() -> None:
     assert isinstance(make_pruner(options), optuna.pruners.HyperbandPruner)
 
 
+@pytest.mark.usefixtures("real_pictures")
 def test_several_objectives_make_a_pareto_study() -> None:
     ended = study_of("--objectives", "final_val_f1,param_count", "--model_types", "lstm", n_trials=8)
     assert ended.code == 0, ended.err
@@ -720,7 +722,7 @@ def test_only_the_adapter_uses_the_storage_and_private_parts_of_optuna() -> None
     )
     package = ROOT / "research_eval"
     users = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if private.search(path.read_text())}
-    assert users == {"studies/adapter.py", "studies/ledger.py", "studies/storage.py"}
+    assert users == {f"studies/{name}.py" for name in ("adapter", "ledger", "storage", "trial_rows")}
 
 
 def test_the_name_of_a_narrowed_parameter_is_that_of_the_studies_in_peoples_databases() -> None:

@@ -44,6 +44,8 @@ from research_eval.studies.distributions import random_pick
 from research_eval.studies.results import StudyFiles, write_csv_of, write_results
 from research_eval.studies.space import build_space
 
+pytestmark = pytest.mark.usefixtures("real_graphs")  # tests here look at pictures of studies
+
 F1, COST = "final_val_f1", "param_count"
 STATES = {
     "finished": TrialState.COMPLETE,

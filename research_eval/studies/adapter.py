@@ -1,8 +1,8 @@
 """The border to Optuna: its studies and trials.
 
 Optuna has no public interface for workers that share one queue of trials, continue the trials of workers that died and
-know the ids of trials. Only this file, `storage` and `ledger` use Optuna's storage directly, and private attributes of
-Optuna. The version of Optuna is therefore pinned.
+know the ids of trials. Only this file, `storage`, `ledger` and `trial_rows` use Optuna's storage directly, and private
+attributes of Optuna. The version of Optuna is therefore pinned.
 
 Workers store these user attributes with a trial (`StoredTrial.set_attribute`); they are part of the users' databases:
 

@@ -1,7 +1,7 @@
 """Claims: short transactions on the tables of Optuna, under the lock of a study.
 
-Optuna has no call that claims a trial: its own calls for this take nineteen queries, while all other workers wait. This
-file and `adapter` are the only ones that know Optuna's tables and private attributes.
+Optuna has no call that claims a trial: its own calls for this take nineteen queries, while all other workers wait. Only
+`adapter` and its helpers know Optuna's tables and private attributes.
 """
 
 from __future__ import annotations

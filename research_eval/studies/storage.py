@@ -15,6 +15,7 @@ from typing import Any
 import optuna
 import sqlalchemy as sa
 from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial
 from sqlalchemy import orm
 from sqlalchemy.engine import Connection, make_url
 
@@ -22,6 +23,7 @@ from research_eval.errors import ConfigError
 from research_eval.store.connection import ServerConnections, database_url
 from research_eval.store.migrate import foreign_table
 from research_eval.studies.ledger import study_lock
+from research_eval.studies.trial_rows import read_trials
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +87,23 @@ class StudyStorage(RDBStorage):
         elif self.engine.dialect.name == "sqlite":
             self.engine.dispose()
 
+    def _get_trials(
+        self, study_id: int, states: Any, included_trial_ids: set[int], trial_id_greater_than: int
+    ) -> list[FrozenTrial]:
+        """What Optuna's cache of a study lacks: the trials after an id, and those of these ids. Raises KeyError.
+
+        Optuna's own method does the same, and takes several times as long.
+        """
+
+        def read() -> list[FrozenTrial]:
+            with self.engine.connect() as connection:
+                return read_trials(connection, study_id, trial_id_greater_than, included_trial_ids)
+
+        trials = while_away(read)
+        if not trials:
+            self.get_study_name_from_id(study_id)
+        return [trial for trial in trials if states is None or trial.state in states]
+
     @contextmanager
     def locked(self, study_name: str) -> Iterator[Connection]:
         """A transaction that holds the lock of a study."""
@@ -134,7 +153,7 @@ def _is_away(error: BaseException | None) -> bool:
 
 
 for _name in (
-    *("get_trial", "_get_trials", "set_trial_user_attr", "set_trial_system_attr", "set_trial_param"),
+    *("get_trial", "set_trial_user_attr", "set_trial_system_attr", "set_trial_param"),
     *("set_trial_intermediate_value", "set_trial_state_values", "set_study_user_attr", "get_study_user_attrs"),
 ):
     setattr(StudyStorage, _name, _patient(_name))
