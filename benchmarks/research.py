@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -25,8 +26,9 @@ from typing import Any
 import numpy as np
 from rates import best, beyond
 
-from research_eval.analysis.statistics import SHARE, mean_interval
+from research_eval.analysis.statistics import SHARE, equivalence, mean_interval
 from research_eval.analysis.statistics import half_width as interval
+from research_eval.comparing.verdicts import LEVEL, MARGIN
 from research_eval.db_utils import Store
 from research_eval.schema import ExperimentConfig, load_config
 
@@ -161,7 +163,7 @@ STUDIES = {
     ),
     "text": Study(
         ["dense_flops", "dense_params", "looped", "moe", "oracle", "goe"],
-        against("goe", "dense_flops", "dense_params", "looped", "moe", "oracle"),
+        [*against("goe", "dense_flops", "dense_params", "looped", "moe", "oracle"), *against("moe", "dense_flops")],
         {"final_val_acc": "accuracy", "path_group_nmi_adjusted": "information path-domain"},
         compared=("final_val_acc",),
         seeds={"oracle": 1, "dense_params": 2},
@@ -304,7 +306,7 @@ def tables(study: str, runs: Mapping[str, list[dict[str, Any]]]) -> str:
         for metric in plan.compared:
             pairs = [(a.get(metric), b.get(metric)) for a, b in zip(runs[first], runs[second], strict=False)]
             differences = [a - b for a, b in pairs if a is not None and b is not None]
-            half = f"± {interval(differences):.3f}" if len(differences) > 1 else "(one pair)"
+            half = f"± {interval(differences):.3f}{equal_text(differences)}" if len(differences) > 1 else "(one pair)"
             cells.append(f"{statistics.mean(differences):+.3f} {half}" if differences else "")
         lines.append(f"| {first} - {second} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -314,6 +316,23 @@ def interval_text(shares: list[float]) -> str:
     """` [0.980, 0.998]`; empty without an interval. All compared metrics are accuracies."""
     found = mean_interval(shares, bounds=SHARE)
     return "" if found is None else f" [{found.low:.3f}, {found.high:.3f}]"
+
+
+def equal_text(differences: list[float]) -> str:
+    """What the equivalence test says of two arms; empty if they differ, or if the test does not exist.
+
+    An open result names the smallest margin within which the arms would be equal: one that is chosen after the fact.
+    """
+    p_value = equivalence(differences, [0.0] * len(differences), MARGIN)
+    if p_value is None:
+        return ""
+    if p_value < LEVEL:
+        return f", equal within {MARGIN:g} (p {'< 0.001' if p_value < 0.001 else f'{p_value:.3f}'})"
+    mean = abs(statistics.mean(differences))
+    if mean > interval(differences):
+        return ""
+    smallest = math.ceil(1000 * (mean + interval(differences, 1 - 2 * LEVEL))) / 1000
+    return f", open (p {p_value:.2f}; ±{smallest:.3f})"
 
 
 def flops_text(plan: Study, runs: Mapping[str, list[dict[str, Any]]]) -> str:
@@ -358,9 +377,10 @@ def reported_texts(chosen: list[str], arguments: argparse.Namespace) -> tuple[di
     ]
     train_all(configs, arguments)
     figures = {study: {arm: known.get(study, {}).get(arm, {}) for arm in STUDIES[study].arms} for study in chosen}
-    with Store(arguments.db, read_only=True) as store:
-        for study, arm in missing:
-            figures[study][arm] = collect(study, arm, arguments.seeds, store, arguments.data_dir)
+    if missing:
+        with Store(arguments.db, read_only=True) as store:
+            for study, arm in missing:
+                figures[study][arm] = collect(study, arm, arguments.seeds, store, arguments.data_dir)
     runs = {study: {arm: runs_of(found) for arm, found in arms.items()} for study, arms in figures.items()}
     return {study: tables(study, runs[study]) for study in chosen}, figures
 

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import parquet
+from research import equal_text
 
 from research_eval.analysis.statistics import half_width as interval
 from research_eval.datasets.text.splits import folded
@@ -145,7 +146,11 @@ def table(cells: list[dict[str, Any]]) -> str:
     for entry in cells:
         scores, base = entry["scores"], dense[entry["set"]]["scores"]
         gaps = [score - other for score, other in zip(scores, base, strict=True)]
-        gap = "" if entry["model"] == "dense" else f"{statistics.mean(gaps):+.4f} ± {interval(gaps):.4f}"
+        gap = (
+            ""
+            if entry["model"] == "dense"
+            else f"{statistics.mean(gaps):+.4f} ± {interval(gaps):.4f}{equal_text(gaps)}"
+        )
         edge = " (edge)" if entry["at_the_edge"] else ""
         lines.append(
             f"| {entry['set']} | `{entry['model']}` | {statistics.mean(scores):.4f} ± {interval(scores):.4f} | {gap} "

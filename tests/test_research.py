@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from scipy.stats import ttest_1samp
 from support import ROOT, benchmark
 
 from research_eval.datasets.providers import load_splits
@@ -106,6 +109,41 @@ def test_differences_are_paired_by_seed() -> None:
     lines = research.tables("tables", runs).splitlines()
     assert "| goe | 2 | 0.500 | 1.0 k | 2.000 | 3 |" in lines, "two seeds have no interval"
     assert "| goe - dense_flops | +0.200 ± 0.000 |" in lines
+
+
+@pytest.mark.parametrize(
+    ("differences", "text"),
+    [
+        ([0.001, -0.001, 0.002, -0.002, 0.0], ", equal within 0.01 (p < 0.001)"),
+        ([0.006, 0.005, 0.007, 0.0065, 0.0055], ", equal within 0.01 (p < 0.001)"),  # they differ, but by little
+        ([0.03, 0.032, 0.028, 0.031, 0.029], ""),  # different
+        ([0.0, 0.0, 0.0], ""),
+        ([0.0, 0.1], ""),
+    ],
+)
+def test_arms_are_called_equal_only_by_a_test(differences: list[float], text: str) -> None:
+    assert research.equal_text(differences) == text
+
+
+def largest_p(differences: list[float], margin: float) -> float:
+    """The larger p-value of two one-sided t-tests, by scipy."""
+    below = ttest_1samp(differences, -margin, alternative="greater")
+    above = ttest_1samp(differences, margin, alternative="less")
+    return float(max(below.pvalue, above.pvalue))
+
+
+def test_an_open_difference_would_be_equal_within_the_margin_that_is_named() -> None:
+    rng, found = np.random.default_rng(0), 0
+    for _ in range(100):
+        differences = rng.normal(0.005, 0.02, rng.integers(3, 11)).tolist()
+        text = research.equal_text(differences)
+        if not text.startswith(", open"):
+            continue
+        found += 1
+        p_value, smallest = map(float, re.findall(r"[0-9.]+", text))
+        assert largest_p(differences, 0.01) == pytest.approx(p_value, abs=0.0051)
+        assert largest_p(differences, smallest) <= 0.05 < largest_p(differences, smallest - 0.001)
+    assert found > 50
 
 
 def test_intervals_of_accuracies_stay_below_1() -> None:
