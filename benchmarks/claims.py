@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import sqlalchemy as sa
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.storages._rdb import models
 
 from research_eval.cli import tune
 from research_eval.store.connection import database_url
@@ -27,6 +30,8 @@ from research_eval.studies.ledger import Ledger
 from research_eval.studies.options import StudyOptions
 from research_eval.studies.queue import TrialQueue
 from research_eval.studies.trials import Outcome
+
+KEPT = ("trial_params", "trial_values", "trial_intermediate_values", "trial_user_attributes")
 
 
 @contextlib.contextmanager
@@ -51,10 +56,46 @@ def options_of(url: str, name: str, n_trials: int) -> StudyOptions:
 
 
 def filled(url: str, name: str, finished: int) -> TrialQueue:
-    """A study with so many finished trials."""
+    """A study with so many finished trials, each with ten parameters, eight scores and the attributes of a worker.
+
+    They are copies of one trial that Optuna has made, because it would take minutes to make thousands.
+    """
     queue = TrialQueue(options_of(url, name, 10**6))
-    for number in range(finished):
-        queue.study.add_trial(optuna.trial.create_trial(value=number / 7, user_attrs={"attempts": 1, "worker": "w"}))
+    if not finished:
+        return queue
+    distributions: dict[str, BaseDistribution] = {
+        f"lstm.option{number}": FloatDistribution(0, 1) for number in range(10)
+    }
+    attributes = {"attempts": 1, "worker": "w", "status": "finished", "epochs": 8, "experiment_ids": ["a" * 24]}
+    queue.study.add_trial(
+        optuna.trial.create_trial(
+            value=1.0,
+            params=dict.fromkeys(distributions, 0.5),
+            distributions=distributions,
+            user_attrs={**attributes, "model_type": "lstm"},
+            intermediate_values={epoch: epoch / 7 for epoch in range(8)},
+        )
+    )
+    tables = models.BaseModel.metadata.tables
+    with queue.stored.ledger() as ledger:
+        connection = ledger._connection
+        own = tables["trials"].c.study_id == ledger._study_id
+        (first,) = connection.execute(sa.select(tables["trials"]).where(own)).mappings().all()
+        ids = range(first["trial_id"] + 1, first["trial_id"] + finished)
+        for table in (tables[name] for name in ("trials", *KEPT)):
+            key = next(iter(table.primary_key)).name
+            rows = connection.execute(sa.select(table).where(table.c.trial_id == first["trial_id"])).mappings().all()
+            copies = [
+                {name: value for name, value in row.items() if name != key} | {"trial_id": one}
+                | ({"number": number} if table.name == "trials" else {})
+                for number, one in enumerate(ids, 1)
+                for row in rows
+            ]  # fmt: skip
+            if copies:
+                connection.execute(sa.insert(table), copies)
+        if connection.dialect.name == "postgresql":  # the ids above were not drawn from the sequence
+            connection.execute(sa.text("SELECT setval('trials_trial_id_seq', (SELECT max(trial_id) FROM trials))"))
+            connection.execute(sa.text("ANALYZE"))
     return queue
 
 

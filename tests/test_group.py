@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support import (
@@ -36,13 +37,17 @@ from research_eval import main
 from research_eval.config.sections import ParallelParams
 from research_eval.errors import ConfigError
 from research_eval.layers import collective
+from research_eval.models.base_model import EvaluableModel, Outcome
+from research_eval.registry import MODELS_MAP
+from research_eval.routing import record
 from research_eval.runs.group import Silent
 from research_eval.runs.prepare import prepare
 from research_eval.schema import config_from_dict
 from research_eval.system.world import rank_and_size
-from research_eval.tasks.base import Evaluation
+from research_eval.tasks.base import Evaluation, task_of
 from research_eval.training.checkpoint import load_checkpoint
-from research_eval.training.fit import fit
+from research_eval.training.fit import _evaluated, fit
+from research_eval.training.parallel import OneProcess
 from research_eval.training.processes import Processes
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs forked processes")
@@ -225,6 +230,102 @@ def test_slices_give_the_numbers_of_one_process(name: str, tmp_path: Path) -> No
         all_close(found[0][number], trained(CASES[case], tmp_path / "alone" / case))
         for other in found[1:]:
             assert all(torch.equal(other[number][0][key], tensor) for key, tensor in found[0][number][0].items()), case
+
+
+class Counting:
+    """Counts the batches that a model computes in evaluation mode."""
+
+    def __init__(self, model: EvaluableModel) -> None:
+        self.number = 0
+        run = model.run
+
+        def counted(batch: Any) -> Any:
+            self.number += 1
+            return run(batch)
+
+        model.run = counted  # type: ignore[method-assign]
+
+
+class KeepsMore(MODELS_MAP["dense"]):  # type: ignore[misc]
+    """A user's model that sums something itself: processes cannot know what one of them has not seen."""
+
+    def start_recording(self) -> None:
+        self.seen = 0
+
+    def run(self, batch: Any) -> Any:
+        if not self.training:
+            self.seen += len(batch.labels)
+        return super().run(batch)
+
+    def get_model_specific_metrics(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+
+class Draws(MODELS_MAP["dense"]):  # type: ignore[misc]
+    """A user's model that draws random numbers in evaluation mode."""
+
+    def run(self, batch: Any) -> Any:
+        found = super().run(batch)
+        return Outcome(found.outputs + torch.randn_like(found.outputs))
+
+
+def exact(value: Any) -> Any:
+    """The value with arrays as lists, so that == compares it."""
+    if isinstance(value, dict):
+        return {name: exact(one) for name, one in value.items()}
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def evaluated(config: dict[str, Any], batch_size: int, group: Any) -> tuple[dict[str, Any], int]:
+    """All that an evaluation of untrained weights leaves, and how many batches this process computed."""
+    checked = config_from_dict(config)
+    runtime, data, model = prepare(checked)
+    runtime.seed(3, "evaluation")
+    counting = Counting(model)
+    task, batches = task_of(checked.task, data), data.validation.batches(batch_size)
+    found = _evaluated(model, batches, data, task, runtime, group)
+    left = dict(vars(found)) | {"metrics": model.get_model_specific_metrics(), "draw": torch.rand(1).item()}
+    recorder = model.recorder()
+    if recorder is not None:
+        left |= {name: getattr(recorder, name)() for name in ("paths", "expert_shares", "probabilities", "values")}
+        left |= {"strengths": recorder.strengths(), "decisions": recorder.decisions_per_step()}
+        if recorder.is_about_tokens():
+            left |= {f"tokens {n}": [list(a) for a in recorder.token_choices(n)] for n in range(recorder.num_steps)}
+    return exact(left), counting.number
+
+
+EVALUATED: dict[str, dict[str, Any]] = {
+    name: CASES[name]
+    for name in ("dense", "moe", "goe", "q, ponder", "goe_scan", "random routes", "text, moe", "text, goe_original")
+}
+EVALUATED["confidence"] = settings("goe_original", halt="confidence")
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(2, 5), (3, 2), (4, 100)])
+def test_an_evaluation_is_shared_and_leaves_what_that_of_one_process_leaves(
+    size: int, batch_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Uneven shares, several exchanges, and one batch for four processes."""
+    monkeypatch.setattr(record, "MAX_TOKENS", 20)  # so that the recorder thins out its tokens
+    found = in_a_group(
+        size, tmp_path, lambda group: {name: evaluated(one, batch_size, group) for name, one in EVALUATED.items()}
+    )
+    for name, config in EVALUATED.items():
+        alone, number = evaluated(config, batch_size, OneProcess())
+        for rank, member in enumerate(found):
+            assert member[name] == (alone, len(range(rank, number, size))), (name, rank)
+
+
+@pytest.mark.parametrize(("model", "computed"), [(KeepsMore, 1), (Draws, 1.5)])
+def test_an_evaluation_that_cannot_be_shared_is_done_by_each_process(
+    model: type[EvaluableModel], computed: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Draws show only when half of the batches are done."""
+    monkeypatch.setitem(MODELS_MAP, "mine", model)
+    config = settings("mine")
+    alone, number = evaluated(config, 2, OneProcess())
+    for member in in_a_group(2, tmp_path, lambda group: evaluated(config, 2, group)):
+        assert member == (alone, computed * number)
 
 
 def test_an_epoch_with_dropout_is_repeated_exactly(tmp_path: Path) -> None:

@@ -7,14 +7,17 @@ pass. Random draws are made for all rows, and each process takes its own, so the
 processes. Outside, there is one process, and every function returns what it got.
 
 All processes have to call the same functions in the same order.
+
+An evaluation has no statistics of a batch, so its batches are shared as a whole: see `in_shares`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,3 +133,33 @@ def drawn(like_B: Tensor, draw: Callable[[Tensor], Tensor]) -> Tensor:
     with part.common_draws():
         whole = draw(like_B.new_empty((part.num_rows, *like_B.shape[1:])))
     return whole if part.holds_all else whole[part.own_rows]
+
+
+Named = dict[str, Tensor]
+Shares = Callable[[Iterable[Any], Callable[[Any], Named]], Iterator[Named]]  # see `in_shares`
+
+_SHARES: ContextVar[Shares | None] = ContextVar("shares", default=None)
+
+
+@contextmanager
+def shared_by(shares: Shares) -> Iterator[None]:
+    """Let the processes share what `in_shares` does."""
+    before = _SHARES.set(shares)
+    try:
+        yield
+    finally:
+        _SHARES.reset(before)
+
+
+def are_shared() -> bool:
+    """Whether other processes do a part of what `in_shares` does."""
+    return _SHARES.get() is not None
+
+
+def in_shares(items: Iterable[Any], work: Callable[[Any], Named]) -> Iterator[Named]:
+    """`work(item)` of every item, in their order. Inside `shared_by`, each process works on some of the items.
+
+    All processes have to read the whole result.
+    """
+    shares = _SHARES.get()
+    return map(work, items) if shares is None else shares(items, work)

@@ -67,6 +67,10 @@ class EvaluableModel(Executing, Intervened):
     control_options: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = ()
     """Further arms of `goe compare --controls`: a name, and keys of the config with their values. A claim about the
     model needs them, such as one about a router the same model with a router that never learns."""
+    records_all: bool = True
+    """Whether an evaluation leaves nothing in the model but what goes through `recorder`. A class that keeps more, such
+    as sums for its own metrics, is evaluated as a whole by each process that trains it. So a class with its own metrics
+    or records sets this itself if it is true."""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         """Let a constructor with settings groups also accept their options as keywords: `Model(embed_dim=16)`.
@@ -153,6 +157,16 @@ class EvaluableModel(Executing, Intervened):
         """The experts of each recorded sample, [samples, steps], -1 after the end; None for a model without paths."""
         recorder = self.recorder()
         return None if recorder is None else recorder.paths()
+
+    def can_share(self) -> bool:
+        """Whether processes may share an evaluation: the class that records, or one below it, sets `records_all`."""
+        mro = type(self).mro()
+
+        def place(name: str) -> int:
+            return next(number for number, one in enumerate(mro) if name in vars(one))
+
+        recording = ("start_recording", "recorder", "get_model_specific_metrics")
+        return self.records_all and place("records_all") <= min(place(method) for method in recording)
 
     def follow(self, mapping_TF: Tensor | None) -> bool:
         """Send samples along the task's known paths: function f at step t to expert `mapping[t, f]`; None ends it.
@@ -391,6 +405,9 @@ class AdaptedModel(EvaluableModel):
     def get_auxiliary_loss(self) -> Tensor | float | None:
         loss: Tensor | float | None = self._call("get_auxiliary_loss", None)
         return loss
+
+    def can_share(self) -> bool:
+        return not callable(getattr(self.model, "get_model_specific_metrics", None))
 
     def get_model_specific_metrics(self) -> dict[str, Any]:
         return self._call("get_model_specific_metrics", None) or {}

@@ -54,6 +54,7 @@ class GoEClassifier(RoutedModel):
     """
 
     model_type = "goe"
+    records_all = True
     tuned_options = (("model_params.dropout", (0.0, 0.3)), ("model_params.balance_loss_coef", (0.01,)))
     control_options = (("frozen router", (("optimizer_params.router_lr_mult", 0.0),)),)
     OPTION_ORDER = (  # order in JSON, and of the draws in sampled studies

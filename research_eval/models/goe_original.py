@@ -53,6 +53,7 @@ class GoEOriginalClassifier(ScheduledModel):
     """
 
     model_type = "goe_original"
+    records_all = True
     tuned_options = (("optimizer_params.router_lr_mult", (0.2,)), ("model_params.dropout", (0.0, 0.3)))
     control_options = CONTROLS
     OPTION_ORDER = (  # order in JSON, and of the draws in sampled studies
@@ -215,8 +216,7 @@ class GoEOriginalClassifier(ScheduledModel):
         """Let the halting rule adapt to these batches, with full paths."""
         if self.halting.calibrates():
             self.eval()
-            passes = ((self.route(batch, all_exits=True).details.exits, batch.labels) for batch in batches)
-            self.halting.calibrate(passes)
+            self.halting.calibrate(batches, lambda batch: self.route(batch, all_exits=True).details.exits)
 
     def follow(self, mapping_TF: Tensor | None) -> bool:
         self.given.mapping_TF = mapping_TF  # None: free again

@@ -34,6 +34,7 @@ class GoEScanClassifier(EvaluableModel):
     """
 
     model_type = "goe_scan"
+    records_all = True  # its metrics follow from the weights
     size_options = ("num_walkers", "num_nodes")
     tuned_options = (("model_params.edge_entropy_coef", (0.1, 0.001)),)
     progress: Tensor

@@ -133,6 +133,7 @@ class MoETransformerClassifier(RoutedModel):
     """
 
     model_type = "moe"
+    records_all = True
     tuned_options = (("model_params.dropout", (0.0, 0.3)), ("model_params.balance_loss_coef", (0.1,)))
     control_options = (("frozen router", (("optimizer_params.router_lr_mult", 0.0),)),)
     OPTION_ORDER = (  # order in JSON, and of the draws in sampled studies

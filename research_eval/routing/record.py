@@ -10,7 +10,8 @@ A actions (the experts, then perhaps stopping)  N experts
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -38,6 +39,7 @@ class RoutingRecord:
     probabilities_DA: Array | None = None  # of all actions, before any bias or noise
     entropy_D: Array | None = None  # in nats, of the distribution used for the choice; 0 after the end
     values_DA: Array | None = None  # action values Q, if the model has them
+    logits_at_limit_2: Array | None = None  # how many logits of the step are at their limit, and how many there are
 
 
 class Recorder(Protocol):
@@ -104,15 +106,35 @@ class EvaluationRecorder:
         self._entropy: Any = 0.0
         self._entropy_T: list[Any] = [0.0] * self.num_steps
         self._num_decisions_T = np.zeros(self.num_steps, np.int64)
+        self._postponed: list[int | RoutingRecord] | None = None
+
+    @contextmanager
+    def postponed(self) -> Iterator[list[int | RoutingRecord]]:
+        """Inside, nothing is recorded. The list receives the arguments of `begin_batch` and `push`, to be given later.
+
+        So processes that share an evaluation can give each other their records.
+        """
+        calls: list[int | RoutingRecord] = []
+        self._postponed = calls
+        try:
+            yield calls
+        finally:
+            self._postponed = None
 
     def begin_batch(self, num_samples: int) -> None:
         if self.wants == "nothing":
+            return
+        if self._postponed is not None:
+            self._postponed.append(num_samples)
             return
         self._first = self._num_samples
         self._num_samples += num_samples
 
     def push(self, record: RoutingRecord) -> None:
         if self.wants == "nothing":
+            return
+        if self._postponed is not None:
+            self._postponed.append(record)
             return
         if record.token_D is not None:
             self._push_tokens(record)
@@ -215,6 +237,12 @@ class EvaluationRecorder:
         entropies_ST = np.zeros((self._num_samples, self.num_steps))
         self._fill(entropies_ST, lambda record: record.entropy_D)
         return entropies_ST
+
+    def logits_at_limit(self) -> tuple[int, int]:
+        """How many logits of all records are at their limit, and how many there are."""
+        found = [one for _, record in self._records if (one := record.logits_at_limit_2) is not None]
+        at_limit, total = self._join(found).reshape(-1, 2).sum(0).tolist() if found else (0, 0)
+        return int(at_limit), int(total)
 
     def metrics(self) -> dict[str, Any]:
         """The metrics of `path_metrics`, or for token decisions those of `load_metrics`; empty without records."""

@@ -6,15 +6,17 @@ B batch  O outputs per sample  N samples of a split
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from research_eval.datasets.token_data import Batch, Batches
+from research_eval.layers.collective import Named, are_shared, in_shares
 from research_eval.layers.dispatch import no_spare_rows
 from research_eval.models.base_model import EvaluableModel
+from research_eval.routing.record import EvaluationRecorder, RoutingRecord
 from research_eval.tasks.base import Evaluation as Evaluation
 from research_eval.tasks.base import Task
 from research_eval.tasks.classification import Classification
@@ -29,27 +31,71 @@ def evaluate(
     """Score every sample once, in evaluation mode. The model's records afterwards are those of this evaluation.
 
     Without a task it is a classification. The host reads the results from the device once, at the end, so the device
-    never waits between batches.
+    never waits between batches. If processes share the work, each of them has the whole result.
     """
     task = task or Classification()
     model.eval()
     model.start_recording()
-    rows, targets, answers, losses = [], [], [], []
-    for batch in batches:
+    recorder = model.recorder() if are_shared() else None
+
+    def scored(batch: Batch) -> Named:
         with runtime.autocast():
             outputs_BO = model.run(batch).outputs.float()
-        losses.append(task.loss_per_sample(outputs_BO, batch.labels))
-        answers.append(task.answers(outputs_BO))
-        targets.append(batch.labels)
-        rows.append(np.arange(len(batch.labels)) if batch.rows is None else batch.rows)
-    answers_N, targets_N, losses_N = (torch.cat(parts).cpu() for parts in (answers, targets, losses))
-    rows_N = np.concatenate(rows)
+        rows_B = np.arange(len(batch.labels)) if batch.rows is None else batch.rows
+        return {
+            "losses": task.loss_per_sample(outputs_BO, batch.labels),
+            "answers": task.answers(outputs_BO),
+            "targets": batch.labels,
+            "rows": torch.from_numpy(rows_B),
+        }
+
+    def scored_with_records(batch: Batch) -> Named:
+        assert recorder is not None
+        with recorder.postponed() as calls:
+            return {**scored(batch), **_named(calls)}
+
+    parts: list[Named] = []
+    for part in in_shares(batches, scored if recorder is None else scored_with_records):
+        if recorder is not None:
+            _record(recorder, part)
+        parts.append({name: part[name] for name in ("losses", "answers", "targets", "rows")})
+    losses_N, answers_N, targets_N, found_N = (torch.cat([part[name] for part in parts]).cpu() for name in parts[0])
+    rows_N = found_N.numpy()
     evaluation = task.evaluation(answers_N, targets_N, losses_N, rows_N, num_outputs)
     found: dict[str, Any] = {"rows_N": rows_N, "losses_N": losses_N.numpy(), "targets_N": targets_N.numpy()}
     found["answers_N"] = answers_N.numpy()
     known = {name: getattr(evaluation, name) for name in found}
     missing = {name: found[name] for name, value in known.items() if value is None or not len(value)}
     return replace(evaluation, **missing)
+
+
+def _named(calls: list[int | RoutingRecord]) -> Named:
+    """Postponed calls of a recorder as tensors with names: `3 experts_DK` is a field of call 3."""
+    named: Named = {}
+    for number, call in enumerate(calls):
+        if isinstance(call, int):
+            named[f"{number} begin"] = torch.tensor(call)
+            continue
+        for field in fields(RoutingRecord):
+            value = getattr(call, field.name)
+            # Of decisions about tokens, only sums are kept of what follows: sending it would be slow.
+            if value is not None and not (call.token_D is not None and field.name in ("probabilities_DA", "values_DA")):
+                named[f"{number} {field.name}"] = torch.as_tensor(value)
+    return named
+
+
+def _record(recorder: EvaluationRecorder, named: Named) -> None:
+    """Do the postponed calls of a recorder, here or in another process."""
+    calls: dict[int, dict[str, Any]] = {}
+    for name, value in named.items():
+        number, _, field = name.partition(" ")
+        if field:
+            calls.setdefault(int(number), {})[field] = value
+    for _, call in sorted(calls.items()):
+        if "begin" in call:
+            recorder.begin_batch(int(call["begin"]))
+        else:
+            recorder.push(RoutingRecord(**call | {"step": int(call["step"])}))
 
 
 def measure_flops(

@@ -109,7 +109,7 @@ def fit(
                     _report(observer, meter, state, float(schedule.get_last_lr()[0]))
                 if epoch_ends:
                     with parallel.whole():
-                        evaluation = _evaluated(scored, validation, data, task, runtime)
+                        evaluation = _evaluated(scored, validation, data, task, runtime, parallel)
                         _check_finite("validation loss", evaluation.loss, state.step)
                         metrics = watch.epoch_end(length.number(state.step), scored, evaluation, state.reports)
                         observer.epoch_end(state.step, evaluation, metrics, scored)
@@ -125,7 +125,7 @@ def fit(
     state.seconds = time.perf_counter() - started
     parallel.end()
     if evaluation is None:  # the checkpoint was already at the last step
-        evaluation = _evaluated(scored, validation, data, task, runtime)
+        evaluation = _evaluated(scored, validation, data, task, runtime, parallel)
     return state, scored, evaluation
 
 
@@ -162,12 +162,16 @@ def _training_loss(
 
 
 def _evaluated(
-    scored: EvaluableModel, validation: Batches, data: DataSplits, task: Task, runtime: Runtime
+    scored: EvaluableModel, validation: Batches, data: DataSplits, task: Task, runtime: Runtime, parallel: Parallel
 ) -> Evaluation:
     """Evaluate the validation split, after the model has calibrated itself on it."""
-    with runtime.autocast():
-        scored.calibrate(validation)
-    return evaluate(scored, validation, task.num_outputs(data), runtime, task)
+
+    def calibrated_and_evaluated() -> Evaluation:
+        with runtime.autocast():
+            scored.calibrate(validation)
+        return evaluate(scored, validation, task.num_outputs(data), runtime, task)
+
+    return parallel.shared(calibrated_and_evaluated) if scored.can_share() else calibrated_and_evaluated()
 
 
 def _report(observer: Observer, meter: Meter, state: TrainingState, rate: float) -> None:

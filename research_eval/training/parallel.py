@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from numpy.typing import NDArray
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from research_eval.training.checkpointer import Checkpointer
 from research_eval.training.state import TrainingState
+
+Found = TypeVar("Found")
 
 
 class Parallel(Protocol):
@@ -51,6 +53,9 @@ class Parallel(Protocol):
 
     def whole(self) -> AbstractContextManager[object]:
         """Inside, the model has whole parameters, and no computation needs another process. All have to enter it."""
+
+    def shared(self, work: Callable[[], Found]) -> Found:
+        """What `work` returns, whose passes in `collective.in_shares` all processes share. All have to call it."""
 
     def save(self, checkpointer: Checkpointer, state: TrainingState) -> None:
         """Write a checkpoint. All processes have to call it."""
@@ -95,6 +100,9 @@ class OneProcess:
 
     def whole(self) -> AbstractContextManager[object]:
         return nullcontext()
+
+    def shared(self, work: Callable[[], Found]) -> Found:
+        return work()
 
     def save(self, checkpointer: Checkpointer, state: TrainingState) -> None:
         checkpointer.save(state)

@@ -12,12 +12,14 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, distributed, nn
@@ -25,16 +27,18 @@ from torch import Tensor, distributed, nn
 from research_eval.config.sections import ParallelParams
 from research_eval.errors import ConfigError
 from research_eval.files import write_atomically
-from research_eval.layers.collective import Part, part_of_batch
+from research_eval.layers.collective import Named, Part, part_of_batch, shared_by
 from research_eval.seeding import derive_seed
 from research_eval.training.checkpoint import SLICES, save_slices, slice_name
 from research_eval.training.checkpointer import Checkpointer
+from research_eval.training.parallel import Found
 from research_eval.training.runtime import choose_device
 from research_eval.training.slices import Slices, cut, fill_zeros
 from research_eval.training.state import TrainingState
 
 TIMEOUT = timedelta(minutes=5)  # of one exchange: torchrun itself notices a process that has died
 LARGE = 2 * 2**30  # bytes of weights from which "auto" writes slices
+ROUND = 4  # batches that a process evaluates between two exchanges: the memory has the records of so many
 BUCKET = 25 * 2**20  # bytes of gradients that one exchange carries
 
 
@@ -92,6 +96,26 @@ class Processes:
             content.copy_(torch.frombuffer(bytearray(message), dtype=torch.uint8))
         distributed.broadcast(content, 0)
         return content.cpu().numpy().tobytes()
+
+    def gather(self, own: Named) -> list[Named]:
+        """The tensors of every process, by rank, in the memory of the host."""
+        # Clones, because safetensors refuses tensors that share memory.
+        plain = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in own.items()
+        }
+        message = safetensors.torch.save(plain) if plain else b""
+        sizes = torch.zeros(self.size, dtype=torch.int64)
+        sizes[self.rank] = len(message)
+        numbers = self.sum(sizes).tolist()
+        padded = torch.zeros(max(numbers), dtype=torch.uint8, device=self._device)
+        if not len(padded):
+            return [{} for _ in numbers]
+        if message:
+            padded[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        parts = [torch.empty_like(padded) for _ in numbers]
+        distributed.all_gather(parts, padded)
+        contents = [part[:number].cpu().numpy().tobytes() for part, number in zip(parts, numbers, strict=True)]
+        return [safetensors.torch.load(content) if content else {} for content in contents]
 
     # ------------------------------------------------------------------------------------------------ the training
 
@@ -213,6 +237,29 @@ class Processes:
         with self._slices.whole() if self._slices is not None else nullcontext():
             yield
 
+    def shared(self, work: Callable[[], Found]) -> Found:
+        """A model that draws random numbers needs those of one process: then every process does all the work."""
+        before = _Generator(self._device)
+        with shared_by(self._in_shares):
+            found = work()
+        if self.agree(1 if before.has_moved() else None) is None:
+            return found
+        before.restore()
+        return work()
+
+    def _in_shares(self, items: Iterable[Any], work: Callable[[Any], Named]) -> Iterator[Named]:
+        """Item i is for process i modulo W. Every process takes part in every exchange, also without an item."""
+        rest = iter(items)
+        while some := list(islice(rest, ROUND * self.size)):
+            own = {number: work(some[number]) for number in range(self.rank, len(some), self.size)}
+            found = self.gather(
+                {f"{number} {name}": tensor for number, one in own.items() for name, tensor in one.items()}
+            )
+            for number in range(len(some)):
+                prefix = f"{number} "
+                their = found[number % self.size]
+                yield {name.removeprefix(prefix): their[name] for name in their if name.startswith(prefix)}
+
     def save(self, checkpointer: Checkpointer, state: TrainingState) -> None:
         if self._slices is not None and self._shared is not None:
             rows = self._slices.own_rows()
@@ -262,6 +309,10 @@ class _Generator:
         finally:
             self._state = self._get()
             self._set(inside)
+
+    def has_moved(self) -> bool:
+        """Whether numbers have been drawn since."""
+        return not torch.equal(self._get(), self._state)
 
     def restore(self) -> None:
         """Go on with this generator."""

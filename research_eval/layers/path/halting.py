@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from research_eval.annotations import Range, Share, Weight, When
+from research_eval.datasets.token_data import Batch
 from research_eval.errors import ConfigError
+from research_eval.layers.collective import in_shares
 from research_eval.layers.losses import AuxiliaryLoss
 from research_eval.layers.path.exits import (
     calibrated_threshold,
@@ -89,8 +91,8 @@ class Halting(nn.Module):
         """Whether `calibrate` does anything."""
         return False
 
-    def calibrate(self, passes: Iterable[tuple[list[Tensor], Tensor]]) -> None:
-        """Adapt to the validation split: exits [X][B, C] and labels [B] of each batch."""
+    def calibrate(self, batches: Iterable[Batch], exits_of: Callable[[Batch], list[Tensor]]) -> None:
+        """Adapt to the validation split. `exits_of` makes a pass: its exits are [X][B, C]."""
 
     def metrics(self) -> dict[str, Any]:
         """The rule's own metrics of an evaluation."""
@@ -129,16 +131,17 @@ class ConfidenceExit(Halting):
         return self.settings.exit_threshold is None
 
     @torch.no_grad()
-    def calibrate(self, passes: Iterable[tuple[list[Tensor], Tensor]]) -> None:
-        confidences, corrects = [], []
-        for exits, labels_B in passes:
+    def calibrate(self, batches: Iterable[Batch], exits_of: Callable[[Batch], list[Tensor]]) -> None:
+        def known(batch: Batch) -> dict[str, Tensor]:
+            exits = exits_of(batch)
             # If all paths of a batch end early, its last exit also replaces the missing later ones.
             missing = self.path.max_path_len - self.path.min_path_len + 1 - len(exits)
             exits_XBC = torch.stack(exits + exits[-1:] * missing).float()
-            confidences.append(exits_XBC.softmax(-1).amax(-1))
-            corrects.append(exits_XBC.argmax(-1) == labels_B)
-        correct_XN = torch.cat(corrects, 1)
-        self.threshold.fill_(calibrated_threshold(torch.cat(confidences, 1), correct_XN))
+            return {"confidence": exits_XBC.softmax(-1).amax(-1), "correct": exits_XBC.argmax(-1) == batch.labels}
+
+        parts = list(in_shares(batches, known))
+        confidence_XN, correct_XN = (torch.cat([part[name] for part in parts], 1) for name in ("confidence", "correct"))
+        self.threshold.fill_(calibrated_threshold(confidence_XN, correct_XN))
         self.full_depth_accuracy = float(correct_XN[-1].double().mean())
 
     def metrics(self) -> dict[str, Any]:

@@ -17,16 +17,14 @@ from research_eval.routing.record import STOPPED, EvaluationRecorder, RoutingRec
 
 
 class PathReport:
-    """Pushes the decisions of every step to the recorder, and counts the logits that are at their limit."""
+    """Pushes the decisions of every step to the recorder, with the number of logits that are at their limit."""
 
     def __init__(self, recorder: EvaluationRecorder) -> None:
         self.recorder = recorder
-        self.clear()
 
     def clear(self) -> None:
         """Discard the records of the evaluation so far."""
         self.recorder.clear()
-        self._at_limit: list[Tensor] = []  # of every step: logits at the limit, and all logits
 
     def begin_batch(self, num_samples: int) -> None:
         """Start a batch of this many samples."""
@@ -52,6 +50,9 @@ class PathReport:
             experts_B = experts_B.masked_fill(~running_B, STOPPED)
             probabilities_BA, values_BA = (_only(found, decided_B) for found in (probabilities_BA, values_BA))
             entropy_B = _only(entropy_B, running_B)
+        limited_2 = None
+        if view is not None:
+            limited_2 = _count_at_limit(view.logits_BA if running_B is None else view.logits_BA[running_B])
         self.recorder.push(
             RoutingRecord(
                 step,
@@ -60,10 +61,9 @@ class PathReport:
                 probabilities_DA=probabilities_BA,
                 entropy_D=entropy_B,
                 values_DA=values_BA,
+                logits_at_limit_2=limited_2,
             )
         )
-        if view is not None:
-            self._at_limit.append(_count_at_limit(view.logits_BA if running_B is None else view.logits_BA[running_B]))
 
     def metrics(self, has_router: bool) -> dict[str, Any]:
         """The metrics of the recorded paths. Entropies are included only if a router decides.
@@ -75,7 +75,7 @@ class PathReport:
             return {}
         if not has_router:
             return {name: value for name, value in metrics.items() if name not in ("router_entropy", "step_entropy")}
-        at_limit, total = torch.stack(self._at_limit).sum(0).tolist() if self._at_limit else (0, 0)
+        at_limit, total = self.recorder.logits_at_limit()
         return metrics | {"logits_at_limit_share": at_limit / max(total, 1)}
 
 

@@ -123,6 +123,8 @@ class LanguageModel(RoutedModel):
     a sample) has a route of its own, and no row sees a later one.
     """
 
+    records_all = True
+
     def __init__(self, vocab_size: int, max_length: int, num_steps: int, *, settings: CausalSettings) -> None:
         super().__init__()
         self.settings = settings

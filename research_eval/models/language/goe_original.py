@@ -43,6 +43,7 @@ class GoEOriginalLanguageModel(GoELanguageModel):
     """
 
     model_type = "goe_original"
+    records_all = True
     tuned_options = (("model_params.route", ("bigram",)), ("model_params.dropout", (0.1, 0.2)))
     control_options = ROUTE_CONTROLS
 
