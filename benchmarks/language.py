@@ -4,6 +4,9 @@ The rate of an arm is chosen without the validation text: on the last tenth of t
 not reported and half of the steps. The reported seeds train on the whole training text, and every target of the
 validation text is scored once. `--data_dir` holds the folder `tiny_shakespeare`; `--work` keeps the runs, so that a
 second call continues.
+
+`--curve` trains some of the arms with fewer steps, at the rates of the results in `--known`. A schedule always ends
+with its run. The last point of the curve is the one of the results.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import Any
 
 from pyarrow import parquet
 from rates import best, beyond
+from research import write_page
 
 from research_eval.analysis.statistics import half_width as interval
 from research_eval.experiment import run
@@ -89,6 +93,14 @@ for NAME in ("goe, bigram table", "goe, learned from states", "goe, hash of four
 ARMS[f"goe, states, router that never learns, pool of {POOL}"] = replace(
     ARMS[f"goe, learned from states, pool of {POOL}"], optimizer=FROZEN
 )
+
+CURVE_STEPS = (200, 400)
+CURVE_ARMS = (
+    *("dense", "dense, hashed bigrams"),
+    *(f"moe, learned from states, pool of {POOL}", f"goe, bigram table, pool of {POOL}"),
+    *(f"goe, states, router that never learns, pool of {POOL}", f"goe, learned from states, pool of {POOL}"),
+)
+Points = dict[str, dict[int, list[float]]]  # by arm and number of steps, the losses of the seeds 0, 1, ...
 
 
 def config_of(arm: str, seed: int, rate: float, data_dir: Path, share: float = 1.0) -> dict[str, Any]:
@@ -198,19 +210,66 @@ def table(cells: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def curve(seeds: list[int], source: Path, known: dict[str, Any]) -> Points:
+    """The losses of the arms with fewer steps, and those of `known`. All arms get a seed before the next one."""
+    points: Points = {arm: {steps: [] for steps in CURVE_STEPS} for arm in CURVE_ARMS}
+    for seed in seeds:
+        for steps in CURVE_STEPS:
+            for arm in CURVE_ARMS:
+                config = config_of(arm, seed, known[arm]["rate"], source, steps / ARMS[arm].steps)
+                points[arm][steps].append(metrics(config)["final_val_loss"])
+    for arm, of_arm in points.items():
+        losses = dict(zip(known[arm]["seeds"], known[arm]["losses"], strict=True))
+        of_arm[known[arm]["steps"]] = [losses[seed] for seed in seeds]
+    return points
+
+
+def curve_table(points: Points) -> str:
+    """Markdown: the losses over the steps, then what the last arm gains on each other one, paired by seed."""
+    *others, last = points
+    head = [f"{steps:,} steps" for steps in points[last]]
+    rule = "|---" * (1 + len(head)) + "|"
+    lines = [f"| nats per character | {' | '.join(head)} |", rule]
+    for arm, of_arm in points.items():
+        cells = [f"{statistics.mean(losses):.3f} ± {interval(losses):.3f}" for losses in of_arm.values()]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    lines += ["", f"| {last}, minus | {' | '.join(head)} |", rule]
+    for arm in others:
+        pairs = [zip(points[last][steps], losses, strict=True) for steps, losses in points[arm].items()]
+        gaps = [[own - other for own, other in pair] for pair in pairs]
+        cells = [f"{statistics.mean(gap):+.3f} ± {interval(gap):.3f}" for gap in gaps]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--work", type=Path, default=Path("language"), help="folder for the texts and the runs")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/language.json"))
-    parser.add_argument("--known", type=Path, help="an earlier output, for the rates that arms take from others")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/language.json or language_curve.json")
+    parser.add_argument("--known", type=Path, help="earlier results, for the rates that arms take from others")
+    parser.add_argument("--curve", action="store_true", help="train fewer steps; --known defaults to the results")
+    parser.add_argument("--page", type=Path, help="write the table of the curve into this page")
     arguments = parser.parse_args()
+    results = Path("benchmarks/results")
+    if arguments.curve:
+        arguments.known = arguments.known or results / "language.json"
     known = {} if arguments.known is None else {one["arm"]: one for one in json.loads(arguments.known.read_text())}
-    source, output = (arguments.data_dir / "tiny_shakespeare").resolve(), arguments.output.resolve()
+    default = "language_curve.json" if arguments.curve else "language.json"
+    output = (arguments.output or results / default).resolve()
+    source = (arguments.data_dir / "tiny_shakespeare").resolve()
+    page = arguments.page and arguments.page.resolve()
     arguments.work.mkdir(parents=True, exist_ok=True)
     os.chdir(arguments.work)
+    if arguments.curve:
+        points = curve(arguments.seeds, source, known)
+        output.write_text(json.dumps(points, indent=1) + "\n")
+        print(curve_table(points))
+        if page:
+            write_page(page, {"language curve": curve_table(points)})
+        return
     tuning = tuning_text(source, Path("tuning").resolve())
     cells: list[dict[str, Any]] = []
     for arm in arguments.arms:
