@@ -15,6 +15,7 @@ from research_eval.datasets.providers import load_splits
 from research_eval.schema import load_config
 
 research: Any = benchmark("research")
+language: Any = benchmark("language")
 
 
 def run_of(accuracy: float, **more: Any) -> dict[str, Any]:
@@ -186,3 +187,28 @@ def test_tables_stand_between_their_marks(tmp_path: Path) -> None:
     assert set(research.STUDIES) == {
         line.split()[2] for line in (ROOT / "docs" / "research.md").read_text().splitlines() if "<!-- begin" in line
     }
+
+
+def test_the_curve_of_language_models_pairs_seeds_within_a_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each schedule has the length of its run, rates are those of the results, and results of other seeds stay out."""
+    trained: list[dict[str, Any]] = []
+
+    def metrics(config: dict[str, Any]) -> dict[str, float]:
+        trained.append(config)
+        routed = config["model_type"] == "goe"
+        return {"final_val_loss": 2.0 - config["training_params"]["max_steps"] / 1000 + config["seed"] - 0.1 * routed}
+
+    monkeypatch.setattr(language, "metrics", metrics)
+    known = {
+        arm: {"rate": 0.01 * number, "steps": 800, "seeds": [2, 1, 0], "losses": [3.0, 2.0, 1.0 + number]}
+        for number, arm in enumerate(language.CURVE_ARMS, start=1)
+    }
+    points = language.curve([0, 1], Path("text"), known)
+    assert {one["training_params"]["max_steps"] for one in trained} == {200, 400}
+    assert all(one["training_params"]["eval_every"] == one["training_params"]["max_steps"] for one in trained)
+    assert {one["optimizer_params"]["lr"] for one in trained} == {one["rate"] for one in known.values()}
+    assert points["dense"] == {200: [1.8, 2.8], 400: [1.6, 2.6], 800: [2.0, 2.0]}
+    lines = language.curve_table(points).splitlines()
+    assert lines[0] == "| nats per character | 200 steps | 400 steps | 800 steps |"
+    gaps = next(line for line in lines[9:] if line.startswith("| dense |"))
+    assert gaps.startswith("| dense | -0.100 ± 0.000 | -0.100 ± 0.000 | +2.500 ±")
