@@ -16,12 +16,17 @@ from torch import nn
 from research_eval.errors import ConfigError
 from research_eval.schema import OptimizerParams
 from research_eval.training.checkpoint import (
+    SLICES,
     flatten_optimizer,
     generator_states,
+    load_checkpoint,
     load_tensors,
     restore_generators,
     restore_optimizer,
+    save_checkpoint,
+    save_slices,
     save_tensors,
+    slice_name,
     write_atomically,
 )
 from research_eval.training.optimizers import build_optimizer
@@ -130,6 +135,20 @@ def test_a_file_that_is_no_checkpoint_is_named(kind: str, tmp_path: Path) -> Non
 
 
 # --------------------------------------------------------------------------------------- generators and optimisers
+
+
+def test_a_slice_in_the_place_of_another_is_noticed(tmp_path: Path) -> None:
+    whole, path = torch.randn(6, 2), tmp_path / "checkpoint.safetensors"
+    names = [slice_name(1, number, 2) for number in range(2)]
+    (tmp_path / SLICES).mkdir()
+    for number, name in enumerate(names):
+        save_slices(path, name, {"w": (whole[3 * number : 3 * number + 3], [0, 3 * number, 6])})
+    save_checkpoint(path, {}, {"slices": names})
+    assert load_checkpoint(path)[0]["w"].equal(whole)
+    first, second = (tmp_path / SLICES / name for name in names)
+    second.write_bytes(first.read_bytes())  # of the right size, and with the right checksum
+    with pytest.raises(ConfigError, match="its slices lack rows of w"):
+        load_checkpoint(path)
 
 
 def test_all_generators_go_on_where_they_were(tmp_path: Path) -> None:

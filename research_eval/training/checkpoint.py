@@ -142,7 +142,7 @@ def _load_whole(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     Raises ConfigError if a file is missing or damaged, or if they do not have all rows of a tensor.
     """
     tensors, values = load_tensors(path)
-    missing: dict[str, int] = {}
+    missing: dict[str, set[int]] = {}  # the rows that no slice has brought
     for name in values.get("slices", []):
         if not SLICE_NAME.fullmatch(str(name)):
             raise ConfigError(f"{path}: names {name!r}, which is no file of a checkpoint. Run the experiment again.")
@@ -151,10 +151,10 @@ def _load_whole(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             dim, first, number = described["rows"][key]
             shape = [number if one == dim else size for one, size in enumerate(part.shape)]
             whole = tensors.setdefault(key, part.new_empty(shape))
-            missing.setdefault(key, number)
+            missing.setdefault(key, set(range(number)))
             whole.narrow(dim, first, part.shape[dim]).copy_(part)
-            missing[key] -= part.shape[dim]
-    lost = [key for key, number in missing.items() if number]
+            missing[key] -= set(range(first, first + part.shape[dim]))
+    lost = [key for key, rows in missing.items() if rows]
     if lost:
         raise ConfigError(f"{path}: its slices lack rows of {lost[0]}. Run the experiment again.")
     return tensors, values
