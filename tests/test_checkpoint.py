@@ -134,9 +134,6 @@ def test_a_file_that_is_no_checkpoint_is_named(kind: str, tmp_path: Path) -> Non
     assert str(path) in str(caught.value)
 
 
-# --------------------------------------------------------------------------------------- generators and optimisers
-
-
 def test_a_slice_in_the_place_of_another_is_noticed(tmp_path: Path) -> None:
     whole, path = torch.randn(6, 2), tmp_path / "checkpoint.safetensors"
     names = [slice_name(1, number, 2) for number in range(2)]
@@ -149,6 +146,9 @@ def test_a_slice_in_the_place_of_another_is_noticed(tmp_path: Path) -> None:
     second.write_bytes(first.read_bytes())  # of the right size, and with the right checksum
     with pytest.raises(ConfigError, match="its slices lack rows of w"):
         load_checkpoint(path)
+
+
+# --------------------------------------------------------------------------------------- generators and optimisers
 
 
 def test_all_generators_go_on_where_they_were(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from research_eval.store.records import HistoryRow, RunFilter
 
 pytest.importorskip("starlette", reason="needs the extra `dashboard`")
 from dashboard_site import HOSTILE, Site, Watched, browser, served, site, watched
+from test_dashboard_live import start
 
 from research_eval import files
 from research_eval.dashboard import atlas, queries, server
@@ -133,19 +134,7 @@ def test_results_that_take_the_place_of_others_are_the_ones_shown(tmp_path: Path
     opened = pages._store()
     assert pages._store() is opened
     with Store(str(there)) as store:
-        store.start_experiment(
-            experiment_id="new",
-            run_type="json",
-            experiment_name="",
-            model_type="dense",
-            dataset_name="parity",
-            dataset_type="synthetic",
-            epochs=1,
-            batch_size=1,
-            seed=0,
-            config={},
-            environment={},
-        )
+        start(store, "new", "a name")
     there.replace(here)
     assert [row["experiment_id"] for row in pages._store().experiments()] == ["new"]
 

@@ -265,6 +265,51 @@ def test_a_training_step_reads_nothing_back(name: str, padded: bool) -> None:
                 model.after_step(0.5)
 
 
+@pytest.mark.parametrize("name", ["dense", "moe", "goe", "goe_original"])
+def test_what_a_hook_has_seen_is_not_overwritten(name: str) -> None:
+    """Without gradients some steps write into the output of the module before them, unless somebody looks at it."""
+    sizes = {"vocab_size": 11, "num_classes": 3, "embed_dim": 16, "num_heads": 2}
+    model = MODELS_MAP[name](**context_arguments(MODELS_MAP[name], sizes)).eval()
+    scramble(model)
+    tokens = np.random.default_rng(0).integers(1, 11, 20).astype(np.int32)
+    batch = Batches(TokenData(tokens, np.arange(0, 25, 5), np.array([0, 1, 2, 0])), 4).take(np.arange(4))
+    with torch.no_grad():
+        alone = model.run(batch).outputs
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def look(_module: nn.Module, given: Any, made: Any) -> None:
+        tensors = [one for one in (*given, *(made if isinstance(made, tuple) else (made,))) if torch.is_tensor(one)]
+        seen.extend((one, one.clone()) for one in tensors)
+
+    for module in model.modules():
+        module.register_forward_hook(look)
+    with torch.no_grad():
+        watched = model.run(batch).outputs
+    assert len(seen) > 10
+    assert all(kept.equal(copied) for kept, copied in seen)
+    assert watched.equal(alone)
+    assert_close(model.run(batch).outputs, alone, rtol=1e-5, atol=1e-5)  # with gradients nothing is overwritten
+
+
+def test_a_stacked_map_has_the_weights_that_it_is_given() -> None:
+    layer, x, dispatch = StackedLinear(2, 3, 4), torch.randn(5, 3), dispatch_of([2, 3])
+
+    def is_right(layer: StackedLinear) -> bool:
+        with torch.no_grad():
+            parts = [F.linear(rows, *layer.of_expert(n)) for n, rows in enumerate(x.split([2, 3]))]
+            return torch.allclose(layer(x, dispatch), torch.cat(parts), atol=1e-6)
+
+    assert is_right(layer)
+    copied = copy.deepcopy(layer)
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    assert is_right(layer) and is_right(copied)
+    layer.weight.data = torch.randn(2, 4, 3)  # another place in memory
+    assert is_right(layer)
+    layer.bias = nn.Parameter(torch.randn(2, 4))
+    assert is_right(layer)
+
+
 @settings(deadline=None, max_examples=25)
 @given(seed=seeds, sizes=group_sizes, inputs=st.integers(1, 5), outputs=st.integers(1, 5), tokens=st.booleans())
 def test_stacked_linear_is_one_linear_map_per_row(

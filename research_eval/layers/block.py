@@ -106,7 +106,7 @@ class Attention(nn.Module):
         attended = self.output(attended, dispatch)
         if self.gate is None:
             return attended
-        return times_sigmoid(attended, from_input[0], self.gate(attended, dispatch))
+        return times_sigmoid(attended, from_input[0], self.gate(attended, dispatch), self.gate)
 
     def _attended(self, qkv_BLE: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Queries, keys and values side by side [B, L, 3 D] -> attended values [B, L, D]."""
@@ -156,7 +156,7 @@ class FeedForward(nn.Module):
         return self._contracted(self.expand.of_normed(norm, x, dispatch), dispatch)
 
     def _contracted(self, expanded: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
-        image: torch.Tensor = self.contract(self.dropout(gelu(expanded)), dispatch)
+        image: torch.Tensor = self.contract(self.dropout(gelu(expanded, self.expand)), dispatch)
         return image
 
 
@@ -181,9 +181,11 @@ class Block(nn.Module):
 
     def forward(self, h: torch.Tensor, layout: Layout, dispatch: Dispatch) -> torch.Tensor:
         """Rows [S, D], or a grid [R, L, D], in the order of the experts -> the same shape."""
-        h = plus(h, self.dropout(self.attention(h, layout, dispatch)))
+        attended = self.dropout(self.attention(h, layout, dispatch))
+        h = plus(h, attended, self.attention, self.attention.output, self.dropout)
         width = self.feed_forward.expand.weight.shape[1]
-        return plus(h, self.dropout(each_expert(self._fed_forward, h, dispatch=dispatch, width=width)))
+        update = self.dropout(each_expert(self._fed_forward, h, dispatch=dispatch, width=width))
+        return plus(h, update, self.feed_forward.contract, self.dropout)
 
     def _fed_forward(self, h: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
         return self.feed_forward.of_normed(self.norm, h, dispatch)

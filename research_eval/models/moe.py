@@ -119,9 +119,10 @@ class MoEBlock(nn.Module):
     def forward(self, h: Tensor, layout: Layout) -> tuple[Tensor, LayerRouting]:
         """Rows of real tokens [S, D], or a grid [B, L, D] without padding -> the same shape, and the routing."""
         everyone = Dispatch.single(len(h))
-        h = plus(h, self.dropout(self.attention(h, layout, everyone)))
+        attended = self.dropout(self.attention(h, layout, everyone))
+        h = plus(h, attended, self.attention, self.attention.output, self.dropout)
         update_SD, routing = self.feed_forward(self.norm(h, everyone).flatten(0, -2))
-        return plus(h, self.dropout(update_SD.view_as(h))), routing
+        return plus(h, self.dropout(update_SD.view_as(h)), self.feed_forward, self.dropout), routing
 
 
 @MODELS_MAP.register("moe")

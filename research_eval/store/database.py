@@ -65,9 +65,12 @@ class Database:
         return self._identity == self._identity_now()
 
     def _identity_now(self) -> tuple[int, int] | None:
-        if self._file is None or not self._file.exists():
+        if self._file is None:
             return None
-        found = self._file.stat()
+        try:
+            found = self._file.stat()
+        except OSError:
+            return None
         return found.st_dev, found.st_ino
 
     def close(self) -> None:

@@ -142,7 +142,7 @@ class CausalFeedForward(nn.Module):
         elif self.activation == "relu2":
             inner = F.relu(inner).square()
         else:
-            inner = gelu(inner)
+            inner = gelu(inner, self.expand)
         out: Tensor = self.contract(inner, dispatch)
         return out
 
