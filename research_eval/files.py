@@ -17,6 +17,7 @@ MAX_STEM = 100
 MAX_NAME = 200  # characters of a run, a study or a data set
 RUNS_FOLDER = Path(os.environ.get("GOE_RUNS") or "runs")
 LOCK_FILE = ".lock"
+SLICES_FOLDER = "checkpoint.slices"  # of a run that several processes write, beside the checkpoint that names its files
 CONFIG_FILE = "config.json"  # of a run, complete
 SAMPLES_FILE = "samples.jsonl"  # of a run: what a language model wrote during its training
 MODEL_FILE = "model.safetensors"  # of a run: the weights with the best score on validation

@@ -14,9 +14,9 @@ from support import generator_draws
 from torch import nn
 
 from research_eval.errors import ConfigError
+from research_eval.files import SLICES_FOLDER
 from research_eval.schema import OptimizerParams
 from research_eval.training.checkpoint import (
-    SLICES,
     flatten_optimizer,
     generator_states,
     load_checkpoint,
@@ -137,12 +137,12 @@ def test_a_file_that_is_no_checkpoint_is_named(kind: str, tmp_path: Path) -> Non
 def test_a_slice_in_the_place_of_another_is_noticed(tmp_path: Path) -> None:
     whole, path = torch.randn(6, 2), tmp_path / "checkpoint.safetensors"
     names = [slice_name(1, number, 2) for number in range(2)]
-    (tmp_path / SLICES).mkdir()
+    (tmp_path / SLICES_FOLDER).mkdir()
     for number, name in enumerate(names):
         save_slices(path, name, {"w": (whole[3 * number : 3 * number + 3], [0, 3 * number, 6])})
     save_checkpoint(path, {}, {"slices": names})
     assert load_checkpoint(path)[0]["w"].equal(whole)
-    first, second = (tmp_path / SLICES / name for name in names)
+    first, second = (tmp_path / SLICES_FOLDER / name for name in names)
     second.write_bytes(first.read_bytes())  # of the right size, and with the right checksum
     with pytest.raises(ConfigError, match="its slices lack rows of w"):
         load_checkpoint(path)

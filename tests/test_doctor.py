@@ -21,11 +21,12 @@ from support import Ended, command, python, run_in, small_config, stop_at
 
 from research_eval.db_utils import DB_FILE, HistoryRow, Store, back_up, database_url
 from research_eval.errors import ConfigError
+from research_eval.files import SLICES_FOLDER
 from research_eval.main import cli
 from research_eval.store import backup, machine_checks
 from research_eval.store.migrate import MIGRATIONS
 from research_eval.store.pending import PENDING_FOLDER
-from research_eval.training.checkpoint import save_tensors
+from research_eval.training.checkpoint import save_slices, save_tensors, slice_name
 
 POINTS = [HistoryRow(step, step / 2, name, step / 3) for step in range(4) for name in ("loss", "é")]
 
@@ -195,6 +196,25 @@ def test_a_damaged_checkpoint_is_named_and_kept(healthy: Path, how: str) -> None
     ended = goe_doctor("--repair")
     assert ended.code == 1 and level(ended, "checkpoints") == "problem" and str(path) in ended.out
     assert path.read_bytes() == damaged
+
+
+@pytest.mark.parametrize("how", ["whole", "damaged", "lost"])
+def test_slices_of_several_processes_are_checked(healthy: Path, how: str) -> None:
+    path = healthy / "checkpoint.safetensors"
+    names = [slice_name(1, number, 2) for number in range(2)]
+    (healthy / SLICES_FOLDER).mkdir()
+    for number, name in enumerate(names):
+        save_slices(path, name, {"w": (torch.ones(3, 2), [0, 3 * number, 6])})
+    save_tensors(path, {}, {"slices": names})
+    second = healthy / SLICES_FOLDER / names[1]
+    if how == "damaged":
+        second.write_bytes(second.read_bytes()[:-1] + b"!")
+    elif how == "lost":
+        second.unlink()
+    ended = goe_doctor()
+    assert (ended.code, level(ended, "checkpoints")) == ((0, "ok") if how == "whole" else (1, "problem"))
+    wanted = {"whole": "4 files", "damaged": f"damaged: {second}", "lost": f"{path} lacks {names[1]}"}[how]
+    assert wanted in ended.out
 
 
 def test_rows_without_folders_and_folders_without_rows(healthy: Path) -> None:

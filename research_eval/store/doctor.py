@@ -15,7 +15,7 @@ from pathlib import Path
 import filelock
 
 from research_eval.errors import ConfigError
-from research_eval.files import LOCK_FILE, RUNS_FOLDER, is_at_work, run_folder
+from research_eval.files import LOCK_FILE, RUNS_FOLDER, SLICES_FOLDER, is_at_work, run_folder
 from research_eval.store.backup import back_up
 from research_eval.store.connection import database_url
 from research_eval.store.findings import OK, PROBLEM, REPAIRED, WARNING, Finding, first_of
@@ -25,7 +25,7 @@ from research_eval.store.records import DELETED, RunFilter
 from research_eval.store.store import Store
 from research_eval.store.tables import SCHEMA_VERSION
 from research_eval.store.trash import TRASH_FOLDER, size_of, trashed_folders
-from research_eval.system.checksum import has_intact_checksum
+from research_eval.system.checksum import has_intact_checksum, read_values
 
 
 def examine(db: str | None = None, repair: bool = False) -> Iterator[Finding]:
@@ -244,25 +244,27 @@ class StoreChecks:
         return Finding(WARNING, "temporary files", text, remove)
 
     def checkpoints(self) -> Finding:
-        """The checksum in every safetensors file; files of earlier versions have none."""
-        damaged, without, num_files, num_bytes = [], 0, 0, 0
-        for folder in _run_folders():
-            for path in sorted(folder.glob("*.safetensors")):
-                if path.is_symlink() or not path.is_file():
-                    continue
-                num_files += 1
-                try:
-                    num_bytes += path.stat().st_size
-                    intact = has_intact_checksum(path)
-                except FileNotFoundError:
-                    continue  # a run at work has just replaced it
-                except (OSError, ValueError):
-                    intact = False
-                without += intact is None
-                if intact is False:
-                    damaged.append(str(path))
-        if damaged:
-            text = f"{len(damaged)} of {num_files} damaged: {first_of(damaged)}. Move them away; `--resume` takes the"
+        """The checksum in every safetensors file; files of earlier versions have none. No slice may be missing."""
+        damaged, lacking, without, num_files, num_bytes = [], [], 0, 0, 0
+        for path in (path for folder in _run_folders() for path in _tensor_files(folder)):
+            try:
+                size, intact, lost = path.stat().st_size, has_intact_checksum(path), _lost_slices(path)
+            except FileNotFoundError:
+                continue  # a run at work has just replaced it
+            except (OSError, ValueError):
+                size, intact, lost = 0, False, []
+            num_files, num_bytes, without = num_files + 1, num_bytes + size, without + (intact is None)
+            if intact is False:
+                damaged.append(str(path))
+            elif lost and not is_at_work(path.parent.name):  # a run at work replaces the file and its slices in turn
+                lacking.append(f"{path} lacks {first_of(lost)}")
+        wrong = [
+            f"{len(names)} of {num_files} {what}: {first_of(names)}"
+            for names, what in ((damaged, "damaged"), (lacking, "without a slice"))
+            if names
+        ]
+        if wrong:
+            text = f"{'; '.join(wrong)}. Move them away; `--resume` takes the"
             return Finding(PROBLEM, "checkpoints", f"{text} checkpoint before, or run the experiment again.")
         older = f", {without} of an earlier version have none" if without else ""
         return Finding(OK, "checkpoints", f"{num_files} files, {num_bytes / 1e6:,.1f} MB, checksums fit{older}")
@@ -279,6 +281,20 @@ def _run_folders() -> list[Path]:
         return []
     folders = (path for path in RUNS_FOLDER.iterdir() if not path.name.startswith("."))
     return sorted(path for path in folders if path.is_dir() and not path.is_symlink())
+
+
+def _tensor_files(folder: Path) -> list[Path]:
+    """The checkpoints and models of a run, and the slices of checkpoints; links are not followed."""
+    places = [place for place in (folder, folder / SLICES_FOLDER) if not place.is_symlink()]
+    files = (path for place in places for path in sorted(place.glob("*.safetensors")))
+    return [path for path in files if path.is_file() and not path.is_symlink()]
+
+
+def _lost_slices(path: Path) -> list[str]:
+    """The slices that a checkpoint names and that are not there."""
+    names = read_values(path).get("slices")
+    there = {file.name for file in _tensor_files(path.parent)}
+    return sorted({str(name) for name in names} - there) if isinstance(names, list) else []
 
 
 def _temporaries(folder: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 KEY = "sha256"  # its key in the metadata
 ZEROS = "0" * 64
@@ -34,11 +34,7 @@ def has_intact_checksum(path: Path) -> bool | None:
     Raises OSError if it cannot be read, and ValueError if it is no safetensors file.
     """
     with path.open("rb") as file:
-        start = file.read(_SIZE_BYTES)
-        length = int.from_bytes(start, "little")
-        if not 0 < length <= MAX_HEADER:
-            raise ValueError("no safetensors header")
-        header = file.read(length)
+        start, header = _read_start(file)
         metadata = _metadata(header)
         if metadata.keys() <= {"values"}:
             return None
@@ -48,6 +44,29 @@ def has_intact_checksum(path: Path) -> bool | None:
         while piece := file.read(_PIECE):
             digest.update(piece)
     return digest.hexdigest() == checksum
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The plain values in the header of a checkpoint; empty if there are none.
+
+    Raises OSError if the file cannot be read, and ValueError if it is no safetensors file.
+    """
+    with path.open("rb") as file:
+        metadata = _metadata(_read_start(file)[1])
+    try:
+        values = json.loads(metadata.get("values", "{}"))
+    except (TypeError, RecursionError) as error:
+        raise ValueError("no values in the header") from error
+    return values if isinstance(values, dict) else {}
+
+
+def _read_start(file: BinaryIO) -> tuple[bytes, bytes]:
+    """The bytes of the header's length, and the header. Raises ValueError for a length that no header has."""
+    start = file.read(_SIZE_BYTES)
+    length = int.from_bytes(start, "little")
+    if not 0 < length <= MAX_HEADER:
+        raise ValueError("no safetensors header")
+    return start, file.read(length)
 
 
 def _metadata(header: bytes) -> dict[str, Any]:

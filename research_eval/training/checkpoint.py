@@ -17,13 +17,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from research_eval.errors import ConfigError
-from research_eval.files import write_atomically
+from research_eval.files import SLICES_FOLDER, write_atomically
 from research_eval.system import checksum
 from research_eval.system.untrusted import check_regular_file, in_folder
 
 log = logging.getLogger(__name__)
 
-SLICES = "checkpoint.slices"  # the folder with what several processes write, beside the checkpoint that names its files
 SLICE_NAME = re.compile(r"\d+\.\d+-of-\d+\.safetensors")
 
 
@@ -114,12 +113,12 @@ def save_slices(path: Path, name: str, tensors: Mapping[str, tuple[torch.Tensor,
     For each these are its rows; the dimension that rows are counted along, the first row, and the number of all rows.
     """
     rows = {key: where for key, (_, where) in tensors.items()}
-    save_tensors(path.parent / SLICES / name, {key: part for key, (part, _) in tensors.items()}, {"rows": rows})
+    save_tensors(path.parent / SLICES_FOLDER / name, {key: part for key, (part, _) in tensors.items()}, {"rows": rows})
 
 
 def drop_slices(path: Path) -> None:
     """Delete the slices that neither the checkpoint nor the one before it names."""
-    folder = path.parent / SLICES
+    folder = path.parent / SLICES_FOLDER
     if not folder.is_dir() or folder.is_symlink():
         return
     named = {name for file in (path, previous_checkpoint(path)) if file.exists() for name in _slices_of(file)}
@@ -146,7 +145,7 @@ def _load_whole(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     for name in values.get("slices", []):
         if not SLICE_NAME.fullmatch(str(name)):
             raise ConfigError(f"{path}: names {name!r}, which is no file of a checkpoint. Run the experiment again.")
-        parts, described = load_tensors(in_folder(path.parent, SLICES) / name)
+        parts, described = load_tensors(in_folder(path.parent, SLICES_FOLDER) / name)
         for key, part in parts.items():
             dim, first, number = described["rows"][key]
             shape = [number if one == dim else size for one, size in enumerate(part.shape)]

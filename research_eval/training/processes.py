@@ -26,10 +26,10 @@ from torch import Tensor, distributed, nn
 
 from research_eval.config.sections import ParallelParams
 from research_eval.errors import ConfigError
-from research_eval.files import write_atomically
+from research_eval.files import SLICES_FOLDER, write_atomically
 from research_eval.layers.collective import Named, Part, part_of_batch, shared_by
 from research_eval.seeding import derive_seed
-from research_eval.training.checkpoint import SLICES, save_slices, slice_name
+from research_eval.training.checkpoint import save_slices, slice_name
 from research_eval.training.checkpointer import Checkpointer
 from research_eval.training.parallel import Found
 from research_eval.training.runtime import choose_device
@@ -151,7 +151,7 @@ class Processes:
             return None
         place = Path(self.tell(str(path.resolve()).encode()).decode())
         sign = self.tell(secrets.token_bytes(16))
-        file = place.parent / SLICES / "sign"
+        file = place.parent / SLICES_FOLDER / "sign"
         if self.is_main:
             file.parent.mkdir(exist_ok=True)
             write_atomically(file, sign)
