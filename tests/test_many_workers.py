@@ -10,8 +10,11 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sqlite3
+import subprocess
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -163,6 +166,39 @@ def test_eight_workers_lose_nothing_and_hold_two_connections_each(
     with Store(server_url) as store:
         assert sorted(int(row["experiment_name"]) for row in store.find_runs()) == list(range(MANY))
     assert len(most) == 8 and max(most.values()) <= 2, most
+
+
+@pytest.fixture(name="pooled_url")
+def _pooled_url(server_url: str, tmp_path: Path) -> Iterator[str]:
+    """The URL of an empty database behind PgBouncer, in transaction mode with four connections to the server."""
+    program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        pytest.skip("pgbouncer is not installed")
+    direct = sa.make_url(server_url)
+    with tempfile.TemporaryDirectory(prefix="pgb") as name:  # a short path: a socket lies in it
+        folder = Path(name)
+        folder.chmod(0o777)  # PgBouncer gives up the rights of root
+        (folder / "pgbouncer.ini").write_text(
+            f"[databases]\n* = host={direct.query['host']} user={direct.username}\n"
+            f"[pgbouncer]\nlisten_port = 6543\nunix_socket_dir = {folder}\nauth_type = any\npool_mode = transaction\n"
+            "default_pool_size = 4\n"
+        )
+        user = ["-u", Path(str(direct.query["host"])).owner()] if os.getuid() == 0 else []
+        with subprocess.Popen([program, "-q", *user, folder / "pgbouncer.ini"], stderr=subprocess.DEVNULL) as pooler:
+            wait_for((folder / ".s.PGSQL.6543").exists)
+            yield direct.set(port=6543, query={"host": name}).render_as_string(hide_password=False)
+            pooler.terminate()
+
+
+def test_workers_that_share_a_pooler_lose_nothing(pooled_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each transaction may have another session of the server, so nothing may be left in a session."""
+    pretend_to_train(monkeypatch, 0.02)
+    monkeypatch.setattr(storage, "HEARTBEAT_SECONDS", 0.05)
+    with working(options_on(pooled_url, MANY), 8) as processes:
+        assert ended(processes) == [0] * 8
+    assert_whole(pooled_url, MANY)
+    with Store(pooled_url) as store:
+        assert sorted(int(row["experiment_name"]) for row in store.find_runs()) == list(range(MANY))
 
 
 @pytest.mark.parametrize("repetition", range(REPETITIONS))

@@ -18,6 +18,9 @@ from research_eval.system.untrusted import check_regular_file, user_path
 DB_FILE = "experiment_results.db"
 DB_VARIABLE = "GOE_DB"
 MOST_CONNECTIONS = 4  # of a process to one server; a worker never needs more than two at once
+# A pooler between this program and a server gives every transaction another session, in which statements that were
+# prepared before do not exist.
+NO_PREPARED_STATEMENTS: dict[str, Any] = {"prepare_threshold": None}
 BUSY_SECONDS = 30.0  # how long a writer of a SQLite file waits for another one
 
 _SQLITE_MAGIC = b"SQLite format 3\0"
@@ -130,9 +133,7 @@ class ServerConnections:
         given = make_url(url).query
         timeouts = {"connect_timeout": 10, "keepalives_idle": 30, "tcp_user_timeout": 60_000}
         arguments: dict[str, Any] = {name: value for name, value in timeouts.items() if name not in given}
-        # A pooler between this program and the server gives every transaction another session, in which statements
-        # that were prepared before do not exist.
-        arguments["prepare_threshold"] = None
+        arguments |= NO_PREPARED_STATEMENTS
         self.engine = sa.create_engine(
             url, pool_pre_ping=True, pool_size=1, max_overflow=MOST_CONNECTIONS - 1, connect_args=arguments
         )

@@ -7,6 +7,8 @@ Optuna has no call that claims a trial: its own calls for this take nineteen que
 from __future__ import annotations
 
 import json
+import random
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,24 +23,49 @@ from optuna.trial import TrialState
 from sqlalchemy.engine import URL, Connection
 
 LOCK_SECONDS = 120  # longest wait for another process that holds the lock of a study in a SQLite file
+TURN_MILLISECONDS = 50  # how long a transaction on a server waits for the lock
+LOCK_NOT_AVAILABLE = "55P03"  # of PostgreSQL: it waited as long as lock_timeout says
 
 _trials, _beats = models.TrialModel.__table__, models.TrialHeartbeatModel.__table__
 _attributes = models.TrialUserAttributeModel.__table__
 
 
 @contextmanager
-def study_lock(url: URL, study_name: str, connection: Connection | None) -> Iterator[None]:
-    """Hold the lock of a study. One process at a time holds it, on any machine that uses the storage.
+def locked_transaction(engine: sa.Engine, study_name: str) -> Iterator[Connection]:
+    """A transaction of a process that holds the lock of a study. One process at a time does, on any machine.
 
-    On a server the transaction of `connection` holds it to its end, and a process that dies releases it.
+    On a server the transaction itself holds the lock, and a process that dies releases it. A process that waits for it
+    gives its connection back from time to time: behind a pooler the one that holds the lock may need this connection.
     """
-    if url.drivername == "sqlite":
-        with filelock.FileLock(f"{url.database}.study.lock", timeout=LOCK_SECONDS):
-            yield
+    if engine.dialect.name == "sqlite":
+        with file_lock(engine.url), engine.begin() as connection:
+            yield connection
         return
-    assert connection is not None
-    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(zlib.crc32(study_name.encode()))))
-    yield
+    while True:
+        with engine.connect() as connection:
+            transaction = connection.begin()
+            if _has_lock(connection, zlib.crc32(study_name.encode())):
+                with transaction:
+                    yield connection
+                return
+        time.sleep(random.uniform(0.05, 0.5))  # noqa: S311 - the others shall not come at the same moment
+
+
+def file_lock(url: URL) -> filelock.BaseFileLock:
+    """The lock of the studies in a SQLite file."""
+    return filelock.FileLock(f"{url.database}.study.lock", timeout=LOCK_SECONDS)
+
+
+def _has_lock(connection: Connection, key: int) -> bool:
+    """Whether the transaction holds the lock, after some waiting. If not, it can do nothing more."""
+    wait = f"SET LOCAL lock_timeout = {TURN_MILLISECONDS}; SELECT pg_advisory_xact_lock({key})"
+    try:
+        connection.exec_driver_sql(f"{wait}; SET LOCAL lock_timeout TO DEFAULT")
+    except sa.exc.OperationalError as error:
+        if getattr(error.orig, "sqlstate", None) != LOCK_NOT_AVAILABLE:
+            raise
+        return False
+    return True
 
 
 @dataclass(frozen=True)

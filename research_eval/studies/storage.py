@@ -20,9 +20,9 @@ from sqlalchemy import orm
 from sqlalchemy.engine import Connection, make_url
 
 from research_eval.errors import ConfigError
-from research_eval.store.connection import ServerConnections, database_url
+from research_eval.store.connection import NO_PREPARED_STATEMENTS, ServerConnections, database_url
 from research_eval.store.migrate import foreign_table
-from research_eval.studies.ledger import study_lock
+from research_eval.studies.ledger import file_lock, locked_transaction
 from research_eval.studies.trial_rows import read_trials
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,8 @@ class StudyStorage(RDBStorage):
                 _check_ours(url)
                 arguments: dict[str, Any] = {"connect_args": {"timeout": SQLITE_SECONDS}}
             else:
-                arguments = {"poolclass": sa.NullPool}  # these connections only create the tables
+                # These connections only create the tables.
+                arguments = {"poolclass": sa.NullPool, "connect_args": NO_PREPARED_STATEMENTS}
             with experimental():
                 super().__init__(url, arguments, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS)
         except (sa.exc.SQLAlchemyError, RuntimeError) as error:
@@ -107,12 +108,8 @@ class StudyStorage(RDBStorage):
     @contextmanager
     def locked(self, study_name: str) -> Iterator[Connection]:
         """A transaction that holds the lock of a study."""
-        if self.engine.dialect.name == "sqlite":
-            with study_lock(self.engine.url, study_name, None), self.engine.begin() as connection:
-                yield connection
-        else:
-            with self.engine.begin() as connection, study_lock(self.engine.url, study_name, connection):
-                yield connection
+        with locked_transaction(self.engine, study_name) as connection:
+            yield connection
 
 
 def _patient(name: str) -> Any:
@@ -185,12 +182,12 @@ def lock_of_study(url: str, study_name: str) -> Iterator[None]:
     """Hold the lock of a study, also one that does not exist yet."""
     address = make_url(url)
     if address.drivername == "sqlite":
-        with study_lock(address, study_name, None):
+        with file_lock(address):
             yield
         return
     shared = ServerConnections.lend(url)
     try:
-        with shared.engine.begin() as connection, study_lock(address, study_name, connection):
+        with locked_transaction(shared.engine, study_name):
             yield
     finally:
         shared.give_back()
