@@ -15,9 +15,10 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from research_eval.comparing.match import cost_of, match
+from research_eval.comparing.match import CANDIDATES, DEPTH_OPTIONS, _formula, _timed, cost_of, match
 from research_eval.comparing.protocol import Place, Plan, compare
 from research_eval.comparing.sizes import Coarse, Fine, Sizes, around, nearest
+from research_eval.comparing.speeds import Bracket, compare_speeds
 from research_eval.comparing.tuning import RATE, Arm, Changes, Trial, alternatives, lengthened, rates_around, tune
 from research_eval.comparing.verdicts import verdicts
 from research_eval.config.sections import ExperimentConfig
@@ -103,12 +104,83 @@ def test_every_model_can_be_matched_in_executed_flops(seed: int) -> None:
         assert cost_of(found.config, "flops", data) == pytest.approx(found.cost)
 
 
+class FakeTimed:
+    """A model whose time follows from its FLOPs and its number of blocks, with noise: seldom, and then much, slower."""
+
+    def __init__(self, seconds: float, rng: np.random.Generator) -> None:
+        self.seconds, self.batches, self._rng = seconds, [None], rng
+
+    def repetition(self) -> list[float]:
+        spike = 2.0 if self._rng.random() < 0.05 else 1.0
+        return [self.seconds * spike * math.exp(self._rng.normal(0, 0.05))]
+
+
+def fake_seconds(config: ExperimentConfig, data: DataSplits, overhead: float) -> float:
+    """A block costs a fixed time, more with a router; so does a FLOP."""
+    depth = next((config.model_params[name] for name in DEPTH_OPTIONS if name in config.model_params), 2)
+    per_block = overhead * (1.5 if config.model_type in ROUTED else 1.0)
+    return per_block * depth + 1e-9 * _formula(config, data)
+
+
+def fake_clock(monkeypatch: pytest.MonkeyPatch, overhead: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    monkeypatch.setattr(
+        "research_eval.comparing.match._timed",
+        lambda config, data: FakeTimed(fake_seconds(config, data, overhead), rng),
+    )
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("GOE_REPETITIONS", "2"))))
+def test_every_model_can_be_matched_in_latency(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, overhead = random_base(seed), 5e-5
+    fake_clock(monkeypatch, overhead, seed)
+    data = data_of(base)
+    for model_type in MATCHED:
+        found = match(base, model_type, "latency", 0.02, data)
+        true = fake_seconds(found.config, data, overhead) / fake_seconds(base, data, overhead)
+        assert found.is_matched and abs(true - 1) <= 0.02, f"{model_type}: {true} {found.speed} with {found.sizes}"
+        assert all(found.config.model_params[name] == value for name, value in found.sizes.items())
+
+
+def test_a_model_that_is_too_slow_at_any_size_is_not_called_matched(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = small_config(model_type="looped", model_params={"embed_dim": 16, "num_loops": 4})
+    fake_clock(monkeypatch, 1.0, 0)  # nothing but the blocks takes time
+    monkeypatch.setattr("research_eval.comparing.match.CANDIDATES", 2)
+    found = match(base, "moe", "latency", 0.02, data_of(base))
+    assert not found.is_matched
+    assert found.sizes["num_layers"] == 3  # comes closest: a block of `moe` takes 1.5 times as long
+    assert found.ratio == pytest.approx(4.5 / 4, rel=0.05)
+
+
+@given(slope=st.floats(0.3, 1.0), fixed=st.floats(0.0, 0.8), start=st.floats(0.05, 20.0))
+def test_the_bracket_finds_the_flops_of_a_time(slope: float, fixed: float, start: float) -> None:
+    """Time = fixed + (1 - fixed) FLOPs^slope, which is 1 at 1."""
+    bracket = Bracket(start)
+    for _ in range(CANDIDATES):
+        time = fixed + (1 - fixed) * bracket.flops**slope
+        if abs(time - 1) <= 0.01:
+            return
+        bracket.add(bracket.flops, time)
+    raise AssertionError(f"{bracket.flops} FLOPs take {time}")
+
+
+@pytest.mark.parametrize(("true", "verdict"), [(1.0, "within"), (1.08, "outside"), (0.93, "outside")])
+def test_speeds_are_compared_until_it_is_certain(true: float, verdict: str) -> None:
+    right = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        speed = compare_speeds(FakeTimed(1.0, rng), FakeTimed(true, rng), 0.02)  # type: ignore[arg-type]
+        right += speed.is_within(0.02) if verdict == "within" else speed.is_outside(0.02)
+        assert not (speed.is_outside(0.02) if verdict == "within" else speed.is_within(0.02))
+    assert right == 40
+
+
 def test_latency_is_measured_in_turn() -> None:
-    """Two equal models take the same time up to noise, and the search may stop at once."""
+    """Two equal models take the same time, whatever the machine does beside them."""
     base = small_config(model_params={"embed_dim": 32, "num_layers": 2})
-    found = match(base, "looped", "latency", 0.5, data_of(base))
-    assert found.is_matched
-    assert found.target > 0
+    data = data_of(base)
+    speed = compare_speeds(_timed(base, data), _timed(base, data), 0.5)
+    assert speed.is_within(0.5) and speed.milliseconds > 0
 
 
 def test_a_match_keeps_what_both_models_have() -> None:

@@ -99,10 +99,16 @@ def _write(paths: list[Path], found: list[Match]) -> None:
 
 
 def _table(paths: list[Path], found: list[Match]) -> str:
-    """The cost of the base, then a line for each config: its cost, also as a multiple of the base's, and its sizes."""
+    """The cost of the base, then a line for each config: its cost, also as a multiple of the base's, and its sizes.
+
+    A multiple that was timed has its interval.
+    """
     lines = [f"{found[0].axis} of the base: {found[0].target:,.4g}"]
     for path, one in zip(paths, found, strict=True):
         sizes = ", ".join(f"{name} {value}" for name, value in one.sizes.items()) or "the base"
         mark = "" if one.is_matched else "  NOT MATCHED"
-        lines.append(f"{one.config.model_type:<14} {one.cost:>14,.4g}  x {one.ratio:.4f}{mark}  {sizes}  {path}")
+        between = "" if one.speed is None else f" ({one.speed.low:.4f} to {one.speed.high:.4f})"
+        lines.append(
+            f"{one.config.model_type:<14} {one.cost:>14,.4g}  x {one.ratio:.4f}{between}{mark}  {sizes}  {path}"
+        )
     return "\n".join(lines) + "\n"

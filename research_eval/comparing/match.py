@@ -7,8 +7,9 @@ which is fast, and corrects it by the executed count.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 from research_eval.annotations import options_of
 from research_eval.comparing.sizes import Coarse, Fine, Found, Sizes, around, nearest
+from research_eval.comparing.speeds import Bracket, Speed, compare_speeds
 from research_eval.config.check import config_from_dict
 from research_eval.config.construction import without_draws
 from research_eval.config.sections import ExperimentConfig
@@ -33,7 +35,7 @@ from research_eval.wording import hint
 
 AXES = ("total_params", "active_params", "flops", "latency")
 CORRECTIONS = 4  # of a formula by what was executed
-REPETITIONS = 15  # of both models in turn, for a latency
+CANDIDATES = 8  # models of other sizes that are timed, for each number of blocks
 log = logging.getLogger(__name__)
 
 DEPTH_OPTIONS = ("num_loops", "max_path_len", "num_layers")  # of a class with several, the first one
@@ -50,6 +52,7 @@ class Match:
     target: float
     tol: float
     sizes: Sizes
+    speed: Speed | None = None  # of a latency: with an interval
 
     @property
     def ratio(self) -> float:
@@ -58,7 +61,9 @@ class Match:
 
     @property
     def is_matched(self) -> bool:
-        """Whether the cost is within the tolerance."""
+        """Whether the cost is within the tolerance; for a latency, whether its whole interval is."""
+        if self.speed is not None:
+            return self.speed.is_within(self.tol)
         return abs(self.ratio - 1) <= self.tol
 
 
@@ -252,25 +257,41 @@ def _timed(config: ExperimentConfig, data: DataSplits) -> Timed:
 def _by_latency(
     base: ExperimentConfig, start: ExperimentConfig, tol: float, data: DataSplits, fixed: Mapping[str, Any]
 ) -> Match:
-    """Sizes with which a batch takes as long as with the base. Both are timed in turn, and FLOPs guide the search."""
-    flops, factor = cost_of(base, "flops", data), 1.0
-    first, best = _timed(base, data), None
-    for _ in range(CORRECTIONS + 2):
-        with phase("timing"):
-            found = _searched(start, lambda config: _formula(config, data), flops * factor, tol / 4, fixed)
-            ratio, milliseconds = _ratio(first, _timed(_with(start, found.sizes), data))
-        one = Match(_with(start, found.sizes), "latency", ratio * milliseconds, milliseconds, tol, found.sizes)
-        if best is None or abs(one.ratio - 1) < abs(best.ratio - 1):
-            best = one
-        if best.is_matched:
+    """Sizes with which a batch takes as long as with the base. Both are timed in turn, and FLOPs guide the search.
+
+    A model that is too slow however small it is gets fewer blocks, down to half of them.
+    """
+    first, flops = _timed(base, data), cost_of(base, "flops", data)
+    depth = _depth_option(models_for(start.task_name).get_or_explain(start.model_type))
+    tried: list[Match] = []
+    blocks = start.model_params.get(depth)
+    depths = range(blocks, max(blocks // 2, 1) - 1, -1) if isinstance(blocks, int) and depth not in fixed else [blocks]
+    for number in depths:
+        held = {} if number == blocks else {depth: number}
+        tried += _as_fast(first, flops, _with(start, held), tol, data, {**fixed, depth: number})
+        best = min(tried, key=lambda one: (not one.is_matched, abs(math.log(one.ratio))))
+        if best.is_matched or best.ratio < 1:
             break
-        factor = max(factor / ratio, 1e-3)
-    assert best is not None
-    return best
+    changed = {depth: best.config.model_params[depth]} if best.config.model_params.get(depth) != blocks else {}
+    return replace(best, sizes={**changed, **best.sizes})
 
 
-def _ratio(first: Timed, second: Timed) -> tuple[float, float]:
-    """The median of the quotients second / first over repetitions in turn, and the milliseconds of the first."""
-    pairs = [(sum(first.repetition()), sum(second.repetition())) for _ in range(REPETITIONS)]
-    milliseconds = 1000 * median(one for one, _ in pairs) / len(first.batches)
-    return median(two / one for one, two in pairs), milliseconds
+def _as_fast(
+    first: Timed, flops: float, start: ExperimentConfig, tol: float, data: DataSplits, fixed: Mapping[str, Any]
+) -> list[Match]:
+    """Models that come closer and closer to the speed of the first one, down to one that is matched."""
+    bracket = Bracket(flops)
+    found: list[Match] = []
+    while len(found) < CANDIDATES:
+        with phase("timing"):
+            one = _searched(start, lambda config: _formula(config, data), bracket.flops, tol / 4, fixed)
+            if any(one.sizes == other.sizes for other in found):
+                break  # the smallest or the largest one
+            config = _with(start, one.sizes)
+            speed = compare_speeds(first, _timed(config, data), tol)
+        cost = speed.ratio * speed.milliseconds
+        found.append(Match(config, "latency", cost, speed.milliseconds, tol, one.sizes, speed))
+        if speed.is_within(tol):
+            break
+        bracket.add(one.cost, speed.ratio)
+    return found

@@ -1,0 +1,91 @@
+"""Whether one model is as fast as another, with an interval, and which FLOPs to try next if it is not."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from statistics import median
+from typing import NamedTuple
+
+from research_eval.analysis.statistics import median_interval
+from research_eval.training.latency import Timed
+
+FEWEST, MOST = 8, 512  # rounds in which both models are timed
+SECONDS = 15.0  # no more rounds after this time
+CONFIDENCE = 0.99  # of the interval, which is looked at after 8, 16, 32, ... rounds
+SLOPE = 0.7  # of log time over log FLOPs, as long as one model only has been timed
+SLOPES = (0.05, 1.2)  # noise may give any slope to two models that lie close together
+LARGEST_STEP = math.log(8)
+
+
+class Speed(NamedTuple):
+    """The time of a model as a multiple of another one's, with its interval, and the milliseconds of the other one."""
+
+    ratio: float
+    low: float
+    high: float
+    milliseconds: float
+
+    def is_within(self, tol: float) -> bool:
+        """Whether the whole interval is within the tolerance."""
+        return 1 - tol <= self.low and self.high <= 1 + tol
+
+    def is_outside(self, tol: float) -> bool:
+        """Whether no part of the interval is within the tolerance."""
+        return self.high < 1 - tol or self.low > 1 + tol
+
+
+def compare_speeds(first: Timed, second: Timed, tol: float) -> Speed:
+    """Time both models in turn until it is certain whether the second one is as fast as the first one.
+
+    A round is first, second, second, first, so that a load of the machine that grows steadily meets both alike. The
+    number of rounds is doubled until the interval of the median ratio is inside or outside of the tolerance, or until
+    the time is up.
+    """
+    ratios: list[float] = []
+    seconds: list[float] = []  # of the first model
+    begun, wanted = time.monotonic(), FEWEST
+    while True:
+        while len(ratios) < wanted:
+            one, two = sum(first.repetition()), sum(second.repetition())
+            two += sum(second.repetition())
+            one += sum(first.repetition())
+            ratios.append(two / one)
+            seconds.append(one / 2)
+        interval = median_interval(ratios, CONFIDENCE)
+        assert interval is not None, "there are enough rounds"
+        speed = Speed(median(ratios), *interval, 1000 * median(seconds) / len(first.batches))
+        if speed.is_within(tol) or speed.is_outside(tol) or wanted >= MOST or time.monotonic() - begun > SECONDS:
+            return speed
+        wanted *= 2
+
+
+@dataclass
+class Bracket:
+    """The search for the FLOPs with which a model is as fast as another one, from pairs of FLOPs and ratios of times.
+
+    Time grows with FLOPs, by an unknown curve: flat where the calls cost most, steep where the arithmetic does.
+    """
+
+    flops: float  # to begin with
+    _points: list[tuple[float, float]] = field(default_factory=list)  # log FLOPs, log ratio
+
+    def add(self, flops: float, ratio: float) -> None:
+        """Enter what was measured, and choose the FLOPs to try next."""
+        self._points.append((math.log(flops), math.log(ratio)))
+        self.flops = math.exp(self._next())
+
+    def _next(self) -> float:
+        below = max((point for point in self._points if point[1] <= 0), key=lambda point: point[1], default=None)
+        above = min((point for point in self._points if point[1] > 0), key=lambda point: point[1], default=None)
+        if below is not None and above is not None:
+            share = -below[1] / (above[1] - below[1]) if above[1] > below[1] else 0.5
+            return below[0] + share * (above[0] - below[0])
+        nearest, *others = sorted(self._points, key=lambda point: abs(point[1]))
+        slope = SLOPE
+        if others and others[0][0] != nearest[0]:
+            slope = (others[0][1] - nearest[1]) / (others[0][0] - nearest[0])
+            slope = min(max(slope, SLOPES[0]), SLOPES[1])
+        step = -nearest[1] / slope
+        return nearest[0] + min(max(step, -LARGEST_STEP), LARGEST_STEP)
