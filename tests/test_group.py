@@ -376,6 +376,27 @@ def test_statistics_and_draws_of_a_batch_do_not_depend_on_who_holds_its_rows() -
     assert torch.equal(drawn_B[0::2], draws[0]) and torch.equal(drawn_B[1::2], draws[1])
 
 
+@pytest.mark.parametrize(("name", "option"), [("goe", "max_path_len"), ("moe", "num_layers")])
+def test_a_deeper_model_exchanges_its_statistics_as_seldom(
+    name: str, option: str, build_model: Callable[..., EvaluableModel]
+) -> None:
+    """Each exchange inside the forward pass is a place where the faster process waits."""
+    counts = []
+    for depth in (2, 4):
+        exchanged: list[torch.Tensor] = []
+
+        def sum_of(own: torch.Tensor, seen: list[torch.Tensor] = exchanged) -> torch.Tensor:
+            seen.append(own)
+            return own
+
+        model = build_model(name, **{option: depth}).train()
+        with collective.part_of_batch(collective.Part(2, 8, slice(0, None, 2), sum_of, contextlib.nullcontext)):
+            model(torch.randint(1, 9, (4, 6)))
+            assert model.auxiliary_losses()
+        counts.append(len(exchanged))
+    assert counts[0] == counts[1] <= 2
+
+
 # ------------------------------------------------------------------------------------------------- whole commands
 
 

@@ -458,14 +458,6 @@ def test_routed_feed_forward_is_a_loop_over_tokens(
     assert_close(routed(x_SD)[1].load().sum(), torch.tensor(1.0))
 
 
-def test_the_dispatch_counts_only_what_was_trained() -> None:
-    routed = RoutedFeedForward(4, 6, 0.0, 3, 2)
-    routed(torch.randn(5, 4))
-    assert routed.counts.sum() == 10
-    routed.eval()(torch.randn(5, 4))
-    assert routed.counts.sum() == 10
-
-
 # -------------------------------------------------------------------------------------------------------- the blocks
 
 

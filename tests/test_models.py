@@ -814,6 +814,16 @@ def test_the_mixture_reports_the_load_of_its_layers(build_model: Build, ids_BL: 
     assert 0 < whole["router_entropy"] <= 1
 
 
+def test_the_mixture_counts_only_what_is_trained(build_model: Build, ids_BL: torch.Tensor) -> None:
+    model = build_model("moe", top_k_experts=2).train()
+    for times in (1, 2):
+        model(ids_BL)
+        assert {float(layer.counts.sum()) for layer in model._routed()} == {2.0 * times * int((ids_BL != 0).sum())}
+    counts = [layer.counts.clone() for layer in model._routed()]
+    model.eval()(ids_BL)
+    assert all(map(torch.equal, counts, [layer.counts for layer in model._routed()]))
+
+
 def test_the_mixture_balances_by_bias_when_asked(build_model: Build, ids_BL: torch.Tensor) -> None:
     for rate in (0.0, 0.01):
         model = wake(build_model("moe", balance_bias_rate=rate)).train()

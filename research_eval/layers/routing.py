@@ -5,6 +5,8 @@ R decisions  N experts  D width
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from research_eval.layers.collective import batch_mean, batch_sum
@@ -29,6 +31,23 @@ def balance_loss(load_N: torch.Tensor, probabilities_RN: torch.Tensor) -> torch.
     `load_N` is each expert's share of the decisions and carries no gradient; P is the mean probability.
     """
     return balance_of(load_N, mean_of_rows(probabilities_RN))
+
+
+def balance_losses(shares_TN: torch.Tensor, means_TN: torch.Tensor, count: int) -> torch.Tensor:
+    """The balance losses [T] of T decisions about `count` own rows, from own shares and mean probabilities.
+
+    Several processes exchange them once, after the last decision: after each one they would wait for each other.
+    """
+    return balance_of(*batch_mean(torch.stack([shares_TN, means_TN]), count))
+
+
+def router_losses(shares: Sequence[torch.Tensor], logits: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The balance loss and the z-loss, as means over T decisions about every row, from shares [N] and logits [R, N]."""
+    means_TN = torch.stack([logits_RN.softmax(-1).mean(0) for logits_RN in logits])
+    squares_T = torch.stack([logits_RN.logsumexp(-1).square().mean() for logits_RN in logits])
+    whole_TX = batch_mean(torch.cat([torch.stack(list(shares)), means_TN, squares_T.unsqueeze(1)], 1), len(logits[0]))
+    share_TN, mean_TN, square_T1 = whole_TX.split([means_TN.shape[1]] * 2 + [1], 1)
+    return balance_of(share_TN, mean_TN).mean(), square_T1.mean()
 
 
 def balance_of(load_N: torch.Tensor, mean_N: torch.Tensor) -> torch.Tensor:

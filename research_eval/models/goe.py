@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from research_eval.annotations import Aka, Choice, Count, Positive, Range, Steps, Weight
 from research_eval.datasets.token_data import Batch
 from research_eval.layers.block import block_flops
-from research_eval.layers.collective import batch_mean
 from research_eval.layers.experts import ExpertPool
 from research_eval.layers.intervention import NOTHING
-from research_eval.layers.routing import balance_loss, entropy, members
+from research_eval.layers.routing import balance_losses, entropy, members
 from research_eval.layers.settings import EncoderSettings
 from research_eval.layers.stacked import one_pass
 from research_eval.layers.text import ClassificationHead, TokenEmbedding, masked_mean
@@ -121,7 +120,8 @@ class GoEClassifier(RoutedModel):
         keep_BL = batch.attention_mask
         h_BLD = self.embedding(batch.input_ids, keep_BL)
         packing = self.experts.packing(keep_BL, batch.num_tokens)
-        balance: list[Tensor] = []
+        shares: list[Tensor] = []  # of the decisions of a step, by expert
+        means: list[Tensor] = []  # probabilities
         records = not self.training and self._recorder.wants != "nothing"
         if records:
             self._recorder.begin_batch(len(h_BLD))
@@ -132,15 +132,16 @@ class GoEClassifier(RoutedModel):
                 # The coefficient carries the gradient; the choice is an integer and has none.
                 coefficient_B, choice_B = probabilities_BN.max(-1)
                 if self.intervention is not NOTHING:
-                    now = self.intervention.at(len(balance))
+                    now = self.intervention.at(len(means))
                     coefficient_B, choice_B = now.permitted(probabilities_BN).max(-1)
                     choice_B, coefficient_B = now.changed(choice_B, coefficient_B)
                 h_BLD = self.experts.step(h_BLD, packing, choice_B, coefficient_B, all_run=True).h_BLD
-                load_N = batch_mean(members(choice_B, self.experts.num_experts).sum(0) / len(choice_B), len(choice_B))
                 if records:
-                    self._push(len(balance), choice_B, coefficient_B, probabilities_BN)
-                balance.append(balance_loss(load_N, probabilities_BN))
-        return Outcome(self.head(h_BLD, keep_BL), balance)
+                    self._push(len(means), choice_B, coefficient_B, probabilities_BN)
+                shares.append(members(choice_B, self.experts.num_experts).sum(0) / len(choice_B))
+                means.append(probabilities_BN.mean(0))
+        balance_T = balance_losses(torch.stack(shares), torch.stack(means), len(h_BLD))
+        return Outcome(self.head(h_BLD, keep_BL), balance_T)
 
     @torch.no_grad()
     def _push(self, step: int, choice_B: Tensor, coefficient_B: Tensor, probabilities_BN: Tensor) -> None:
@@ -156,7 +157,7 @@ class GoEClassifier(RoutedModel):
 
         The steps are not pooled: a pooled load hides a step that always takes the same expert.
         """
-        return {"balance_loss": AuxiliaryLoss(torch.stack(outcome.details).mean(), self.balance_loss_coef)}
+        return {"balance_loss": AuxiliaryLoss(outcome.details.mean(), self.balance_loss_coef)}
 
     def start_recording(self) -> None:
         self._recorder.clear()

@@ -15,12 +15,12 @@ from research_eval.datasets.token_data import Batch
 from research_eval.errors import ConfigError
 from research_eval.layers.assignments import Assignments
 from research_eval.layers.block import Attention, FeedForward, block_flops
-from research_eval.layers.collective import batch_mean, batch_sum
+from research_eval.layers.collective import batch_sum
 from research_eval.layers.dispatch import Dispatch, Executing
 from research_eval.layers.intervention import Intervened, Intervention
 from research_eval.layers.overwrite import plus
 from research_eval.layers.packing import Layout, Samples
-from research_eval.layers.routing import balance_loss, balanced_bias, entropy, z_loss
+from research_eval.layers.routing import balanced_bias, entropy, router_losses
 from research_eval.layers.settings import EncoderSettings, PositionalEncoding
 from research_eval.layers.stacked import Dropout, StackedLayerNorm, one_pass, weight_count
 from research_eval.layers.text import ClassificationHead, TokenEmbedding
@@ -46,8 +46,7 @@ class LayerRouting(NamedTuple):
 
     def load(self) -> Tensor:
         """Share of the assignments that each expert receives, [N]."""
-        count = self.chosen_SK.numel()
-        return batch_mean(self.sizes_N / max(count, 1), count)
+        return self.sizes_N / max(self.chosen_SK.numel(), 1)
 
 
 class RoutedFeedForward(Executing, Intervened):
@@ -86,8 +85,6 @@ class RoutedFeedForward(Executing, Intervened):
             weights_SK = weights_SK / weights_SK.sum(-1, keepdim=True)
         chosen_SK, weights_SK = self.intervention.changed(chosen_SK, weights_SK)
         assignments = Assignments.of(chosen_SK, self.num_experts)
-        if self.training:
-            self.counts += batch_sum(assignments.sizes_N)
         dispatcher = self.execution.dispatcher
         plan = Dispatch.of(assignments.sizes_N, self.execution.kernels)
         rows_RD, plan, _ = dispatcher.dispatch(assignments.rows(x_SD), plan)
@@ -201,7 +198,9 @@ class MoETransformerClassifier(RoutedModel):
         for layer in self.layers:
             h, routing = layer(h, samples.layout)
             layers.append(routing)
-        if not self.training and self._recorder.wants != "nothing":
+        if self.training:
+            self._count(layers)
+        elif self._recorder.wants != "nothing":
             self._push(layers, samples)
         return Outcome(self.head(samples.grid(h), keep_BL), layers)
 
@@ -229,8 +228,7 @@ class MoETransformerClassifier(RoutedModel):
         layers = [layer for layer in outcome.details if len(layer.logits_SN)]
         if not layers:
             return {}
-        balance = torch.stack([balance_loss(layer.load(), layer.logits_SN.softmax(-1)) for layer in layers]).mean()
-        z = torch.stack([z_loss(layer.logits_SN) for layer in layers]).mean()
+        balance, z = router_losses([layer.load() for layer in layers], [layer.logits_SN for layer in layers])
         return {
             "balance_loss": AuxiliaryLoss(balance, self.balance_loss_coef),
             "z_loss": AuxiliaryLoss(z, self.z_loss_coef),
@@ -245,6 +243,12 @@ class MoETransformerClassifier(RoutedModel):
             if self.balance_bias_rate:
                 layer.balance_bias.copy_(balanced_bias(layer.balance_bias, layer.counts, self.balance_bias_rate))
             layer.counts.zero_()
+
+    def _count(self, layers: list[LayerRouting]) -> None:
+        """Add the assignments of a training batch. Several processes exchange those of all layers at once."""
+        sizes_TN = batch_sum(torch.stack([layer.sizes_N for layer in layers]))
+        for routed, sizes_N in zip(self._routed(), sizes_TN, strict=True):
+            routed.counts += sizes_N
 
     @torch.no_grad()
     def _push(self, layers: list[LayerRouting], samples: Samples) -> None:

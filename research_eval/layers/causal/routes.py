@@ -20,10 +20,10 @@ from research_eval.errors import ConfigError
 from research_eval.layers.causal.attention import full_precision, normed
 from research_eval.layers.causal.context import Context
 from research_eval.layers.causal.settings import NGRAM_ORDER, RouteSettings
-from research_eval.layers.collective import batch_mean, batch_sum
+from research_eval.layers.collective import batch_sum
 from research_eval.layers.intervention import NOTHING, Intervened, Intervention
 from research_eval.layers.losses import AuxiliaryLoss
-from research_eval.layers.routing import balance_loss, balanced_bias, z_loss
+from research_eval.layers.routing import balanced_bias, router_losses
 
 FADING = 0.7  # weight of a token in the features, for each place that it lies further back
 MOST_ENTRIES = 2**17  # of an n-gram table; longer n-grams are hashed
@@ -32,11 +32,20 @@ MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64  # odd, from the golden ratio (Knuth's m
 
 @dataclass
 class Choice:
-    """The experts of each row [S, K], the factors of their outputs (None: 1), and the router's logits [S, N]."""
+    """The experts of each row [S, K], the factors of their outputs (None: 1), and the router's logits [S, N].
+
+    `sizes_N` are the rows of each expert; they are known once the rows are sorted.
+    """
 
     chosen_SK: Tensor
     weights_SK: Tensor | None = None
     logits_SN: Tensor | None = None
+    sizes_N: Tensor | None = None
+
+    def sizes(self) -> Tensor:
+        """The rows of each expert, of a choice whose rows are sorted."""
+        assert self.sizes_N is not None, "the rows are not sorted yet"
+        return self.sizes_N
 
 
 class Features(nn.Module):
@@ -333,24 +342,19 @@ class Routes(nn.Module, Intervened):
         chosen_SK = (chosen_S.unsqueeze(1) + others) % self.num_experts
         return Choice(chosen_SK, torch.full(chosen_SK.shape, 1 / self.top_k, device=chosen_S.device))
 
-    def count(self, step: int, sizes_N: Tensor) -> None:
-        """Add the load of a training batch."""
-        self.counts[step] += batch_sum(sizes_N)
+    def count(self, choices: Sequence[Choice]) -> None:
+        """Add the loads of all steps of a training batch."""
+        self.counts += batch_sum(torch.stack([choice.sizes() for choice in choices]))
 
     def losses(self, choices: Sequence[Choice]) -> dict[str, AuxiliaryLoss]:
         """Balance and z-loss, as means over the steps; empty for a fixed route."""
         if self.router is None:
             return {}
-        balance, sizes = [], []
-        for choice in choices:
-            assert choice.logits_SN is not None
-            count = choice.chosen_SK.numel()
-            load_N = batch_mean(F.one_hot(choice.chosen_SK, self.num_experts).sum((0, 1)) / count, count)
-            balance.append(balance_loss(load_N, choice.logits_SN.softmax(-1)))
-            sizes.append(z_loss(choice.logits_SN))
+        shares = [choice.sizes() / choice.chosen_SK.numel() for choice in choices]
+        balance, z = router_losses(shares, [choice.logits_SN for choice in choices if choice.logits_SN is not None])
         return {
-            "balance_loss": AuxiliaryLoss(torch.stack(balance).mean(), self.settings.balance_loss_coef),
-            "z_loss": AuxiliaryLoss(torch.stack(sizes).mean(), self.settings.z_loss_coef),
+            "balance_loss": AuxiliaryLoss(balance, self.settings.balance_loss_coef),
+            "z_loss": AuxiliaryLoss(z, self.settings.z_loss_coef),
         }
 
     @torch.no_grad()

@@ -192,6 +192,8 @@ class LanguageModel(RoutedModel):
                 self._note(walk, choice, running)
             if step + 1 < self.num_steps:
                 running = self.after_layer(step, h_SD, walk, running)
+        if self.training and self.routes is not None:
+            self.routes.count(walk.choices)
         recorder = self._recorder
         if recorded_BL is not None and recorder is not None and recorder.wants != "nothing" and walk.experts:
             self._push(walk, recorded_BL)
@@ -206,8 +208,8 @@ class LanguageModel(RoutedModel):
         """h + o + c f for routed feed-forward parts; h + c (o + f) if the expert has attention matrices too."""
         layer, kind = self.layer(step), self.settings.norm
         sort = Sorted.of(choice, self.routes, self.execution) if choice is not None and self.routes else None
-        if sort is not None and self.training and self.routes is not None:
-            self.routes.count(step, sort.assignments.sizes_N)
+        if sort is not None and choice is not None:
+            choice.sizes_N = sort.assignments.sizes_N
         attended_SD = self._attended(layer, step, normed(h_SD, kind), context, sort)
         if running is not None and layer.pooled <= {"f"}:  # only rows that go on are computed
             return self._continued(layer, h_SD, attended_SD, choice, running)
