@@ -58,6 +58,8 @@ ARMS: dict[str, Arm] = {
     "moe, learned from states": Arm("moe"),
     "moe, bigram table": Arm("moe", BIGRAM),
     "dense, hashed bigrams": Arm("dense", HASHED),
+    # A row for nearly every pair of characters, and as many parameters as the pool of 32.
+    "dense, hashed bigrams, large": Arm("dense", {"bigram_buckets": 14336}),
     "dense, as many parameters": Arm("dense", {"dim_feedforward": 1024}),
     "dense, more steps": Arm("dense", steps=round(1.35 * STEPS)),
     "goe, router that never learns": Arm("goe", optimizer=FROZEN),

@@ -175,7 +175,9 @@ def watched(browser: Any, site: Site) -> Iterator[Watched]:
 def findings(page: Any, theme: str = "light") -> list[str]:
     """The serious and critical findings of axe-core. Only colours differ between the themes."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python").Axe()
-    options = {"runOnly": {"type": "rule", "values": ["color-contrast"]}} if theme == "dark" else {}
+    options: dict[str, Any] = {"resultTypes": ["violations"]}
+    if theme == "dark":
+        options["runOnly"] = {"type": "rule", "values": ["color-contrast"]}
     found = axe.run(page, options=options).response["violations"]
     return [
         f"{one['id']}: {node['target']} {node['failureSummary']}"
