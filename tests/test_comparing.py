@@ -107,12 +107,12 @@ def test_every_model_can_be_matched_in_executed_flops(seed: int) -> None:
 class FakeTimed:
     """A model whose time follows from its FLOPs and its number of blocks, with noise: seldom, and then much, slower."""
 
-    def __init__(self, seconds: float, rng: np.random.Generator) -> None:
-        self.seconds, self.batches, self._rng = seconds, [None], rng
+    def __init__(self, seconds: float, rng: np.random.Generator, noise: float = 0.05) -> None:
+        self.seconds, self.batches, self._rng, self._noise = seconds, [None], rng, noise
 
     def repetition(self) -> list[float]:
         spike = 2.0 if self._rng.random() < 0.05 else 1.0
-        return [self.seconds * spike * math.exp(self._rng.normal(0, 0.05))]
+        return [self.seconds * spike * math.exp(self._rng.normal(0, self._noise))]
 
 
 def fake_seconds(config: ExperimentConfig, data: DataSplits, overhead: float) -> float:
@@ -122,11 +122,11 @@ def fake_seconds(config: ExperimentConfig, data: DataSplits, overhead: float) ->
     return per_block * depth + 1e-9 * _formula(config, data)
 
 
-def fake_clock(monkeypatch: pytest.MonkeyPatch, overhead: float, seed: int) -> None:
+def fake_clock(monkeypatch: pytest.MonkeyPatch, overhead: float, seed: int, noise: float = 0.05) -> None:
     rng = np.random.default_rng(seed)
     monkeypatch.setattr(
         "research_eval.comparing.match._timed",
-        lambda config, data: FakeTimed(fake_seconds(config, data, overhead), rng),
+        lambda config, data: FakeTimed(fake_seconds(config, data, overhead), rng, noise),
     )
 
 
@@ -150,6 +150,15 @@ def test_a_model_that_is_too_slow_at_any_size_is_not_called_matched(monkeypatch:
     assert not found.is_matched
     assert found.sizes["num_layers"] == 3  # comes closest: a block of `moe` takes 1.5 times as long
     assert found.ratio == pytest.approx(4.5 / 4, rel=0.05)
+
+
+def test_a_machine_that_is_too_busy_to_tell_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fake_clock(monkeypatch, 5e-5, 0, noise=1.0)
+    ended = command(cli, "match", write_config(tmp_path), "--axis", "latency", "--models", "looped")
+    assert ended.code == 1
+    assert "NOT MATCHED" in ended.out
+    assert "this machine is too busy to say more" in ended.err
 
 
 @given(slope=st.floats(0.3, 1.0), fixed=st.floats(0.0, 0.8), start=st.floats(0.05, 20.0))

@@ -67,7 +67,15 @@ def match_command(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         print_product(_table(paths, found))
     for one in found:
-        if not one.is_matched:
+        if one.is_matched:
+            continue
+        if one.speed is not None and one.speed.is_uncertain(arguments.tol):
+            log.warning(
+                "%s takes %.3f to %.3f times as long as the base: this machine is too busy to say more. Try again when "
+                "nothing else runs, or give a larger --tol.",
+                *(one.config.model_type, one.speed.low, one.speed.high),
+            )
+        else:
             log.warning(
                 "%s costs %.3f times the base: there are no sizes within %g. Change the base, such as its embed_dim, "
                 "or give a larger --tol.",

@@ -270,7 +270,7 @@ def _by_latency(
         held = {} if number == blocks else {depth: number}
         tried += _as_fast(first, flops, _with(start, held), tol, data, {**fixed, depth: number})
         best = min(tried, key=lambda one: (not one.is_matched, abs(math.log(one.ratio))))
-        if best.is_matched or best.ratio < 1:
+        if not (best.speed and best.speed.low > 1 + tol):  # not too slow, or at least nobody can tell
             break
     changed = {depth: best.config.model_params[depth]} if best.config.model_params.get(depth) != blocks else {}
     return replace(best, sizes={**changed, **best.sizes})
@@ -291,7 +291,7 @@ def _as_fast(
             speed = compare_speeds(first, _timed(config, data), tol)
         cost = speed.ratio * speed.milliseconds
         found.append(Match(config, "latency", cost, speed.milliseconds, tol, one.sizes, speed))
-        if speed.is_within(tol):
+        if speed.is_within(tol) or (speed.is_uncertain(tol) and not speed.is_outside(tol)):
             break
         bracket.add(one.cost, speed.ratio)
     return found

@@ -12,7 +12,7 @@ from research_eval.analysis.statistics import median_interval
 from research_eval.training.latency import Timed
 
 FEWEST, MOST = 8, 512  # rounds in which both models are timed
-SECONDS = 15.0  # no more rounds after this time
+SECONDS = 10.0  # no more rounds after this time
 CONFIDENCE = 0.99  # of the interval, which is looked at after 8, 16, 32, ... rounds
 SLOPE = 0.7  # of log time over log FLOPs, as long as one model only has been timed
 SLOPES = (0.05, 1.2)  # noise may give any slope to two models that lie close together
@@ -30,6 +30,10 @@ class Speed(NamedTuple):
     def is_within(self, tol: float) -> bool:
         """Whether the whole interval is within the tolerance."""
         return 1 - tol <= self.low and self.high <= 1 + tol
+
+    def is_uncertain(self, tol: float) -> bool:
+        """Whether the interval is so wide that no model could be called as fast."""
+        return self.high - self.low > 2 * tol
 
     def is_outside(self, tol: float) -> bool:
         """Whether no part of the interval is within the tolerance."""
