@@ -11,6 +11,7 @@ import contextlib
 import io
 import statistics
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,7 @@ from research_eval.schema import config_from_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "mv", "addmv")
+WARM_UP, PROFILED = 3, 5  # steps
 ATTENTION = "_scaled_dot_product"  # begins the names of the kernels, forward and backward
 QUICKSTART: GoEShape = (32, 64, 4, 2, 3, 64)  # of examples/configs/quickstart.json, which has one layer and two heads
 EVEN: list[GoEShape] = [  # from few spare rows to many
@@ -156,6 +158,43 @@ def floors(settings: Settings) -> dict[str, list[Row]]:
     return {"A step of goe_original beside its products (P), with attention (PA), and a loop over experts": rows}
 
 
+KINDS = {  # of operations, by the beginning of their names
+    "products": PRODUCTS,
+    "attention": (ATTENTION,),
+    "activation": ("gelu",),
+    "norms": ("native_layer_norm",),
+    "copies": ("copy_", "cat", "index", "scatter", "gather", "fill_", "clone", "new_zeros"),
+    "arithmetic": ("mul", "add", "div", "sub", "sum", "mean", "softmax", "_softmax", "exp", "log", "sigmoid"),
+    "optimizer": ("_fused_adamw",),
+}
+
+
+def kind_of(name: str) -> str:
+    """The kind of an event of the profiler; the rest has no arithmetic: views, new memory, autograd, Python."""
+    own = name.removeprefix("aten::")
+    return next((kind for kind, starts in KINDS.items() if name != own and own.startswith(starts)), "calls")
+
+
+def shares(settings: Settings) -> dict[str, list[Row]]:
+    """What share of the CPU time of a training step each kind of operation has. Recording makes calls dearer."""
+    rows: list[Row] = []
+    for shape in GOE_TINY if settings.tiny else GOE:
+        for padded in (False, True):
+            step = step_of(model_of(shape), batch_of(shape, padded), True)
+            for _ in range(WARM_UP):
+                step()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+                for _ in range(PROFILED):
+                    step()
+            seconds: Counter[str] = Counter()
+            for event in recorded.key_averages():
+                seconds[kind_of(event.key)] += event.self_cpu_time_total
+            row: Row = {"shape": goe_name(shape), "data": "50 % padding" if padded else "full"}
+            row |= {f"{kind}, %": round(100 * seconds[kind] / seconds.total()) for kind in (*KINDS, "calls")}
+            rows.append(row | {"events": sum(event.count for event in recorded.key_averages()) // PROFILED})
+    return {"Where the time of a training step goes": rows}
+
+
 def spare_rows(settings: Settings) -> dict[str, list[Row]]:
     """What one batched product for all experts gains in training over a product per expert.
 
@@ -235,7 +274,7 @@ def predicting(settings: Settings) -> dict[str, list[Row]]:
 def main() -> None:
     settings = Settings(**vars(argument_parser(__doc__).parse_args()))
     tables: dict[str, list[Row]] = {}
-    for question in (floors, spare_rows, predicting):
+    for question in (floors, shares, spare_rows, predicting):
         tables |= question(replace(settings))  # each with the whole time
     report("floors", settings, tables, name="floors")
 
