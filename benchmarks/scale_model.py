@@ -34,7 +34,9 @@ from research_eval.runs.prepare import prepare
 from research_eval.schema import config_from_dict
 from research_eval.system.environment import environment_record
 from research_eval.tasks.base import task_of
+from research_eval.training.evaluate import evaluate
 from research_eval.training.optimizers import build_optimizer
+from research_eval.training.parallel import OneProcess
 from research_eval.training.processes import Processes
 from research_eval.training.runtime import Runtime, choose_device
 from research_eval.training.slices import cut
@@ -323,6 +325,26 @@ def step_seconds(batch: int, width: int, size: int, steps: int, apart: bool = Fa
     return max(in_processes(size, work, ParallelParams()))
 
 
+def evaluation_seconds(batch: int, width: int, size: int, repetitions: int = 5) -> float:
+    """The median of an evaluation of `goe` on the validation split, which so many processes share."""
+    checked = config_from_dict(config("goe", batch, width))
+    runtime, data, model = prepare(checked)
+    task = task_of(checked.task, data)
+    batches = data.validation.batches(batch, runtime.device)
+
+    def timed(share: Callable[[Callable[[], Any]], Any]) -> float:
+        times = []
+        for _ in range(1 + repetitions):  # the first one is a warm-up
+            start = time.perf_counter()
+            share(lambda: evaluate(model, batches, task.num_outputs(data), runtime, task))
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[1:])
+
+    if size == 1:
+        return timed(OneProcess().shared)
+    return max(in_processes(size, lambda group: timed(group.shared), ParallelParams()))
+
+
 def check(batch: int, width: int, steps: int, rounds: int) -> dict[str, Any]:
     """Bytes beside the formulas, and times beside the model, on this machine."""
     layouts: list[dict[str, Any]] = [{}, {"data": "fsdp"}, {"experts": 2}, {"data": "fsdp", "experts": 2}]
@@ -337,6 +359,8 @@ def check(batch: int, width: int, steps: int, rounds: int) -> dict[str, Any]:
         half, whole, shared = (step_seconds(samples, width, size, steps) for samples, size in sizes)
         apart = step_seconds(batch // 2, width, 2, steps, apart=True)
         times.append({"one, half the batch": half, "one": whole, "two": shared, "two apart": apart})
+        for name, size in (("one evaluates", 1), ("two evaluate", 2)):
+            times[-1][name] = evaluation_seconds(batch, width, size)
     found |= {"links": link, "exchanges": given["calls"], "rounds": times}
     alone_R, shared_R, apart_R = (
         np.array([one[name] for one in times]) for name in ("one, half the batch", "two", "two apart")
@@ -346,6 +370,7 @@ def check(batch: int, width: int, steps: int, rounds: int) -> dict[str, Any]:
         "predicted from two apart / measured": (apart_R + exchange) / shared_R,
         "weak-scaling efficiency": alone_R / shared_R,
         "the same against two apart": apart_R / shared_R,
+        "evaluation, one / two": np.array([one["one evaluates"] / one["two evaluate"] for one in times]),
     }
     found |= {name: values.round(3).tolist() for name, values in ratios.items()}
     return found

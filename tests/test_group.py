@@ -57,7 +57,7 @@ STEPS = max(6, REPETITIONS)
 BATCH = 13
 MODES = ("gate", "st", "st_dense", "reinforce", "q", "published")
 HALTS = ("off", "confidence", "ponder", "action")
-SECONDS = 120
+SECONDS = max(120, 20 * REPETITIONS)  # for the work of one process
 
 
 def settings(model_type: str, **params: Any) -> dict[str, Any]:
