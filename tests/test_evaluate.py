@@ -24,7 +24,7 @@ from research_eval.datasets.token_data import Batches, TokenData
 from research_eval.experiment import prepare
 from research_eval.models.base_model import EvaluableModel
 from research_eval.system import load
-from research_eval.training.evaluate import Evaluation, evaluate, measure_flops
+from research_eval.training.evaluate import Evaluation, evaluate, measure_flops, measure_forward_flops
 from research_eval.training.flops import FlopCounter
 from research_eval.training.latency import FEWEST, measure_latency
 from research_eval.training.runtime import Runtime
@@ -113,7 +113,7 @@ def state(model: EvaluableModel) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
-@pytest.mark.parametrize("measure", [measure_flops, measure_latency])
+@pytest.mark.parametrize("measure", [measure_flops, measure_forward_flops, measure_latency])
 @pytest.mark.parametrize("model_type", MODELS)
 def test_measurements_leave_no_trace(model_type: str, measure: Callable[..., Any]) -> None:
     model, batches = prepared(model_type, dropout=0.5)
@@ -152,6 +152,7 @@ def test_flops_of_a_dense_model_are_those_counted_by_hand() -> None:
     linear = 2 * length * (4 * width * width + 2 * width * 12) + 2 * width * 2
     attention = 2 * (2 * length * length * width)
     assert measure_flops(model, batches, CPU) == (linear + attention, 3 * linear + 3.5 * attention)
+    assert measure_forward_flops(model, batches, CPU) == linear + attention
 
 
 def test_flops_are_a_mean_over_short_and_long_batches() -> None:
@@ -166,8 +167,23 @@ def test_flops_are_a_mean_over_short_and_long_batches() -> None:
     assert flops[0] == pytest.approx(np.mean(flops[1:]))
 
 
+def test_a_batch_that_stands_for_several_is_counted_once() -> None:
+    """Of two batches, three of the measurement are the first one twice and the second one."""
+    model, _ = prepared("dense", num_layers=1)
+    ids_NL = np.array([[1, 0, 0], [1, 0, 0], [1, 1, 1], [1, 1, 1]])
+    parts = [Batches(TokenData.from_padded(part, np.zeros(len(part), np.int64)), 2) for part in np.split(ids_NL, 2)]
+    short, long = (np.array(measure_flops(model, part, CPU)) for part in parts)
+    passes: list[int] = []
+    hook = model.register_forward_pre_hook(lambda *_: passes.append(1))
+    both = measure_flops(model, Batches(TokenData.from_padded(ids_NL, np.zeros(4, np.int64)), 2), CPU)
+    hook.remove()
+    assert both == pytest.approx((2 * short + long) / 3)
+    assert len(passes) == 2 * 2, "each batch in evaluation and in training mode"
+
+
 def test_latency_is_measured_on_whole_batches_of_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that only models move: one second per token of the batch's length."""
+    monkeypatch.setattr("research_eval.training.latency.FEWEST", FEWEST)  # other tests have fewer
     clock = [0.0]
     monkeypatch.setattr("research_eval.training.latency.time.perf_counter", lambda: clock[0])
     seen = []
@@ -199,6 +215,7 @@ def test_a_slow_model_is_measured_a_few_times_only(monkeypatch: pytest.MonkeyPat
     """A pass takes as many seconds as there were passes before it: 0 and 1 to warm up, then 2 and 3, 4 and 5, ..."""
     clock, passes = [0.0], []
     monkeypatch.setattr("research_eval.training.latency.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("research_eval.training.latency.FEWEST", FEWEST)  # other tests have fewer
 
     class Slower(Oracle):
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -29,7 +29,7 @@ from research_eval.registry import models_for
 from research_eval.runs.prepare import create_model, model_context, prepare
 from research_eval.system.phases import phase
 from research_eval.tasks.base import task_of
-from research_eval.training.evaluate import measure_flops
+from research_eval.training.evaluate import measure_forward_flops
 from research_eval.training.latency import Timed, timed_batches
 from research_eval.wording import hint
 
@@ -210,7 +210,7 @@ def cost_of(config: ExperimentConfig, axis: str, data: DataSplits) -> float:
     runtime, _, model = prepare(config, data)
     if axis == "flops":
         batches = data.validation.batches(config.training_params.eval_batch_size or config.batch_size, runtime.device)
-        return measure_flops(model, batches, runtime, task=task_of(config.task, data))[0]
+        return measure_forward_flops(model, batches, runtime, task=task_of(config.task, data))
     return 1000 * median(_timed(config, data).repetition())
 
 

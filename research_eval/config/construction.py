@@ -233,7 +233,8 @@ def without_draws() -> AbstractContextManager[object]:
     import torch
     from torch.overrides import TorchFunctionMode
 
-    draws = (torch.nn.init.normal_, torch.Tensor.normal_)
+    init = torch.nn.init
+    draws = (init.normal_, init.uniform_, init.kaiming_uniform_, torch.Tensor.normal_, torch.Tensor.uniform_)
     drawn = (torch.randn, torch.rand)
     products = (torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__)
 

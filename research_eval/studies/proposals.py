@@ -29,7 +29,7 @@ from research_eval.studies.distributions import Infeasible, contains
 from research_eval.studies.options import StudyOptions
 from research_eval.studies.storage import experimental
 from research_eval.tasks.base import task_of
-from research_eval.training.evaluate import measure_flops
+from research_eval.training.evaluate import measure_flops, measure_forward_flops
 from research_eval.training.latency import measure_latency
 from research_eval.training.length import Length
 from research_eval.training.state import Pruned
@@ -122,7 +122,8 @@ def over_budget(config: ExperimentConfig, options: StudyOptions) -> str | None:
     limits = options.budget
     if limits.max_params is None and limits.max_flops is None:
         return None
-    found = costs(config, ("param_count",) if limits.max_flops is None else COSTS[:3])
+    counted = ("param_count",) if limits.max_flops is None else ("param_count", "inference_flops_per_sample")
+    found = costs(config, counted)
     if limits.max_params is not None and found["param_count"] > limits.max_params:
         return f"{found['param_count']:,.0f} parameters are more than --max_params {limits.max_params:,}"
     if limits.max_flops is not None and found["inference_flops_per_sample"] > limits.max_flops:
@@ -137,9 +138,11 @@ def costs(config: ExperimentConfig, names: Sequence[str]) -> dict[str, float]:
     runtime, _, model = prepare(config, data)
     validation = data.validation.batches(config.training_params.eval_batch_size or config.batch_size, runtime.device)
     found: dict[str, float] = {"param_count": model.get_parameter_count()}
-    if set(names) & {"inference_flops_per_sample", "train_flops"}:
-        forward, training = measure_flops(model, validation, runtime, task=task_of(config.task, data))
-        found["inference_flops_per_sample"] = forward
+    task = task_of(config.task, data)
+    if "train_flops" not in names and "inference_flops_per_sample" in names:
+        found["inference_flops_per_sample"] = measure_forward_flops(model, validation, runtime, task=task)
+    elif "train_flops" in names:
+        found["inference_flops_per_sample"], training = measure_flops(model, validation, runtime, task=task)
         found["train_flops"] = training * data.train.samples_per_epoch * Length.of(config, data.train).passes
     if "inference_latency_ms_batch" in names:
         found |= measure_latency(model, validation, runtime)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ def _direct_dependencies() -> list[str]:
     return sorted(re.split(r"[^\w.-]", requirement, maxsplit=1)[0] for requirement in direct_requirements())
 
 
+@cache
 def _version(name: str) -> str | None:
     """The installed version of a package; None if it is not installed."""
     try:

@@ -103,30 +103,50 @@ def measure_flops(
 ) -> tuple[float, float]:
     """Executed FLOPs per sample: (forward in evaluation mode, forward and backward in training mode).
 
-    They are counted on batches from the shortest to the longest and averaged over the samples. Rows that experts
-    compute only because it is faster do not count. Parameters, buffers and generators are the same afterwards.
+    They are counted on batches from the shortest to the longest and averaged over the samples. In a split of fewer
+    batches, one that stands for several is counted once. Rows that experts compute only because it is faster do not
+    count. Parameters, buffers and generators are the same afterwards.
     """
+    forward, training = _executed_flops(model, batches, runtime, repeats, task, (False, True))
+    return forward, training
+
+
+def measure_forward_flops(
+    model: EvaluableModel, batches: Batches, runtime: Runtime, repeats: int = 3, task: Task | None = None
+) -> float:
+    """The first number of `measure_flops`, without the work for the second one."""
+    (forward,) = _executed_flops(model, batches, runtime, repeats, task, (False,))
+    return forward
+
+
+def _executed_flops(
+    model: EvaluableModel, batches: Batches, runtime: Runtime, repeats: int, task: Task | None, modes: tuple[bool, ...]
+) -> list[float]:
+    """The FLOPs per sample of each mode: False for evaluation, True for training."""
     task = task or Classification()
     order = batches.order(0)
-    chosen = [batches.take(order[index]) for index in np.linspace(0, len(order) - 1, repeats).astype(int)]
-    samples = sum(len(batch.labels) for batch in chosen)
+    places, times = np.unique(np.linspace(0, len(order) - 1, repeats).astype(int), return_counts=True)
+    chosen = [(batches.take(order[place]), int(count)) for place, count in zip(places, times, strict=True)]
+    samples = sum(count * len(batch.labels) for batch, count in chosen)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    totals = []
+    found = []
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), no_spare_rows(model, runtime.device):
-        for training in (False, True):
+        for training in modes:
             model.train(training)
-            with FlopCounter() as counter, torch.set_grad_enabled(training):
-                for batch in chosen:
+            total = 0
+            for batch, count in chosen:
+                with FlopCounter() as counter, torch.set_grad_enabled(training):
                     with runtime.autocast():
                         task_loss, terms = model.losses(model.run(batch), batch.labels, task)
                         loss = sum((term.weight * term.raw for term in terms.values()), start=task_loss)
                     if training:
                         loss.backward()
-            totals.append(counter.total / samples)
+                total += count * counter.total
+            found.append(total / samples)
     model.zero_grad(set_to_none=True)
     # Undo the traces of training mode: running statistics, counts and records.
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
     model.eval()
     model.start_recording()
-    return totals[0], totals[1]
+    return found
