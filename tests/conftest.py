@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 import torch
-from cheap_runs import draw_pictures_again, make_runs_cheap
+from cheap_runs import draw_pictures_again, draw_studies_again, make_runs_cheap
 from hypothesis import settings
 from support import stop_at_once
 from torch.nn import functional as F
@@ -66,6 +66,18 @@ def _real_graphs() -> Iterator[None]:
 def _real_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """For a test that looks at them."""
     draw_pictures_again(monkeypatch.setattr)
+
+
+@pytest.fixture(name="real_study_pictures")
+def _real_study_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a test that looks at those of a study alone."""
+    draw_studies_again(monkeypatch.setattr)
+
+
+@pytest.fixture(name="one_process")
+def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a test whose seeds may run one after the other here: a process of a pool makes real pictures and timings."""
+    monkeypatch.setattr("research_eval.studies.seeds.pool_size", lambda *_: 1)
 
 
 @pytest.fixture(autouse=True)

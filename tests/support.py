@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import io
 import json
@@ -17,6 +18,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forking import output_of_a_copy
+from forking import copy_that_runs, output_of_a_copy, run_python
 from torch import nn
 
 from research_eval.annotations import Kernels
@@ -199,6 +201,23 @@ def python(*arguments: str | Path, folder: Path, fresh: bool = False, **variable
         check=False,
     )
     return Ended(done.returncode, done.stdout, without_phases(done.stderr))
+
+
+def pythons_at_once(commands: list[list[str]], folder: Path, **variables: str) -> list[Ended]:
+    """As `python` for each of these commands, all at the same time."""
+    with contextlib.ExitStack() as files:
+        started = []
+        for words in commands:
+            out, err = (files.enter_context(tempfile.TemporaryFile()) for _ in range(2))
+            program = functools.partial(run_python, words)
+            pid = copy_that_runs(program, folder, environment(**variables), out.fileno(), err.fileno())
+            started.append((pid, out, err))
+        ended = []
+        for pid, out, err in started:
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            texts = [file.read().decode() for file in (out, err) if file.seek(0) == 0]
+            ended.append(Ended(code, texts[0], without_phases(texts[1])))
+    return ended
 
 
 def without_phases(text: str) -> str:

@@ -23,7 +23,7 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from support import results, run_in, small_config
+from support import pythons_at_once, results, run_in, small_config
 
 from research_eval import db_utils, init_db
 from research_eval.db_utils import HistoryRow, Store, append_csv, database_url
@@ -309,14 +309,10 @@ with Store(database) as store:
 """
 
 
-def test_four_processes_that_create_and_fill_a_store_at_once_lose_nothing(db):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, db, str(process)], env=environment, stderr=subprocess.PIPE)
-        for process in range(4)
-    ]
-    errors = [writer.communicate()[1].decode() for writer in writers]
-    assert errors == [""] * 4
+def test_four_processes_that_create_and_fill_a_store_at_once_lose_nothing(db, tmp_path):
+    writers = [["-c", WRITER, db, str(process)] for process in range(4)]
+    ended = pythons_at_once(writers, tmp_path, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    assert [(writer.code, writer.err) for writer in ended] == [(0, "")] * 4
     with Store(db, read_only=True) as store:
         expected = {f"{process}-{number}" for process in range(4) for number in range(15)}
         assert {row["experiment_id"] for row in store.experiments() if row["status"] == "finished"} == expected
@@ -787,10 +783,8 @@ def test_four_processes_that_append_lose_no_row(tmp_path):
         "import sys; from research_eval.db_utils import append_csv\n"
         "for n in range(10): append_csv(sys.argv[1], {'id': sys.argv[2], 'n': n, f'column{n}': n})"
     )
-    appenders = [
-        subprocess.Popen([sys.executable, "-c", code, str(path), str(number)], cwd=ROOT) for number in range(4)
-    ]
-    assert [appender.wait() for appender in appenders] == [0] * 4
+    ended = pythons_at_once([["-c", code, str(path), str(number)] for number in range(4)], ROOT)
+    assert [appender.code for appender in ended] == [0] * 4
     found = read_csv(path)
     assert sorted((row["id"], row["n"]) for row in found) == sorted(
         (str(i), str(n)) for i in range(4) for n in range(10)

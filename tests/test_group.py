@@ -440,7 +440,7 @@ LONG: dict[str, Any] = {
     "model_type": "goe_original",
     "epochs": 3,
     "batch_size": 13,
-    "dataset_params": {"num_samples": 300, "seq_len": 6},
+    "dataset_params": {"num_samples": 180, "seq_len": 6},
     "model_params": {"dropout": 0.1, "router_mode": "st"},
     "training_params": {"log_every": 5},
 }
@@ -649,4 +649,4 @@ def test_one_process_imports_nothing_for_several() -> None:
         "import sys; from research_eval.training import fit; from research_eval import experiment; "
         "print('research_eval.training.processes' in sys.modules)"
     )
-    assert python("-c", program, folder=ROOT, fresh=True).out == "False\n"
+    assert python("-c", program, folder=ROOT).out == "False\n"

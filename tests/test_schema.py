@@ -16,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import Field
+from support import python
 from torch import nn
 
 import research_eval
@@ -660,7 +661,6 @@ def test_every_key_of_the_file_is_described(section: str) -> None:
 
 
 def test_the_shipped_json_schema_is_fresh() -> None:
-    command = [sys.executable, "-m", "research_eval.schema"]
-    printed = subprocess.run(command, check=True, cwd=PACKAGE.parent, capture_output=True, text=True).stdout
+    printed = python("-m", "research_eval.schema", folder=PACKAGE.parent).out
     shipped = (PACKAGE / "experiment.schema.json").read_text(encoding="utf-8")
     assert shipped == printed, "run: python -m research_eval.schema > research_eval/experiment.schema.json"

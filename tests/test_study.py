@@ -81,7 +81,7 @@ def csv_rows(stem: str = FILES) -> list[dict[str, str]]:
 # ------------------------------------------------------------------------------------------------- one study, whole
 
 
-@pytest.mark.usefixtures("real_pictures")
+@pytest.mark.usefixtures("real_study_pictures")
 def test_a_study_leaves_what_the_documentation_names_and_its_best_config_gives_the_same_score() -> None:
     ended = study_of("--model_types", "dense,moe,goe,goe_original", n_trials=5)
     assert ended.code == 0, ended.err
@@ -197,7 +197,7 @@ def test_without_a_pruner_every_epoch_is_trained() -> None:
     assert isinstance(make_pruner(options), optuna.pruners.HyperbandPruner)
 
 
-@pytest.mark.usefixtures("real_pictures")
+@pytest.mark.usefixtures("real_study_pictures")
 def test_several_objectives_make_a_pareto_study() -> None:
     ended = study_of("--objectives", "final_val_f1,param_count", "--model_types", "lstm", n_trials=8)
     assert ended.code == 0, ended.err
@@ -250,19 +250,19 @@ def test_several_objectives_are_pruned_by_domination(monkeypatch: pytest.MonkeyP
 
 
 def test_no_trial_is_over_the_budgets() -> None:
-    study_of("--model_types", "lstm,dense", "--pruner", "none", name="free", n_trials=8, epochs=1)
+    study_of("--model_types", "lstm,dense", "--pruner", "none", name="free", n_trials=5, epochs=1)
     sizes, flops = [], []
     with Store(DB_FILE, read_only=True) as store:
         for row in store.find_runs():
             metrics = store.metrics(row["experiment_id"])
             sizes.append(metrics["param_count"])
             flops.append(metrics["inference_flops_per_sample"])
-    limits = (int(sorted(sizes)[3]), sorted(flops)[3])
+    limits = (int(sorted(sizes)[2]), sorted(flops)[2])
     Path(DB_FILE).unlink()
     budgets = ("--max_params", str(limits[0]), "--max_flops", str(limits[1]))
-    ended = study_of("--model_types", "lstm,dense", *budgets, n_trials=8, epochs=1)
+    ended = study_of("--model_types", "lstm,dense", *budgets, n_trials=6, epochs=1)
     assert ended.code == 0, ended.err
-    assert len(load().trials) == len(rows()) == 8
+    assert len(load().trials) == len(rows()) == 6
     with Store(DB_FILE, read_only=True) as store:
         for row in store.find_runs(RunFilter(status="finished")):
             metrics = store.metrics(row["experiment_id"])
@@ -270,8 +270,9 @@ def test_no_trial_is_over_the_budgets() -> None:
             assert metrics["inference_flops_per_sample"] <= limits[1]
 
 
-def test_a_budget_that_nothing_keeps_is_an_error_before_any_work() -> None:
-    ended = study_of("--max_params", "10")
+def test_a_budget_that_nothing_keeps_is_an_error_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("research_eval.studies.tune.MAX_PROPOSALS", 20)
+    ended = study_of("--max_params", "10", "--model_types", "lstm,dense")
     assert ended.code == 2
     assert "parameters are more than --max_params 10" in ended.err
     assert not Path("s.db").exists()
