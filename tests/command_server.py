@@ -21,7 +21,7 @@ from typing import Any
 from forking import copy_that_runs, forget_own_modules, run_python
 
 STREAMS = 3
-STEPS = 12  # of a training
+STEPS = 6  # of a training
 LIBRARIES = ("torch", "scipy.stats", "matplotlib.pyplot", "optuna", "plotly", "datasets", "sqlalchemy", "pydantic")
 CLIENT = """
 import json, os, socket, sys

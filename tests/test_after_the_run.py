@@ -199,6 +199,7 @@ def test_a_terminal_that_is_gone_ends_no_training(tmp_path: Path, monkeypatch: p
     assert sys.stderr.attempts >= 1  # type: ignore[attr-defined]
 
 
+@pytest.mark.usefixtures("one_process")
 def test_a_summary_that_cannot_be_made_is_only_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("research_eval.cli.run.SHOWN_METRICS", {"param_count": "{:nonsense}"})
     ended = command(main, "--json_config_path", write_config(tmp_path, **SMALL), "--seeds", "0-1", "--quiet")

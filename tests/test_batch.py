@@ -52,7 +52,7 @@ class HereAndNow:
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_process: None) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GOE_DB", raising=False)
     monkeypatch.delenv("GOE_STORAGE", raising=False)

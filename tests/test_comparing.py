@@ -434,6 +434,7 @@ def _rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("one_process")  # test_suites.py has a pool
 def test_a_comparison_of_a_table_of_texts(rows: Path) -> None:
     words = ["compare", "films.csv", "--models", "dense,goe_original", *SMALL, "--epochs", "2"]
     words += ["--set", "model_params.embed_dim=16", "--set", "model_params.num_heads=2"]
@@ -482,6 +483,7 @@ def test_a_comparison_of_a_table_of_texts(rows: Path) -> None:
     assert "DOES NOT HOLD" in refused.out
 
 
+@pytest.mark.usefixtures("one_process")
 def test_a_comparison_that_was_stopped_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every cell exists once, wherever the first call was stopped."""
     monkeypatch.chdir(tmp_path)
@@ -500,7 +502,6 @@ def test_a_comparison_that_was_stopped_continues(tmp_path: Path, monkeypatch: py
 
         return run
 
-    monkeypatch.setattr("research_eval.studies.seeds.pool_size", lambda *_: 1)
     for count in (2, 8, 100):
         done.clear()
         with monkeypatch.context() as patch:
@@ -515,6 +516,7 @@ def test_a_comparison_that_was_stopped_continues(tmp_path: Path, monkeypatch: py
     assert len(rows) == sum(len(arm.trials) for arm in outcome.arms) + 6
 
 
+@pytest.mark.usefixtures("one_process")
 def test_a_run_that_ends_by_an_accident_stops_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It does not count as a bad setting, and the same call continues."""
     monkeypatch.chdir(tmp_path)
@@ -528,7 +530,6 @@ def test_a_run_that_ends_by_an_accident_stops_the_comparison(tmp_path: Path, mon
         found: Result = real(config, **options)
         return found
 
-    monkeypatch.setattr("research_eval.studies.seeds.pool_size", lambda *_: 1)
     with monkeypatch.context() as patch:
         patch.setattr("research_eval.studies.seeds.run", breaks)
         with pytest.raises(OSError, match="the disk is full"):

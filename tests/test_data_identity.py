@@ -51,7 +51,7 @@ def reviews_config(**changes: Any) -> ExperimentConfig:
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_process: None) -> Path:
     monkeypatch.chdir(tmp_path)
     write_reviews(tmp_path / "data")
     return tmp_path

@@ -88,19 +88,20 @@ REWRITES = [
     (r"(goe compare .*--seeds) 3(.*)", r"\1 1\2", "takes half a minute"),
     (r"goe benchmark (?:smoke|core).*", "goe benchmark --help", "takes minutes; test_suites.py has a smaller suite"),
     (r"cat README\.md docs/\*\.md > (\S+)", r"head -qc 3000 README.md docs/*.md > \1", "scoring it takes seconds"),
+    (r"torchrun .* -m research_eval.main (.*parallel\.json)", r"goe run \1 --dry_run", "test_group.py trains with it"),
     (r"torchrun (.*)", rf"{TORCHRUN} \1", "torchrun is a script of the environment, which is not on every path"),
     (r"goe tune .*--launcher (?:submitit|ray).*", rf"{SERVER} \g<0> --dry_run", "test_launchers.py has the engines"),
     (r"goe run .*--launcher submitit.*", rf"{SERVER} \g<0> --dry_run", "test_batch.py has a job"),
     (r"(.*)postgresql://\S+(.*)", r"\1sqlite:///cluster.db\2", "test_db_utils.py has a server"),
     (r"(.*--device) cuda\S*(.*)", r"\1 cpu\2", "not every machine has a GPU"),
 ]
-FEWER = {"n_trials": 3, "syn_num_samples": 300, "n_jobs": 1}  # flag: the largest value in the sandbox
+FEWER = {"n_trials": 3, "syn_num_samples": 150, "n_jobs": 1}  # flag: the largest value in the sandbox
 # Smaller numbers in the sandbox's copies of the example configs, so that the commands run as they are written.
 SMALLER = {
     r'"epochs": \d+': '"epochs": 1',
     r'"max_steps": \d+': '"max_steps": 10',
     r'"batch_size": \d+': '"batch_size": 4',
-    r'"num_samples": \d+': '"num_samples": 400',
+    r'"num_samples": \d+': '"num_samples": 200',
 }
 TEXT_SETS = {"ag_news": (4, "test"), "imdb": (2, "test"), "sst2": (2, "validation"), "trec": (6, "validation")}
 
@@ -338,7 +339,7 @@ def everything_works(page: Path, sandbox: Path) -> None:
 
 
 def fewer_samples(config: str) -> str:
-    return re.sub(r'"num_samples": (\d+)', lambda match: f'"num_samples": {min(int(match[1]), 400)}', config)
+    return re.sub(r'"num_samples": (\d+)', lambda match: f'"num_samples": {min(int(match[1]), 200)}', config)
 
 
 def commands_of_manifest(part: Any) -> list[str]:

@@ -414,7 +414,7 @@ def test_a_stopped_run_goes_on_exactly(twice: Twice, tmp_path: Path, monkeypatch
 
 EVERYTHING: dict[str, Any] = {
     "model_type": "goe_original",
-    "epochs": 12,
+    "epochs": 6,
     "batch_size": 8,
     "model_params": {
         "halt": "ponder",
@@ -467,7 +467,7 @@ def test_a_killed_run_goes_on_exactly(tmp_path: Path) -> None:
         (row,) = store.experiments()
         assert row["status"] == "interrupted"
     step = load_tensors(cut / "runs" / row["experiment_id"] / CHECKPOINT_FILE)[1]["state"]["step"]
-    assert step < 48
+    assert step < 24
 
     resumed = python("-m", "research_eval.main", "--json_config_path", config.name, "--resume", folder=cut)
     assert resumed.code == 0, resumed.err

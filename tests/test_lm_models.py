@@ -199,7 +199,7 @@ def test_the_leak_test_sees_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     assert learned_bits({}) < math.log(2) - 0.02
 
 
-def learned_bits(options: dict[str, Any], steps: int = 150) -> float:
+def learned_bits(options: dict[str, Any], steps: int = 100) -> float:
     """The loss on fresh random bits after a training on random bits: inputs of 4 tokens 1 or 2, targets the next."""
     torch.manual_seed(0)
     sizes = {"embed_dim": WIDTH, "num_heads": 2, "num_total_experts": 4, "max_path_len": 3}
