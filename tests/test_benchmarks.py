@@ -198,7 +198,13 @@ def test_the_floors_are_replays_of_the_step(answer: Answer) -> None:
     attention = 4.0 * 6**2 * 16 * 2 * 2 * 4  # two blocks at two steps, four samples
     assert counted == pytest.approx(4 * model.get_flops_per_sample(6) - attention, rel=0.01)
     assert len(recorded.attention) >= 4
-    steps, spare, predicting = answer("floors")["floors"].values()
+    steps, shares, spare, predicting = answer("floors")["floors"].values()
+    for row in shares:
+        found = {name: value for name, value in row.items() if name.endswith(", %")}
+        assert sum(found.values()) == pytest.approx(100, abs=5), "each event has one kind"
+        assert min(found["products, %"], found["attention, %"], found["norms, %"]) > 0
+    assert {floors.kind_of(name) for name in ("aten::mm", "aten::addmm_", "aten::bmm")} == {"products"}
+    assert {floors.kind_of(name) for name in ("aten::view", "SlicedLinear", "add")} == {"calls"}
     assert {row["what"] for row in steps} == {"train", "infer"}
     assert all(row["rounds"] >= timing.MIN_ROUNDS for row in steps)
     assert {"loop/P", "loop/PA", "ours/P", "ours/PA"} <= set(steps[0])
