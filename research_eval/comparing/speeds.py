@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import NamedTuple
 
+import numpy as np
+
 from research_eval.analysis.statistics import median_interval
 from research_eval.training.latency import Timed
 
 FEWEST, MOST = 8, 512  # rounds in which both models are timed
+PASSES = 4  # of each model in a round
 SECONDS = 10.0  # no more rounds after this time
 CONFIDENCE = 0.99  # of the interval, which is looked at after 8, 16, 32, ... rounds
 SLOPE = 0.7  # of log time over log FLOPs, as long as one model only has been timed
@@ -43,20 +46,22 @@ class Speed(NamedTuple):
 def compare_speeds(first: Timed, second: Timed, tol: float) -> Speed:
     """Time both models in turn until it is certain whether the second one is as fast as the first one.
 
-    A round is first, second, second, first, so that a load of the machine that grows steadily meets both alike. The
-    number of rounds is doubled until the interval of the median ratio is inside or outside of the tolerance, or until
-    the time is up.
+    In a round both go over the batches PASSES times: first, second, second, first, and so on. The fastest pass over a
+    batch counts, because other programs can only slow a model down. The number of rounds is doubled until the interval
+    of the median ratio is inside or outside of the tolerance, or until the time is up.
     """
     ratios: list[float] = []
     seconds: list[float] = []  # of the first model
     begun, wanted = time.monotonic(), FEWEST
     while True:
         while len(ratios) < wanted:
-            one, two = sum(first.repetition()), sum(second.repetition())
-            two += sum(second.repetition())
-            one += sum(first.repetition())
+            passes: tuple[list[list[float]], ...] = [], []
+            for number in range(2 * PASSES):
+                place = (number + 1) // 2 % 2  # 0, 1, 1, 0, 0, 1, 1, ...
+                passes[place].append((first, second)[place].repetition())
+            one, two = (float(np.min(seconds_PK, 0).sum()) for seconds_PK in passes)
             ratios.append(two / one)
-            seconds.append(one / 2)
+            seconds.append(one)
         interval = median_interval(ratios, CONFIDENCE)
         assert interval is not None, "there are enough rounds"
         speed = Speed(median(ratios), *interval, 1000 * median(seconds) / len(first.batches))
