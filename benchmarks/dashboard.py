@@ -6,10 +6,10 @@ takes to follow a choice (by its own clock, the median of seven). `--planted` tr
 functions (half a minute of CPU) and counts the panels of its experts that show the function which the expert has
 learned, and those that show anything for labels in random order.
 
-`--watched` trains a model. Twenty browsers ask for its history once a second for a second or two, then nobody asks as
-long, and so on. Such short turns see the same speed of the machine. It prints two ratios of the speed with browsers to
-the speed without: in steps per second, and in steps per second of the training's own CPU time. It also prints the CPU
-time of the server.
+`--watched` trains a model and measures its speed in turns of SLICE seconds. In every other turn, twenty browsers ask
+for its history once a second; in the turns between, no browser asks. In turns so short, the machine changes its own
+speed little. It prints two ratios of the speed with browsers to the speed without: in steps per second, and in steps
+per second of the training's own CPU time. It also prints the CPU time of the server.
 
 S samples  T steps
 """

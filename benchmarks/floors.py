@@ -164,7 +164,7 @@ KINDS = {  # of operations, by the beginning of their names
     "activation": ("gelu",),
     "norms": ("native_layer_norm",),
     "copies": ("copy_", "cat", "index", "scatter", "gather", "fill_", "clone", "new_zeros"),
-    "arithmetic": ("mul", "add", "div", "sub", "sum", "mean", "softmax", "_softmax", "exp", "log", "sigmoid"),
+    "arithmetic": ("mul", "add", "div", "sub", "sum", "mean", "softmax", "_softmax", "log", "sigmoid"),
     "optimizer": ("_fused_adamw",),
 }
 

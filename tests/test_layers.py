@@ -267,7 +267,7 @@ def test_a_training_step_reads_nothing_back(name: str, padded: bool) -> None:
 
 @pytest.mark.parametrize("name", ["dense", "moe", "goe", "goe_original"])
 def test_what_a_hook_has_seen_is_not_overwritten(name: str) -> None:
-    """Without gradients some steps write into the output of the module before them, unless somebody looks at it."""
+    """Without gradients, some steps write into the output of the module before them. With a hook there, they do not."""
     sizes = {"vocab_size": 11, "num_classes": 3, "embed_dim": 16, "num_heads": 2}
     model = MODELS_MAP[name](**context_arguments(MODELS_MAP[name], sizes)).eval()
     scramble(model)

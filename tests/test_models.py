@@ -23,7 +23,7 @@ from research_eval.datasets.token_data import Batches, TokenData
 from research_eval.errors import ConfigError
 from research_eval.layers.dispatch import Dispatch
 from research_eval.layers.path.choice import ChoiceSettings
-from research_eval.layers.routing import balance_loss, mean_entropy_loss, mean_of_rows
+from research_eval.layers.routing import balance_of, mean_entropy_loss, mean_of_rows
 from research_eval.models.base_model import AdaptedModel, AuxiliaryLoss, EvaluableModel, adapt, auxiliary_terms
 from research_eval.models.goe_original import GoEOriginalClassifier
 from research_eval.models.moe import MoETransformerClassifier
@@ -718,7 +718,7 @@ def test_a_collapsed_router_recovers(term: str, learning_rate: float, build_mode
         mean_N = experts_RN.detach().mean(0)
         spreads.append(float(mean_N.std(correction=0) / mean_N.mean()))
         if term == "balance of the batch":
-            loss = balance_loss(model.balance.counts[0] / model.balance.counts.sum(), experts_RN)
+            loss = balance_of(model.balance.counts[0] / model.balance.counts.sum(), mean_of_rows(experts_RN))
         elif term == "mean entropy":
             loss = mean_entropy_loss(mean_of_rows(experts_RN))
         else:

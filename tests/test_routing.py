@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from research_eval.layers.routing import (
-    balance_loss,
+    balance_of,
     balanced_bias,
     contrastive_loss,
     entropy,
     mean_entropy_loss,
+    mean_of_rows,
     z_loss,
 )
 from research_eval.models.base_model import joined_on_host
@@ -51,7 +52,8 @@ ALONE = torch.ones(5, 1)
 def test_known_values_of_the_balance_terms(
     probabilities_RN: torch.Tensor, load_N: list[float], balance: float, mean_entropy: float
 ) -> None:
-    assert_close(balance_loss(torch.tensor(load_N), probabilities_RN), torch.tensor(balance), rtol=1e-6, atol=1e-6)
+    loss = balance_of(torch.tensor(load_N), mean_of_rows(probabilities_RN))
+    assert_close(loss, torch.tensor(balance), rtol=1e-6, atol=1e-6)
     assert_close(mean_entropy_loss(probabilities_RN.mean(0)), torch.tensor(mean_entropy), rtol=1e-6, atol=1e-6)
 
 
@@ -78,7 +80,7 @@ def test_masked_actions_leave_the_losses_of_the_others_alone() -> None:
 
 def test_the_balance_loss_moves_probabilities_and_not_the_load() -> None:
     load_N, logits_RN = torch.tensor([0.7, 0.2, 0.1], requires_grad=True), torch.zeros(4, 3, requires_grad=True)
-    balance_loss(load_N, logits_RN.softmax(-1)).backward()
+    balance_of(load_N, mean_of_rows(logits_RN.softmax(-1))).backward()
     assert load_N.grad is None
     # d/dz_i of 3 sum_j f_j P_j at P = 1/3, shared by 4 rows: (f_i - 1/3) / 4.
     expected = (torch.tensor([0.7, 0.2, 0.1]) - 1 / 3) / 4

@@ -243,7 +243,7 @@ def test_a_new_model_file_adds_its_row(tmp_path: Path) -> None:
 def test_a_suite_that_is_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGKILL of the whole process group in the second task: no cell is lost or trained twice.
 
-    What is killed has a pool of processes; this process goes on.
+    The killed command trains in a pool of processes. The test then continues the suite in its own process.
     """
     write_suite(tmp_path, "killed", *TWO_TASKS, models=["dense", "looped"], seeds=1)
     program = "from research_eval.main import cli; raise SystemExit(cli(['benchmark', 'killed.json', '--quiet']))"

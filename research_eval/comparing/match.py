@@ -270,7 +270,7 @@ def _by_latency(
         held = {} if number == blocks else {depth: number}
         tried += _as_fast(first, flops, _with(start, held), tol, data, {**fixed, depth: number})
         best = min(tried, key=lambda one: (not one.is_matched, abs(math.log(one.ratio))))
-        if not (best.speed and best.speed.low > 1 + tol):  # not too slow, or at least nobody can tell
+        if best.speed is None or best.speed.low <= 1 + tol:  # only a model that is surely too slow gets fewer blocks
             break
     changed = {depth: best.config.model_params[depth]} if best.config.model_params.get(depth) != blocks else {}
     return replace(best, sizes={**changed, **best.sizes})

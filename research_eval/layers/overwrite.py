@@ -2,8 +2,8 @@
 
 A new array of a megabyte costs a page fault for every 4 kB, which takes as long as the step itself.
 
-`makers` are the modules that the argument has passed. If one of them has a forward hook, somebody may have kept the
-argument. Then the step makes a new array.
+`makers` are the modules that made the argument or passed it on. A forward hook of such a module may keep the argument.
+So if one of them has a hook, the step makes a new array.
 """
 
 from __future__ import annotations

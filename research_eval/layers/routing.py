@@ -25,14 +25,6 @@ def mean_of_rows(values_R: torch.Tensor) -> torch.Tensor:
     return batch_mean(values_R.mean(0), len(values_R))
 
 
-def balance_loss(load_N: torch.Tensor, probabilities_RN: torch.Tensor) -> torch.Tensor:
-    """N sum_i f_i P_i (Switch Transformer, Fedus et al., 2021): 1 if the load is uniform, N if one expert takes all.
-
-    `load_N` is each expert's share of the decisions and carries no gradient; P is the mean probability.
-    """
-    return balance_of(load_N, mean_of_rows(probabilities_RN))
-
-
 def balance_losses(shares_TN: torch.Tensor, means_TN: torch.Tensor, count: int) -> torch.Tensor:
     """The balance losses [T] of T decisions about `count` own rows, from own shares and mean probabilities.
 
@@ -51,7 +43,11 @@ def router_losses(shares: Sequence[torch.Tensor], logits: Sequence[torch.Tensor]
 
 
 def balance_of(load_N: torch.Tensor, mean_N: torch.Tensor) -> torch.Tensor:
-    """The balance loss from the mean probabilities, [..., N] -> [...]."""
+    """N sum_i f_i P_i (Switch Transformer, Fedus et al., 2021): 1 if the load is uniform, N if one expert takes all.
+
+    [..., N] -> [...]. `load_N` is each expert's share of the decisions and carries no gradient; P is the mean
+    probability.
+    """
     return load_N.shape[-1] * (load_N.detach() * mean_N).sum(-1)
 
 
