@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,14 @@ def test_a_model_that_is_too_slow_at_any_size_is_not_called_matched(monkeypatch:
     assert found.ratio == pytest.approx(4.5 / 4, rel=0.05)
 
 
+def test_a_model_that_is_too_fast_at_any_size_gets_more_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = small_config(model_type="moe", model_params={"embed_dim": 16, "num_layers": 4})
+    fake_clock(monkeypatch, 1.0, 0)  # a block of `moe` takes as long as 1.5 blocks of `dense`
+    monkeypatch.setattr("research_eval.comparing.match.CANDIDATES", 2)
+    found = match(base, "dense", "latency", 0.02, data_of(base))
+    assert found.is_matched and found.sizes["num_layers"] == 6
+
+
 def test_a_machine_that_is_too_busy_to_tell_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     fake_clock(monkeypatch, 5e-5, 0, noise=1.0)
@@ -166,11 +175,12 @@ def test_the_bracket_finds_the_flops_of_a_time(slope: float, fixed: float, start
     """Time = fixed + (1 - fixed) FLOPs^slope, which is 1 at 1."""
     bracket = Bracket(start)
     for _ in range(CANDIDATES):
-        time = fixed + (1 - fixed) * bracket.flops**slope
+        flops = bracket.proposals()[0]
+        time = fixed + (1 - fixed) * flops**slope
         if abs(time - 1) <= 0.01:
             return
-        bracket.add(bracket.flops, time)
-    raise AssertionError(f"{bracket.flops} FLOPs take {time}")
+        bracket.add(flops, time)
+    raise AssertionError(f"{flops} FLOPs take {time}")
 
 
 @pytest.mark.parametrize(("true", "verdict"), [(1.0, "within"), (1.08, "outside"), (0.93, "outside")])
@@ -197,6 +207,13 @@ def test_latency_is_measured_in_turn() -> None:
     data = data_of(base)
     speed = compare_speeds(_timed(base, data), _timed(base, data), 0.5)
     assert speed.is_within(0.5) and speed.milliseconds > 0
+
+
+def test_the_time_of_other_programs_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = small_config(training_params={"device": "cpu", "num_threads": 1})
+    timed = _timed(base, data_of(base))
+    monkeypatch.setattr(timed.model, "run", lambda batch: time.sleep(0.05))
+    assert max(timed.repetition()) < 0.025
 
 
 def test_a_match_keeps_what_both_models_have() -> None:

@@ -96,7 +96,7 @@ def test_the_interval_of_a_share_is_the_published_one() -> None:
     assert share_interval(0.5, 0.0, 50) is None, "nothing varies, and yet neither all nor none is right"
 
 
-@pytest.mark.parametrize("count", range(1, 41))
+@pytest.mark.parametrize("count", [*range(1, 41), 2000])
 def test_the_interval_of_the_median_covers_it_exactly(count: int) -> None:
     """The number of values below the median is binomial; the ranks are the widest-apart that still suffice."""
     found = median_interval(range(1, count + 1))

@@ -115,7 +115,7 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
     ordered, outside, rank = sorted(values), 0.5 ** len(values), 0
     while 2 * outside <= 1 - confidence and rank < len(values) / 2:
         rank += 1
-        outside += math.comb(len(values), rank) * 0.5 ** len(values)
+        outside += math.comb(len(values), rank) / 2 ** len(values)  # of whole numbers: floats end at 2**1024
     return Interval(ordered[rank - 1], ordered[-rank]) if rank else None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from statistics import median
@@ -249,7 +250,9 @@ def _without_memory(config: ExperimentConfig, data: DataSplits) -> EvaluableMode
 def _timed(config: ExperimentConfig, data: DataSplits) -> Timed:
     runtime, _, model = prepare(config, data)
     batches = data.validation.batches(config.training_params.eval_batch_size or config.batch_size, runtime.device)
-    timed = Timed(model, timed_batches(batches), runtime)
+    # Where one thread computes, its CPU time does not count the time that other programs had the core.
+    alone = runtime.device.type == "cpu" and torch.get_num_threads() == 1
+    timed = Timed(model, timed_batches(batches), runtime, time.thread_time if alone else time.perf_counter)
     timed.repetition()  # warm-up
     return timed
 
@@ -259,19 +262,25 @@ def _by_latency(
 ) -> Match:
     """Sizes with which a batch takes as long as with the base. Both are timed in turn, and FLOPs guide the search.
 
-    A model that is too slow however small it is gets fewer blocks, down to half of them.
+    A model that is too slow however small it is gets fewer blocks, down to half of them, and one that is too fast
+    however large it is gets more, up to twice as many.
     """
     first, flops = _timed(base, data), cost_of(base, "flops", data)
     depth = _depth_option(models_for(start.task_name).get_or_explain(start.model_type))
-    tried: list[Match] = []
     blocks = start.model_params.get(depth)
-    depths = range(blocks, max(blocks // 2, 1) - 1, -1) if isinstance(blocks, int) and depth not in fixed else [blocks]
-    for number in depths:
+    few, many = (max(blocks // 2, 1), 2 * blocks) if isinstance(blocks, int) and depth not in fixed else (0, 0)
+    tried: list[Match] = []
+    number, direction = blocks, 0
+    while True:
         held = {} if number == blocks else {depth: number}
-        tried += _as_fast(first, flops, _with(start, held), tol, data, {**fixed, depth: number})
+        found = _as_fast(first, flops, _with(start, held), tol, data, {**fixed, depth: number})
+        tried += found
         best = min(tried, key=lambda one: (not one.is_matched, abs(math.log(one.ratio))))
-        if best.speed is None or best.speed.low <= 1 + tol:  # only a model that is surely too slow gets fewer blocks
+        wanted = -1 if all(one.ratio > 1 for one in found) else int(all(one.ratio < 1 for one in found))
+        is_over = best.is_matched or abs(best.ratio - 1) <= tol or wanted in (0, -direction)
+        if is_over or not few <= (number or 0) + wanted <= many:
             break
+        number, direction = (number or 0) + wanted, wanted
     changed = {depth: best.config.model_params[depth]} if best.config.model_params.get(depth) != blocks else {}
     return replace(best, sizes={**changed, **best.sizes})
 
@@ -282,16 +291,25 @@ def _as_fast(
     """Models that come closer and closer to the speed of the first one, down to one that is matched."""
     bracket = Bracket(flops)
     found: list[Match] = []
+
+    def formula(config: ExperimentConfig) -> float:
+        return _formula(config, data)
+
     while len(found) < CANDIDATES:
         with phase("timing"):
-            one = _searched(start, lambda config: _formula(config, data), bracket.flops, tol / 4, fixed)
-            if any(one.sizes == other.sizes for other in found):
-                break  # the smallest or the largest one
+            known = [other.sizes for other in found]
+            near = (
+                _searched(start, lambda config: _formula(config, data), flops, tol / 4, fixed)
+                for flops in bracket.proposals()
+            )
+            one = next((one for one in near if one.sizes not in known), None)
+            if one is None:
+                break  # the smallest or the largest one, or none lies between
             config = _with(start, one.sizes)
             speed = compare_speeds(first, _timed(config, data), tol)
         cost = speed.ratio * speed.milliseconds
         found.append(Match(config, "latency", cost, speed.milliseconds, tol, one.sizes, speed))
-        if speed.is_within(tol) or (speed.is_uncertain(tol) and not speed.is_outside(tol)):
+        if speed.is_within(tol) or speed.is_unknown(tol):
             break
         bracket.add(one.cost, speed.ratio)
     return found

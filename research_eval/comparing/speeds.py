@@ -13,13 +13,15 @@ import numpy as np
 from research_eval.analysis.statistics import median_interval
 from research_eval.training.latency import Timed
 
-FEWEST, MOST = 8, 512  # rounds in which both models are timed
+FEWEST, MOST = 8, 2048  # rounds in which both models are timed
 PASSES = 4  # of each model in a round
-SECONDS = 10.0  # no more rounds after this time
+SECONDS = 5.0  # no more rounds after this time
+LONGER = 45.0  # the same for a model that seems as fast: its interval has to become narrow
 CONFIDENCE = 0.99  # of the interval, which is looked at after 8, 16, 32, ... rounds
 SLOPE = 0.7  # of log time over log FLOPs, as long as one model only has been timed
 SLOPES = (0.05, 1.2)  # noise may give any slope to two models that lie close together
 LARGEST_STEP = math.log(8)
+MARGIN = 0.05  # of the way between two models, by which a guess keeps off both
 
 
 class Speed(NamedTuple):
@@ -34,9 +36,13 @@ class Speed(NamedTuple):
         """Whether the whole interval is within the tolerance."""
         return 1 - tol <= self.low and self.high <= 1 + tol
 
-    def is_uncertain(self, tol: float) -> bool:
-        """Whether the interval is so wide that no model could be called as fast."""
-        return self.high - self.low > 2 * tol
+    def is_narrow(self, tol: float) -> bool:
+        """Whether another model that is nearer would be called as fast."""
+        return self.high - self.low <= tol
+
+    def is_unknown(self, tol: float) -> bool:
+        """Whether the model seems as fast, and the interval is so wide that no model could be called so."""
+        return abs(self.ratio - 1) <= tol and self.high - self.low > 2 * tol
 
     def is_outside(self, tol: float) -> bool:
         """Whether no part of the interval is within the tolerance."""
@@ -48,7 +54,8 @@ def compare_speeds(first: Timed, second: Timed, tol: float) -> Speed:
 
     In a round both go over the batches PASSES times: first, second, second, first, and so on. The fastest pass over a
     batch counts, because other programs can only slow a model down. The number of rounds is doubled until the interval
-    of the median ratio is inside or outside of the tolerance, or until the time is up.
+    of the median ratio is inside or outside of the tolerance, or narrow, or until the time is up; a model that seems as
+    fast has more of it.
     """
     ratios: list[float] = []
     seconds: list[float] = []  # of the first model
@@ -65,7 +72,8 @@ def compare_speeds(first: Timed, second: Timed, tol: float) -> Speed:
         interval = median_interval(ratios, CONFIDENCE)
         assert interval is not None, "there are enough rounds"
         speed = Speed(median(ratios), *interval, 1000 * median(seconds) / len(first.batches))
-        if speed.is_within(tol) or speed.is_outside(tol) or wanted >= MOST or time.monotonic() - begun > SECONDS:
+        is_late = time.monotonic() - begun > (LONGER if abs(speed.ratio - 1) <= tol else SECONDS)
+        if speed.is_within(tol) or speed.is_outside(tol) or speed.is_narrow(tol) or wanted >= MOST or is_late:
             return speed
         wanted *= 2
 
@@ -77,24 +85,34 @@ class Bracket:
     Time grows with FLOPs, by an unknown curve: flat where the calls cost most, steep where the arithmetic does.
     """
 
-    flops: float  # to begin with
+    start: float
     _points: list[tuple[float, float]] = field(default_factory=list)  # log FLOPs, log ratio
 
     def add(self, flops: float, ratio: float) -> None:
-        """Enter what was measured, and choose the FLOPs to try next."""
+        """Enter what was measured."""
         self._points.append((math.log(flops), math.log(ratio)))
-        self.flops = math.exp(self._next())
 
-    def _next(self) -> float:
-        below = max((point for point in self._points if point[1] <= 0), key=lambda point: point[1], default=None)
-        above = min((point for point in self._points if point[1] > 0), key=lambda point: point[1], default=None)
-        if below is not None and above is not None:
-            share = -below[1] / (above[1] - below[1]) if above[1] > below[1] else 0.5
-            return below[0] + share * (above[0] - below[0])
+    def proposals(self) -> list[float]:
+        """FLOPs to try next, the best guess first."""
+        if not self._points:
+            return [self.start]
+        below = max((point for point in self._points if point[1] <= 0), default=None)
+        above = min((point for point in self._points if point[1] > 0), default=None)
+        if below is None or above is None:
+            return [math.exp(self._beyond())]
+        middle = (below[0] + above[0]) / 2
+        if below[0] >= above[0]:  # noise, or a size that is bad for the machine
+            return [math.exp(middle), math.exp(self._beyond())]
+        share = -below[1] / (above[1] - below[1])
+        guess = below[0] + min(max(share, MARGIN), 1 - MARGIN) * (above[0] - below[0])
+        return [math.exp(guess), math.exp(middle)]
+
+    def _beyond(self) -> float:
+        """The log FLOPs that the nearest model points to."""
         nearest, *others = sorted(self._points, key=lambda point: abs(point[1]))
         slope = SLOPE
         if others and others[0][0] != nearest[0]:
             slope = (others[0][1] - nearest[1]) / (others[0][0] - nearest[0])
-            slope = min(max(slope, SLOPES[0]), SLOPES[1])
+            slope = min(max(slope, SLOPES[0]), SLOPES[1]) if slope > 0 else SLOPE
         step = -nearest[1] / slope
         return nearest[0] + min(max(step, -LARGEST_STEP), LARGEST_STEP)

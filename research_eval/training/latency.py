@@ -6,6 +6,7 @@ R repetitions  K batches of a repetition
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,11 +25,12 @@ SECONDS = 0.2  # after a run, no repetition beyond the fewest begins later
 
 @dataclass(frozen=True)
 class Timed:
-    """A model and the batches that it is timed on."""
+    """A model, the batches that it is timed on, and the clock, in seconds."""
 
     model: EvaluableModel
     batches: list[Batch]
     runtime: Runtime
+    clock: Callable[[], float] = time.perf_counter
 
     @torch.no_grad()
     def repetition(self) -> list[float]:
@@ -37,11 +39,11 @@ class Timed:
         seconds = []
         for batch in self.batches:
             self.runtime.synchronize()  # the clock must not count work of the batch before
-            start = time.perf_counter()
+            start = self.clock()
             with self.runtime.autocast():
                 self.model.run(batch)
             self.runtime.synchronize()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(self.clock() - start)
         self.model.start_recording()
         return seconds
 
