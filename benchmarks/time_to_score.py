@@ -2,7 +2,8 @@
 
 Both get the same training and validation rows, the same word ids and one thread, and are trained once per length of
 training, each with a schedule of its own. `--tune` chooses the rates of both on seed 100, with the same number of
-trials. The Trainer needs `accelerate`, which is in no requirements file.
+trials. `--draw` only prints and draws what was measured before. The Trainer needs `accelerate`, which is in no
+requirements file.
 
 N samples  L length  C classes
 """
@@ -42,7 +43,9 @@ TAKEN = {"ours": 0.008, "trainer": 0.002}
 DROPOUT = {"trainer": 0.0, "trainer with dropout": 0.1}
 ARMS = ("ours", *DROPOUT)
 STEPS = 501  # of an epoch
-EPOCHS = (0.5, 1.0, 2.0)
+PICTURE = ROOT / "docs/images/time_to_score.png"
+COLOURS = {"ours": "#1F6FB2", "trainer": "#C8553D", "trainer with dropout": "#8A8A8A"}
+EPOCHS = (0.5, 0.65, 1.0, 2.0)
 
 
 def ours(epochs: float, rate: float, seed: int, data_dir: Path) -> dict[str, float]:
@@ -133,14 +136,21 @@ def padded(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data_dir", type=Path, required=True, help="folder of AG News")
+    parser.add_argument("--data_dir", type=Path, help="folder of AG News")
     parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
     parser.add_argument("--epochs", type=float, nargs="+", default=EPOCHS)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--tune", action="store_true", help="one epoch per rate, on seed 100")
+    parser.add_argument("--draw", action="store_true", help="train nothing: read --output")
+    parser.add_argument("--picture", type=Path, default=PICTURE)
     parser.add_argument("--one", nargs=4, metavar=("ARM", "EPOCHS", "RATE", "SEED"), help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/time_to_score.json")
     arguments = parser.parse_args()
+    if arguments.draw:
+        show(json.loads(arguments.output.read_text())["runs"], arguments.picture)
+        return
+    if arguments.data_dir is None:
+        parser.error("--data_dir: which folder has AG News?")
     if arguments.one:
         arm, epochs, rate, seed = arguments.one
         settings = float(epochs), float(rate), int(seed), arguments.data_dir.absolute()
@@ -168,8 +178,57 @@ def main() -> None:
         for epochs in arguments.epochs
         for arm in arguments.arms
     ]
-    print(table(found))
     arguments.output.write_text(json.dumps({"machine": machine("cpu"), "runs": found}, indent=1) + "\n")
+    show(found, arguments.picture)
+
+
+def show(found: list[dict[str, Any]], picture: Path) -> None:
+    """Print the table, and how many times sooner ours has the best mean score of each other arm; draw the curves."""
+    print(table(found))
+    curves = {arm: curve(found, arm) for arm in dict.fromkeys(one["arm"] for one in found)}
+    for arm, (seconds, scores) in curves.items():
+        if arm != "ours" and "ours" in curves:
+            best = int(np.argmax(scores))
+            needed = time_to(float(scores[best]), *curves["ours"])
+            print(f"{arm}: {scores[best]:.4f} after {seconds[best]:.0f} s; ours after {needed:.0f} s")
+            print(f"ours is {seconds[best] / needed:.2f} times as fast to this score")
+    draw(found, curves, picture)
+
+
+def curve(found: list[dict[str, Any]], arm: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean seconds and mean score of an arm, from the shortest to the longest training."""
+    groups = [[one for one in found if (one["arm"], one["epochs"]) == (arm, epochs)] for epochs in EPOCHS]
+    means = [[statistics.mean(one[name] for one in group) for name in ("cpu_s", "f1")] for group in groups if group]
+    return np.array(means)[:, 0], np.array(means)[:, 1]
+
+
+def time_to(score: float, seconds: np.ndarray, scores: np.ndarray) -> float:
+    """When a curve of straight pieces first has the score; NaN if never."""
+    for number in range(1, len(scores)):
+        if scores[number - 1] <= score <= scores[number]:
+            share = (score - scores[number - 1]) / (scores[number] - scores[number - 1])
+            return float(seconds[number - 1] + share * (seconds[number] - seconds[number - 1]))
+    return float(seconds[0]) if scores[0] >= score else math.nan
+
+
+def draw(found: list[dict[str, Any]], curves: dict[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
+    """Validation score against CPU seconds: a dot per training, a line through the means."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(6, 3.4), layout="constrained")
+        axes = figure.subplots()
+        for arm, (seconds, scores) in curves.items():
+            own = [one for one in found if one["arm"] == arm]
+            dots = [one["cpu_s"] for one in own], [one["f1"] for one in own]
+            axes.plot(*dots, "o", color=COLOURS[arm], markersize=3, alpha=0.6)
+            axes.plot(seconds, scores, color=COLOURS[arm], label=arm)
+        axes.set_xlabel("CPU seconds of the training, with its evaluations")
+        axes.set_ylabel("validation macro-F1")
+        axes.legend(frameon=False, loc="lower right")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
 
 
 def table(found: list[dict[str, Any]]) -> str:

@@ -99,20 +99,19 @@ class Bracket:
         below = max((point for point in self._points if point[1] <= 0), default=None)
         above = min((point for point in self._points if point[1] > 0), default=None)
         if below is None or above is None:
-            return [math.exp(self._beyond())]
+            return [math.exp(self._beyond(below or above or self._points[-1]))]
         middle = (below[0] + above[0]) / 2
         if below[0] >= above[0]:  # noise, or a size that is bad for the machine
-            return [math.exp(middle), math.exp(self._beyond())]
+            return [math.exp(middle), math.exp(self._beyond(below)), math.exp(self._beyond(above))]
         share = -below[1] / (above[1] - below[1])
         guess = below[0] + min(max(share, MARGIN), 1 - MARGIN) * (above[0] - below[0])
         return [math.exp(guess), math.exp(middle)]
 
-    def _beyond(self) -> float:
-        """The log FLOPs that the nearest model points to."""
-        nearest, *others = sorted(self._points, key=lambda point: abs(point[1]))
-        slope = SLOPE
-        if others and others[0][0] != nearest[0]:
-            slope = (others[0][1] - nearest[1]) / (others[0][0] - nearest[0])
-            slope = min(max(slope, SLOPES[0]), SLOPES[1]) if slope > 0 else SLOPE
-        step = -nearest[1] / slope
-        return nearest[0] + min(max(step, -LARGEST_STEP), LARGEST_STEP)
+    def _beyond(self, end: tuple[float, float]) -> float:
+        """The log FLOPs that the largest model that is too fast, or the smallest one that is too slow, points to."""
+        slope, others = SLOPE, [point for point in self._points if point[0] != end[0]]
+        if others:
+            other = min(others, key=lambda point: abs(point[0] - end[0]))
+            measured = (other[1] - end[1]) / (other[0] - end[0])
+            slope = min(max(measured, SLOPES[0]), SLOPES[1]) if measured > 0 else SLOPE
+        return end[0] + min(max(-end[1] / slope, -LARGEST_STEP), LARGEST_STEP)
