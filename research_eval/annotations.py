@@ -82,6 +82,7 @@ Positive = Annotated[float, Field(gt=0)]
 
 Precision = Literal["fp32", "tf32", "bf16"]  # of products; tf32 rounds their inputs on CUDA, elsewhere it is fp32
 Kernels = Literal["auto", "plain", "slices", "grouped"]  # how experts are executed: layers/kernels explains the names
+AttentionRows = Literal["padded", "varlen"]  # what attention reads: grids of samples and positions, or rows of tokens
 
 
 # ------------------------------------------------------------------------------------------------- settings groups

@@ -31,7 +31,7 @@ import torch
 from forking import copy_that_runs, output_of_a_copy, run_python
 from torch import nn
 
-from research_eval.annotations import Kernels
+from research_eval.annotations import AttentionRows, Kernels
 from research_eval.db_utils import DB_FILE, Store
 from research_eval.experiment import Journal, Result, run
 from research_eval.layers.dispatch import Execution, set_execution
@@ -278,9 +278,9 @@ def exactly(model: EvaluableModel, steps: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def executed_with(model: nn.Module, kernels: Kernels) -> Iterator[None]:
-    """Inside, the experts of a model are executed by these kernels."""
-    set_execution(model, Execution(kernels=kernels))
+def executed_with(model: nn.Module, kernels: Kernels, attention: AttentionRows = "padded") -> Iterator[None]:
+    """Inside, the experts of a model are executed by these kernels, and its attention reads these rows."""
+    set_execution(model, Execution(kernels=kernels, attention=attention))
     try:
         yield
     finally:

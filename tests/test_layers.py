@@ -9,7 +9,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from research_eval.annotations import Kernels
+from research_eval.annotations import AttentionRows, Kernels
 from research_eval.datasets.token_data import Batches, TokenData
 from research_eval.errors import ConfigError
 from research_eval.layers.block import Attention, Block
@@ -95,7 +95,7 @@ def alone(pool: nn.Module, expert: int) -> dict[str, torch.Tensor]:
 @settings(deadline=None, max_examples=40)
 @given(
     seed=seeds,
-    kernels=st.sampled_from(["auto", "slices", "grouped"]),
+    kernels=st.sampled_from(["auto", "slices", "grouped", "varlen"]),
     name=st.sampled_from(["dense", "looped", "moe", "goe", "goe_original"]),
     encoding=st.sampled_from(["sin", "rope", "alibi"]),
     pool=st.sampled_from(["mean", "max", "first", "last"]),
@@ -106,7 +106,7 @@ def alone(pool: nn.Module, expert: int) -> dict[str, torch.Tensor]:
 )
 def test_fast_and_plain_kernels_agree(
     seed: int,
-    kernels: Kernels,
+    kernels: Kernels | Literal["varlen"],
     name: str,
     encoding: str,
     pool: str,
@@ -137,14 +137,40 @@ def test_fast_and_plain_kernels_agree(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("research_eval.layers.kernels.plain.MIN_CHAIN", 0 if chained else 20_000)
         patch.setattr("research_eval.layers.even.MAX_VAIN", math.inf)  # "auto" then takes one product for all experts
-        for chosen in ("plain", kernels):
+        attended = slow_varlen(patch)
+        executions = ("plain", "padded"), ("grouped", "varlen") if kernels == "varlen" else (kernels, "padded")
+        for execution in executions:
             twin = copy.deepcopy(model)
-            with executed_with(twin, chosen):
+            with executed_with(twin, *execution):
                 logits_BC = twin(ids_BL, attention_mask=keep_BL)
                 (logits_BC.square().sum() + twin.get_auxiliary_loss()).backward()
             results.append([logits_BC, *(p.grad for p in twin.parameters() if p.grad is not None and p.grad.any())])
     scale = max(1.0, *(float(value.detach().abs().max()) for value in results[0]))
     assert_close(results[1], results[0], rtol=1e-5, atol=1e-5 * scale)
+    has_padding = not keep_BL.all() and keep_BL.any()
+    expected = kernels == "varlen" and encoding == "sin" and bool(has_padding)
+    assert bool(attended) == expected, "and it is that attention that was executed"
+
+
+def slow_varlen(patch: pytest.MonkeyPatch, reads: bool = True) -> list[int]:
+    """Put a slow form of the kernel for rows without padding in its place; from now on, the rows of each call.
+
+    Rows of other samples are masked. Unless it `reads`, nothing is read back from the device.
+    """
+    calls: list[int] = []
+
+    def kernel(query: Any, key: Any, value: Any, starts: Any, same: Any, longest: int, same_longest: int) -> Any:
+        assert starts is same and starts.dtype == torch.int32 and longest == same_longest
+        assert not reads or (starts[0] == 0 and starts[-1] == len(query) and int(starts.diff().max()) <= longest)
+        sample_S = torch.searchsorted(starts[1:], torch.arange(len(query), dtype=torch.int32), right=True)
+        calls.append(len(query))
+        parts = (part.transpose(0, 1) for part in (query, key, value))
+        attended = F.scaled_dot_product_attention(*parts, sample_S.unsqueeze(1) == sample_S)
+        return attended.transpose(0, 1)
+
+    patch.setattr("research_eval.layers.kernels.varlen.varlen_attn", kernel)
+    patch.setattr("research_eval.layers.kernels.varlen.can_attend", lambda qkv, channels: True)
+    return calls
 
 
 def spare_rows(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -247,9 +273,11 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("padded", "attention"), [(False, "padded"), (True, "padded"), (True, "varlen")])
 @pytest.mark.parametrize("name", ["dense", "moe", "goe", "goe_original"])
-def test_a_training_step_reads_nothing_back(name: str, padded: bool) -> None:
+def test_a_training_step_reads_nothing_back(
+    name: str, padded: bool, attention: AttentionRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Forward and backward with the kernels of a GPU, for a batch whose tokens were counted when it was made."""
     sizes = {"vocab_size": 11, "num_classes": 3, "embed_dim": 16, "num_heads": 2, "dropout": 0.1}
     model = MODELS_MAP[name](**context_arguments(MODELS_MAP[name], sizes)).train()
@@ -257,12 +285,28 @@ def test_a_training_step_reads_nothing_back(name: str, padded: bool) -> None:
     tokens = np.random.default_rng(0).integers(1, 11, sum(lengths)).astype(np.int32)
     offsets = np.array([0, *np.cumsum(lengths)])
     batch = Batches(TokenData(tokens, offsets, np.array([0, 1, 2, 0])), 4).take(np.arange(4))
-    with executed_with(model, "grouped"):
+    attended = slow_varlen(monkeypatch, reads=False)
+    with executed_with(model, "grouped", attention):
         for number in range(2):  # the first pass may fill caches
             with NoWaiting() if number else contextlib.nullcontext():
                 task, terms = model.losses(model.run(batch), batch.labels, Classification())
                 sum((term.weight * term.raw for term in terms.values()), start=task).backward()
                 model.after_step(0.5)
+    assert bool(attended) == (attention == "varlen")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel needs a CUDA device")
+@pytest.mark.parametrize("name", ["dense", "goe_original"])
+def test_rows_without_padding_give_the_numbers_of_padded_ones_on_a_gpu(name: str) -> None:
+    sizes = {"vocab_size": 11, "num_classes": 3, "embed_dim": 32, "num_heads": 2, "dropout": 0.0}
+    model = MODELS_MAP[name](**context_arguments(MODELS_MAP[name], sizes)).cuda().eval()
+    keep_BL = keep_of([9, 3, 1, 7], 9).cuda()
+    ids_BL = torch.randint(1, 11, keep_BL.shape, device="cuda")
+    found = []
+    for attention in get_args(AttentionRows):
+        with executed_with(model, "grouped", attention), torch.autocast("cuda", torch.bfloat16):
+            found.append(model(ids_BL, attention_mask=keep_BL).float())
+    assert_close(*found, rtol=3e-2, atol=3e-2)
 
 
 @pytest.mark.parametrize("name", ["dense", "moe", "goe", "goe_original"])

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from research_eval.annotations import (
+    AttentionRows,
     Choice,
     Count,
     Kernels,
@@ -153,6 +154,8 @@ class TrainingParams(_Section):
     """CPU threads of torch; null for torch's own choice."""
     kernels: Kernels = "auto"
     """How experts are executed: auto (what suits the device), plain (with the padding), slices or grouped."""
+    attention: Annotated[AttentionRows, Younger()] = "padded"
+    """What attention reads: padded grids, or varlen (rows without padding; CUDA in bf16, elsewhere padded)."""
     dispatcher: Annotated[str, Registered(DISPATCHERS), Younger()] = "local"
     """How rows reach the process that holds their expert: local (one process), or a dispatcher of your own."""
     parallel: Annotated[ParallelParams, Younger()] = ParallelParams()

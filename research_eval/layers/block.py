@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from research_eval.errors import ConfigError
 from research_eval.layers.dispatch import Dispatch
+from research_eval.layers.kernels import varlen
 from research_eval.layers.kernels.plain import each_expert
 from research_eval.layers.overwrite import gelu, plus, times_sigmoid
 from research_eval.layers.packing import Layout
@@ -89,8 +90,7 @@ class Attention(nn.Module):
         projected = each_expert(self._projected, h, dispatch=dispatch, width=self.input.weight.shape[1])
         # `split` and not slices: the backward pass of a slice fills an array as large as the whole.
         qkv, *rest = (projected,) if self.gate is None else projected.split([3 * width, width], -1)
-        grids = zip(layout.grids_of(qkv), layout.grids, strict=True)
-        attended = layout.rows_of([self._attended(grid_qkv, grid.mask) for grid_qkv, grid in grids])
+        attended = self._attended_rows(qkv, layout)
         return each_expert(self._gated, attended, *rest, dispatch=dispatch, width=projected.shape[-1])
 
     def _projected(self, h: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
@@ -107,6 +107,16 @@ class Attention(nn.Module):
         if self.gate is None:
             return attended
         return times_sigmoid(attended, from_input[0], self.gate(attended, dispatch), self.gate)
+
+    def _attended_rows(self, qkv: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Queries, keys and values of rows [S, 3 D], or of a grid -> attended values of the same rows."""
+        channels = qkv.shape[-1] // (3 * self.num_heads)
+        needs_places = self.positional_encoding in ("rope", "alibi")
+        if layout.starts is None or needs_places or not varlen.can_attend(qkv, channels):
+            grids = zip(layout.grids_of(qkv), layout.grids, strict=True)
+            return layout.rows_of([self._attended(grid_qkv, grid.mask) for grid_qkv, grid in grids])
+        query, key, value = qkv.unflatten(-1, (3, self.num_heads, channels)).unbind(1)
+        return varlen.attend(query, key, value, layout.starts, layout.grids[0].length).flatten(1)
 
     def _attended(self, qkv_BLE: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Queries, keys and values side by side [B, L, 3 D] -> attended values [B, L, D]."""

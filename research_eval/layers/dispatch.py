@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from research_eval.annotations import Kernels
+from research_eval.annotations import AttentionRows, Kernels
 from research_eval.registry import DISPATCHERS
 
 KERNELS_OF_DEVICE: dict[str, Kernels] = {"cpu": "slices", "cuda": "grouped"}  # "auto"; other devices: "plain"
@@ -114,10 +114,11 @@ class Dispatcher:
 
 @dataclass(frozen=True)
 class Execution:
-    """How a model executes its experts. These settings never change the computed values."""
+    """How a model executes its layers. These settings never change the computed values."""
 
     kernels: Kernels = "auto"
     dispatcher: Dispatcher = field(default_factory=Dispatcher)
+    attention: AttentionRows = "padded"
 
 
 class Executing(torch.nn.Module):

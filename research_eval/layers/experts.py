@@ -203,7 +203,7 @@ class ExpertPool(Executing):
 
     def packing(self, keep_BL: torch.Tensor, num_tokens: int | None = None) -> Packing:
         """How `step` reads a batch: without padding, unless the pool has scan experts, which need whole sequences."""
-        return Packing(keep_BL, num_tokens, self.execution.kernels, packed=False if self.scans else None)
+        return Packing.of(keep_BL, num_tokens, self.execution, packed=False if self.scans else None)
 
     def _may_be_even(self, h_BLD: torch.Tensor) -> bool:
         """Whether one batched product per map may compute all experts: in training on a CPU, without dropout.

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from research_eval.annotations import Kernels
-from research_eval.layers.dispatch import kernels_on
+from research_eval.annotations import AttentionRows, Kernels
+from research_eval.layers.dispatch import Execution, kernels_on
 from research_eval.layers.kernels.autograd import applied
 from research_eval.layers.text import masked_mean
 
@@ -105,11 +105,15 @@ class Layout(NamedTuple):
 
     `places` [S] numbers the positions of all grids, one grid after the other. None: the rows are one grid, [R, L, F],
     or the same with the rows of every group together, [groups, R / groups L, F].
+
+    With `starts` [R + 1] the rows of sample r are `starts[r]` to `starts[r + 1]`, and attention may read them without a
+    grid.
     """
 
     grids: list[Grid]
     places: Tensor | None = None
     groups: int | None = None
+    starts: Tensor | None = None
 
     @classmethod
     def whole(cls, keep_RL: Tensor, padded: bool | None = None, places: Tensor | None = None) -> Layout:
@@ -202,7 +206,12 @@ class Packing:
     """
 
     def __init__(
-        self, keep_BL: Tensor, num_tokens: int | None = None, kernels: Kernels = "auto", packed: bool | None = None
+        self,
+        keep_BL: Tensor,
+        num_tokens: int | None = None,
+        kernels: Kernels = "auto",
+        packed: bool | None = None,
+        attention: AttentionRows = "padded",
     ) -> None:
         chosen = kernels_on(keep_BL.device, kernels)
         # All tokens are real, or a sample without tokens counts as one token of one place.
@@ -217,6 +226,12 @@ class Packing:
         ragged = self.packed and chosen != "grouped"
         positions = torch.arange(keep_BL.shape[1], device=keep_BL.device)
         self._cut = ragged and torch.equal(self.keep_BL, positions < self.lengths_B.unsqueeze(1))
+        self._varlen = attention == "varlen" and self.packed and not ragged
+
+    @classmethod
+    def of(cls, keep_BL: Tensor, num_tokens: int | None, execution: Execution, packed: bool | None = None) -> Packing:
+        """The packing that these settings ask for."""
+        return cls(keep_BL, num_tokens, execution.kernels, packed, execution.attention)
 
     def samples(self, rows_R: Tensor | None = None) -> Samples:
         """The samples with these numbers, in this order; None selects all."""
@@ -235,7 +250,11 @@ class Packing:
         sample_S, position_S = places // length, places % length
         index = rows_R[sample_S] * length + position_S
         if not self._cut:
-            return Samples(Layout.whole(keep_RL, True, places), index, places, keep_RL)
+            layout = Layout.whole(keep_RL, True, places)
+            if self._varlen:
+                ends_R = self.lengths_B[rows_R].cumsum(0)
+                layout = layout._replace(starts=torch.cat([ends_R.new_zeros(1), ends_R]).int())
+            return Samples(layout, index, places, keep_RL)
         grids, starts_R = _cut_grids(self.lengths_B[rows_R])
         return Samples(Layout(grids, starts_R[sample_S] + position_S), index, places, keep_RL)
 

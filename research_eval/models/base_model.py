@@ -254,7 +254,7 @@ class EvaluableModel(Executing, Intervened):
 
     def packed(self, keep_BL: Tensor, num_tokens: int | None, always: bool = False) -> Samples:
         """The batch without its padding. Kernels that compute padding keep it, unless `always`."""
-        return Packing(keep_BL, num_tokens, self.execution.kernels, packed=True if always else None).samples()
+        return Packing.of(keep_BL, num_tokens, self.execution, packed=True if always else None).samples()
 
 
 class RoutedModel(EvaluableModel):

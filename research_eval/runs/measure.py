@@ -23,9 +23,9 @@ from research_eval.datasets.token_data import Batch, DataSplits
 from research_eval.errors import ConfigError
 from research_eval.files import run_folder
 from research_eval.layers.block import compile_blocks
-from research_eval.layers.dispatch import Execution, set_execution
-from research_eval.registry import DISPATCHERS
+from research_eval.layers.dispatch import set_execution
 from research_eval.runs.predict import load_model, read_description
+from research_eval.runs.prepare import execution_of
 from research_eval.store.find import find_run
 from research_eval.store.metrics import MEASURED_LATENCY, latency_remark
 from research_eval.store.store import Store
@@ -136,7 +136,7 @@ def subjects(
             )
         description = read_description(folder)
         model = load_model(config, description, folder, runtime)
-        set_execution(model, Execution(options.kernels, DISPATCHERS.get_or_explain(options.dispatcher)()))
+        set_execution(model, execution_of(options))
         if options.compile:
             compile_blocks(model)
         place = f"{config.dataset_type} {config.dataset_name} {config.dataset_params} {runtime.device}"

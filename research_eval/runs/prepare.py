@@ -10,7 +10,7 @@ from torch import nn
 
 from research_eval.annotations import build
 from research_eval.config.construction import without_draws
-from research_eval.config.sections import ExperimentConfig
+from research_eval.config.sections import ExperimentConfig, TrainingParams
 from research_eval.config.signatures import context_arguments
 from research_eval.datasets.providers import load_splits
 from research_eval.datasets.text.tokenizer import words_of
@@ -66,10 +66,16 @@ def prepare(config: ExperimentConfig, data: DataSplits | None = None) -> Prepare
             model.learn_text(data.train.tokens, derive_seed(config.seed, "routes"))
         _learn_tokens(model, data)
         _check_weighted_loss(config, model)
-        set_execution(model, Execution(options.kernels, DISPATCHERS.get_or_explain(options.dispatcher)()))
+        set_execution(model, execution_of(options))
         if options.compile:
             compile_blocks(model)
     return Prepared(runtime, data, model)
+
+
+def execution_of(options: TrainingParams) -> Execution:
+    """How a run executes the layers of its model. Raises ConfigError for an unknown dispatcher."""
+    dispatcher = DISPATCHERS.get_or_explain(options.dispatcher)()
+    return Execution(options.kernels, dispatcher, options.attention)
 
 
 def _check_options(config: ExperimentConfig, data: DataSplits) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.autograd import Variable
 from research_eval.config.sections import ParallelParams
 from research_eval.errors import ConfigError
 from research_eval.layers.causal.products import ExpertMatrix
-from research_eval.layers.dispatch import Executing, Execution, set_execution
+from research_eval.layers.dispatch import Dispatcher, Executing, Execution, set_execution
 from research_eval.layers.exchange import Exchange
 from research_eval.layers.experts import ExpertPool
 from research_eval.layers.stacked import Stacked
@@ -119,8 +119,8 @@ class Slices:
             piece.inside = piece.own = nn.Parameter(piece.cut(parameter.detach()), parameter.requires_grad)
             piece.put(piece.own)
             self._add(piece, parameter)
-        kernels = next(one.execution.kernels for one in self._loss_of.modules() if isinstance(one, Executing))
-        self._execution = Execution(kernels, Exchange(group))
+        execution = next(one.execution for one in self._loss_of.modules() if isinstance(one, Executing))
+        self._execution = replace(execution, dispatcher=Exchange(group))
         set_execution(self._loss_of, self._execution)
 
     def cut_all(self, mesh: Any, units: Sequence[nn.Module]) -> None:
@@ -234,7 +234,7 @@ class Slices:
         for hooks, number, _ in self._hooks:
             del hooks[number]
         if self._execution is not None:
-            set_execution(self._loss_of, Execution(self._execution.kernels))
+            set_execution(self._loss_of, replace(self._execution, dispatcher=Dispatcher()))
         try:
             yield
         finally:
@@ -297,7 +297,7 @@ class Slices:
         for hooks, number, _ in self._hooks:
             del hooks[number]
         if self._execution is not None:
-            set_execution(self._loss_of, Execution(self._execution.kernels))
+            set_execution(self._loss_of, replace(self._execution, dispatcher=Dispatcher()))
 
 
 def _hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
