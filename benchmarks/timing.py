@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar, get_args
 import torch
 from torch import nn
 
-from research_eval.annotations import Kernels, Precision
+from research_eval.annotations import AttentionRows, Kernels, Precision
 from research_eval.layers.dispatch import Execution, set_execution
 from research_eval.system.environment import environment_record
 from research_eval.training.runtime import Runtime, choose_device
@@ -75,6 +75,7 @@ class Settings:
     device: str = "cpu"
     precision: Precision = "fp32"
     kernels: Kernels = "auto"
+    attention: AttentionRows = "padded"
     keep_memory: bool = False
     tiny: bool = False
     output: Path = RESULTS
@@ -92,7 +93,7 @@ class Settings:
 
     def placed(self, module: M) -> M:
         """The module on the device; what it has of our experts is executed by the kernels of the flags."""
-        set_execution(module, Execution(kernels=self.kernels))
+        set_execution(module, Execution(kernels=self.kernels, attention=self.attention))
         return module.to(choose_device(self.device))
 
     def share(self, rows_left: int) -> float:
@@ -113,6 +114,7 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help='"not measured" is all there is where the machine lacks it')
     parser.add_argument("--precision", default="fp32", choices=get_args(Precision), help="of all contestants")
     parser.add_argument("--kernels", default="auto", choices=get_args(Kernels), help="of our models")
+    parser.add_argument("--attention", default="padded", choices=get_args(AttentionRows), help="of our classifiers")
     parser.add_argument("--keep_memory", action="store_true", help="as training_params has it, for all contestants")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to see that it runs")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON files")
