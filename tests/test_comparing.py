@@ -286,7 +286,7 @@ class Landscape:
         for arm, changes in wanted:
             value = -abs(math.log(changes[RATE] / self.best[arm.name]))
             value += sum(self.bonus.get(f"{key}={found}", 0.0) for key, found in changes.items() if key != RATE)
-            arm.trials.append(Trial(changes, value, value))
+            arm.add(Trial(changes, value, value, ["run"]))
 
 
 def arms_of(*model_types: str, lr: float = 2e-3) -> list[Arm]:
@@ -327,13 +327,37 @@ def test_an_arm_without_declared_settings_tries_more_rates() -> None:
     assert len(arms[0].rates) > len({trial.changes[RATE] for trial in arms[0].trials[:8]})
 
 
+def test_a_rate_that_was_only_lucky_is_not_kept() -> None:
+    """The largest rate trains well with one seed of three; the third one with all."""
+    arms, scores = arms_of("goe_original", "dense"), {0.0005: [0.7] * 9, 0.002: [0.75] * 9, 0.008: [0.9, 0.5, 0.6]}
+
+    def evaluate(wanted: Sequence[tuple[Arm, Changes]]) -> None:
+        for arm, changes in wanted:
+            value = scores.get(changes[RATE], [0.1])[arm.runs_of(changes)]
+            arm.add(Trial(changes, value, value, ["run"]))
+
+    tune(arms, 3, evaluate, num_confirmed=2)
+    assert [arm.best.changes[RATE] for arm in arms] == [0.002] * 2
+    assert {trial.changes[RATE]: len(trial.experiment_ids) for trial in arms[0].trials} == {
+        **dict.fromkeys((0.0005, 0.032), 1),
+        **dict.fromkeys((0.002, 0.008), 2),
+    }
+    assert arms[0].trials[2].value == pytest.approx(0.7)
+
+
+def test_a_run_that_did_not_finish_ends_the_hopes_of_its_settings() -> None:
+    good, lost = Trial({RATE: 1.0}, 0.5, 0.5, ["a", "b"]), Trial({RATE: 1.0}, -math.inf, None, ["c"])
+    assert good.joined(lost) == Trial({RATE: 1.0}, -math.inf, None, ("a", "b", "c"))
+    assert good.joined(Trial({RATE: 1.0}, 0.8, 0.8, ["c"])).value == pytest.approx(0.6)
+
+
 def test_a_model_that_is_still_learning_makes_the_training_longer_before_more_is_tried() -> None:
     arms = arms_of("dense", "moe")
 
     def evaluate(wanted: Sequence[tuple[Arm, Changes]]) -> None:
         for arm, changes in wanted:
             value = -abs(math.log(changes[RATE] / 2e-3))
-            arm.trials.append(Trial(changes, value, value, is_learning=arm.name == "moe"))
+            arm.add(Trial(changes, value, value, ["run"], is_learning=arm.name == "moe"))
 
     assert tune(arms, 6, evaluate, may_lengthen=True) is None
     assert [len(arm.trials) for arm in arms] == [4, 4]
@@ -376,20 +400,21 @@ class Noisy:
     def __call__(self, wanted: Sequence[tuple[Arm, Changes]]) -> None:
         for arm, changes in wanted:
             (value,) = self.scores(arm, changes, 1)
-            arm.trials.append(Trial(changes, value, value))
+            arm.add(Trial(changes, value, value, ["run"]))
 
 
+@pytest.mark.parametrize("num_confirmed", [0, 2])
 @pytest.mark.parametrize(
     ("curvature", "effect"), [(0.0, 0.0), (0.01, 0.0), (0.01, -0.01), (0.03, -0.03)], ids=lambda value: str(value)
 )
-def test_equal_arms_are_seldom_called_different(curvature: float, effect: float) -> None:
+def test_equal_arms_are_seldom_called_different(curvature: float, effect: float, num_confirmed: int) -> None:
     """500 comparisons of three equal arms, each tuned by eight noisy trials: at most 5 % make any claim."""
     rng, wrong = np.random.default_rng(0), 0
     config = small_config(model_type="goe_original", optimizer_params={"lr": 2e-3})
     for _ in range(500):
         arms = [Arm(name, config) for name in ("a", "b", "c")]
         made = Noisy(rng, arms, curvature, effect)
-        tune(arms, 8, made)
+        tune(arms, 8, made, num_confirmed=num_confirmed)
         scores, noise = {}, {}
         for arm in arms:
             scores[arm.name] = made.scores(arm, arm.best.changes, 5)
@@ -486,7 +511,8 @@ def test_a_comparison_of_a_table_of_texts(rows: Path) -> None:
         rows_before = len(store.experiments())
         scored = [row for row in store.experiments() if "test_f1" in store.metrics(row["experiment_id"])]
     assert len(scored) == 6, "the tuning never saw the test rows"
-    assert rows_before == sum(len(arm["trials"]) for arm in certificate["arms"]) + 6
+    runs = [run for arm in certificate["arms"] for trial in arm["trials"] for run in trial["experiment_ids"]]
+    assert rows_before == len(runs) + 6
 
     again = command(cli, *words)
     assert again.code == 0
@@ -537,7 +563,7 @@ def test_a_comparison_that_was_stopped_continues(tmp_path: Path, monkeypatch: py
     with Store(DB_FILE, read_only=True) as store:
         rows = store.experiments()
     assert len({row["full_config_json"] for row in rows}) == len(rows)
-    assert len(rows) == sum(len(arm.trials) for arm in outcome.arms) + 6
+    assert len(rows) == sum(len(trial.experiment_ids) for arm in outcome.arms for trial in arm.trials) + 6
 
 
 @pytest.mark.usefixtures("one_process")

@@ -148,6 +148,7 @@ def _compare(suite: Suite, config: ExperimentConfig, folder: Path, place: Place)
         suite.tuning_seeds,
         suite.max_lengthened,
         suite.controls,
+        suite.confirm,
     )
     report = Report(folder, suite.margin, suite.solved_at)
     compare_and_report(config, plan, report, place)

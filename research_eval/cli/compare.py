@@ -56,6 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flag(parser, "tuning_seeds", type=int, default=1, metavar="N", help="runs of each trial (default 1)")
     add_flag(
         parser,
+        "confirm",
+        type=int,
+        default=2,
+        metavar="N",
+        help="further runs of the best trial of each model, after the rates and after the other settings (default 2)",
+    )
+    add_flag(
+        parser,
         "max_lengthened",
         type=int,
         default=1,
@@ -109,6 +117,7 @@ def compare_command(arguments: argparse.Namespace) -> int:
         arguments.tuning_seeds,
         arguments.max_lengthened,
         arguments.controls,
+        arguments.confirm,
     )
     base = _base(arguments, overrides)
     folder = user_path(arguments.out or f"{FOLDER}/{file_stem(base.experiment_name)}", "--out")

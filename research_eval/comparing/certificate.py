@@ -98,7 +98,8 @@ def contracts(store: Store, outcome: Outcome, rows: dict[str, list[dict[str, Any
     trials = [store.find_id(run) or {} for arm in arms for trial in arm.trials for run in trial.experiment_ids]
     return {
         "every arm is matched": all(outcome.matches[arm.name].is_matched for arm in arms),
-        "every arm has the same number of trials": len({len(arm.trials) for arm in arms}) == 1,
+        "every arm has the same number of trials": len({len(arm.trials) for arm in arms}) == 1
+        and len({sum(len(trial.experiment_ids) for trial in arm.trials) for arm in arms}) == 1,
         "no trial had a reported seed": all(row.get("seed") not in reported for row in trials),
         "no trial scored the test split": not any(_scores_test(row) for row in trials),
         "every seed has the same data in all arms": all(

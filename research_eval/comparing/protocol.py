@@ -51,12 +51,14 @@ class Plan:
     tuning_seeds: int = 1
     max_lengthened: int = 1
     controls: bool = False
+    num_confirmed: int = 2  # further runs of the best trial of each arm, after the rates and after the other settings
 
     def __post_init__(self) -> None:
         for flag, given, least in (
             ("--seeds", self.num_seeds, 1),
             ("--tuning", self.num_trials, 3),
             ("--tuning_seeds", self.tuning_seeds, 1),
+            ("--confirm", self.num_confirmed, 0),
         ):
             if given < least:
                 raise ConfigError(f"{flag}: expected at least {least}, got {given}")
@@ -157,20 +159,27 @@ def _tune(outcome: Outcome, place: Place) -> None:
     plan = outcome.plan
 
     def evaluate(wanted: Sequence[tuple[Arm, Changes]]) -> None:
-        seeds = [FIRST_TUNING_SEED + number for number in range(plan.tuning_seeds)]
-        configs = [
-            _seeded(changed(arm.config, {**changes, "experiment_name": _trial_name(arm, changes)}), seed)
+        seeds = [
+            range(known, known + 1) if (known := arm.runs_of(changes)) else range(plan.tuning_seeds)
             for arm, changes in wanted
-            for seed in seeds
         ]
-        names = [f"{arm.name} {_short(changes)}" for arm, changes in wanted for _ in seeds]
-        results = _trained(configs, names, outcome.metric, place)
-        for number, (arm, changes) in enumerate(wanted):
-            own = results[number * len(seeds) : (number + 1) * len(seeds)]
-            arm.trials.append(_trial(changes, own, outcome.metric))
+        configs = [
+            _seeded(
+                changed(arm.config, {**changes, "experiment_name": _trial_name(arm, changes)}), FIRST_TUNING_SEED + seed
+            )
+            for (arm, changes), own in zip(wanted, seeds, strict=True)
+            for seed in own
+        ]
+        names = [
+            f"{arm.name} {_short(changes)}" for (arm, changes), own in zip(wanted, seeds, strict=True) for _ in own
+        ]
+        results = iter(_trained(configs, names, outcome.metric, place))
+        for (arm, changes), own in zip(wanted, seeds, strict=True):
+            arm.add(_trial(changes, [next(results) for _ in own], outcome.metric))
 
     while True:
-        added = tune(outcome.arms, plan.num_trials, evaluate, outcome.num_lengthened < plan.max_lengthened)
+        may_lengthen = outcome.num_lengthened < plan.max_lengthened
+        added = tune(outcome.arms, plan.num_trials, evaluate, may_lengthen, plan.num_confirmed)
         if added is not None:
             outcome.num_added = added
             break

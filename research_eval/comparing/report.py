@@ -123,10 +123,12 @@ def remarks(outcome: Outcome, arm: Arm) -> list[str]:
 
 def _notes(outcome: Outcome, solved_at: float) -> list[str]:
     plan = outcome.plan
-    trials = len(outcome.arms[0].trials)
+    trials, runs = outcome.arms[0].trials, sum(len(trial.experiment_ids) for trial in outcome.arms[0].trials)
+    more = runs - len(trials) * plan.tuning_seeds
+    confirmed = f", and its best ones {more} further runs" if more else ""
     notes = [
-        f"Each arm had {trials} trials of {plan.tuning_seeds} seed(s) on validation rows; the seeds of the table are "
-        f"others, and their runs scored the test split once.",
+        f"Each arm had {len(trials)} trials of {plan.tuning_seeds} seed(s) on validation rows{confirmed}; the seeds of "
+        "the table are others, and their runs scored the test split once.",
         f"{PERCENT} interval: over other seeds. seeds × samples: over other seeds and other test samples, by a "
         "bootstrap over both.",
         f"solved: seeds with at least {solved_at:g}, with Wilson's interval.",

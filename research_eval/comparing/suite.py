@@ -58,6 +58,7 @@ class Suite(BaseModel):
     seeds: Annotated[int, Field(ge=1)] = 5
     tuning: Annotated[int, Field(ge=3)] = 8
     tuning_seeds: Annotated[int, Field(ge=1)] = 1
+    confirm: Annotated[int, Field(ge=0)] = 2
     max_lengthened: Annotated[int, Field(ge=0)] = 1
     controls: bool = False
     solved_at: Annotated[float, Field(gt=0, le=1)] = 0.99
@@ -146,7 +147,8 @@ def code_sha256() -> str:
 
 def config_sha256(suite: Suite, task: Task, config: Mapping[str, Any]) -> str:
     """A hash of everything in the suite that a task's result depends on."""
-    plan = suite.model_dump(exclude={"tasks", "name", "description"})
+    # Results from before there was `confirm` had no such runs.
+    plan = suite.model_dump(exclude={"tasks", "name", "description", *(() if suite.confirm else ("confirm",))})
     text = json.dumps([plan, task.name, dict(config)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

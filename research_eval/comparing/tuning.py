@@ -2,7 +2,8 @@
 
 The first trials try learning rates on a common grid. If the best rate of one arm is at an end of the grid, the grid
 grows for all arms. The other trials start from the best rate and change one setting at a time: those that the model
-declares (`tuned_options`), then rates between those that were tried.
+declares (`tuned_options`), then rates between those that were tried. What is best after the rates, and again after the
+other settings, is trained with further seeds, so that a trial that was only lucky loses its place.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from research_eval.config.check import config_from_dict
 from research_eval.config.sections import ExperimentConfig
@@ -26,13 +29,26 @@ Changes = Mapping[str, Any]  # dotted key of the config -> value
 
 @dataclass(frozen=True)
 class Trial:
-    """Settings of an arm and how they did: `value` is larger for better ones, -inf for a run that did not finish."""
+    """Settings of an arm and how they did: `value` is larger for better ones, -inf for a run that did not finish.
+
+    Value and score are means over the runs.
+    """
 
     changes: Changes
     value: float
     score: float | None
     experiment_ids: Sequence[str] = ()
     is_learning: bool = False  # still at the end of the training
+
+    def joined(self, other: Trial) -> Trial:
+        """Both trials of the same settings as one."""
+        counts = [len(self.experiment_ids), len(other.experiment_ids)]
+        scores = [self.score, other.score]
+        known = [score for score in scores if score is not None]
+        score = float(np.average(known, weights=counts)) if len(known) == len(scores) else None
+        value = -math.inf if score is None else float(np.average([self.value, other.value], weights=counts))
+        ids = (*self.experiment_ids, *other.experiment_ids)
+        return Trial(self.changes, value, score, ids, self.is_learning or other.is_learning)
 
 
 @dataclass
@@ -48,6 +64,18 @@ class Arm:
     def best(self) -> Trial:
         """The best trial; of equal ones the earliest."""
         return max(self.trials, key=lambda trial: trial.value)
+
+    def add(self, trial: Trial) -> None:
+        """Keep a trial; that of known settings joins the one before."""
+        for place, known in enumerate(self.trials):
+            if known.changes == trial.changes:
+                self.trials[place] = known.joined(trial)
+                return
+        self.trials.append(trial)
+
+    def runs_of(self, changes: Changes) -> int:
+        """How many runs the settings have had."""
+        return sum(len(trial.experiment_ids) for trial in self.trials if trial.changes == changes)
 
     @property
     def rates(self) -> list[float]:
@@ -65,11 +93,16 @@ class Arm:
         return changed(self.config, self.best.changes if changes is None else changes)
 
 
-Evaluate = Callable[[Sequence[tuple[Arm, Changes]]], None]  # trains each, and adds its trial to the arm
+Evaluate = Callable[[Sequence[tuple[Arm, Changes]]], None]  # trains each with its next seeds, and adds the trials
 
 
-def tune(arms: Sequence[Arm], num_trials: int, evaluate: Evaluate, may_lengthen: bool = False) -> int | None:
+def tune(
+    arms: Sequence[Arm], num_trials: int, evaluate: Evaluate, may_lengthen: bool = False, num_confirmed: int = 0
+) -> int | None:
     """Give every arm `num_trials` trials, and one more for each rate that is added. Returns how many were added.
+
+    After the rates, and again after the other settings, what is best in each arm is trained `num_confirmed` times more,
+    one run after the other: if the mean falls behind another trial, that one has the next run.
 
     None says that the best of the first rates is still learning in some arm, so that all arms need a longer training;
     only if the caller `may_lengthen` it. The other trials are then not made.
@@ -88,8 +121,12 @@ def tune(arms: Sequence[Arm], num_trials: int, evaluate: Evaluate, may_lengthen:
         rate = _rounded(tried[-1] * step if edge > 0 else tried[0] / step)
         evaluate([(arm, {RATE: rate}) for arm in arms])
         added += 1
+    for _ in range(num_confirmed):
+        evaluate([(arm, arm.best.changes) for arm in arms])
     for number in range(num_settings):
         evaluate([(arm, next_changes(arm, number)) for arm in arms])
+    for _ in range(num_confirmed if num_settings else 0):
+        evaluate([(arm, arm.best.changes) for arm in arms])
     return added
 
 
