@@ -157,8 +157,11 @@ def _wanted(base: ExperimentConfig, plan: Plan) -> list[tuple[str, str, dict[str
 def _tune(outcome: Outcome, place: Place) -> None:
     """Tune all arms; once more with twice the training for all if the best trial of one is still learning."""
     plan = outcome.plan
+    duration = {arm.name: 0.0 for arm in outcome.arms}  # seconds of its last training
 
     def evaluate(wanted: Sequence[tuple[Arm, Changes]]) -> None:
+        # The longest training begins first, so that no process waits long for the last one.
+        wanted = sorted(wanted, key=lambda one: -duration[one[0].name])
         seeds = [
             range(known, known + 1) if (known := arm.runs_of(changes)) else range(plan.tuning_seeds)
             for arm, changes in wanted
@@ -175,7 +178,9 @@ def _tune(outcome: Outcome, place: Place) -> None:
         ]
         results = iter(_trained(configs, names, outcome.metric, place))
         for (arm, changes), own in zip(wanted, seeds, strict=True):
-            arm.add(_trial(changes, [next(results) for _ in own], outcome.metric))
+            runs = [next(results) for _ in own]
+            duration[arm.name] = runs[-1].metrics.get("training_duration_seconds", 0.0)
+            arm.add(_trial(changes, runs, outcome.metric))
 
     while True:
         may_lengthen = outcome.num_lengthened < plan.max_lengthened
