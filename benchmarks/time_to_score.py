@@ -197,7 +197,10 @@ def show(found: list[dict[str, Any]], picture: Path) -> None:
 
 def curve(found: list[dict[str, Any]], arm: str) -> tuple[np.ndarray, np.ndarray]:
     """Mean seconds and mean score of an arm, from the shortest to the longest training."""
-    groups = [[one for one in found if (one["arm"], one["epochs"]) == (arm, epochs)] for epochs in EPOCHS]
+    groups = [
+        [one for one in found if (one["arm"], one["epochs"]) == (arm, epochs)]
+        for epochs in sorted({one["epochs"] for one in found})
+    ]
     means = [[statistics.mean(one[name] for one in group) for name in ("cpu_s", "f1")] for group in groups if group]
     return np.array(means)[:, 0], np.array(means)[:, 1]
 

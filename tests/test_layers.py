@@ -168,7 +168,7 @@ def slow_varlen(patch: pytest.MonkeyPatch, reads: bool = True) -> list[int]:
         attended = F.scaled_dot_product_attention(*parts, sample_S.unsqueeze(1) == sample_S)
         return attended.transpose(0, 1)
 
-    patch.setattr("research_eval.layers.kernels.varlen.varlen_attn", kernel)
+    patch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     patch.setattr("research_eval.layers.kernels.varlen.can_attend", lambda qkv, channels: True)
     return calls
 

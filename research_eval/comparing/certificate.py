@@ -37,6 +37,7 @@ def certificate(store: Store, outcome: Outcome, found: Sequence[Verdict], margin
     rows = {
         arm.name: [store.find_id(run.experiment_id) or {} for run in outcome.results[arm.name]] for arm in outcome.arms
     }
+    most_runs = max(len(trial.experiment_ids) for arm in outcome.arms for trial in arm.trials)
     environment = stored_object(rows[outcome.arms[0].name][0].get("env_details_json"))
     return {
         "certificate_version": VERSION,
@@ -49,7 +50,7 @@ def certificate(store: Store, outcome: Outcome, found: Sequence[Verdict], margin
         "tuning_metric": outcome.metric,
         "test_metric": outcome.test_metric,
         "seeds": list(range(plan.num_seeds)),
-        "tuning_seeds": [FIRST_TUNING_SEED + number for number in range(plan.tuning_seeds)],
+        "tuning_seeds": [FIRST_TUNING_SEED + number for number in range(most_runs)],
         "rates_added": outcome.num_added,
         "lengthened": outcome.num_lengthened,
         "arms": [_arm(outcome, number, rows) for number in range(len(outcome.arms))],

@@ -298,10 +298,7 @@ def _as_fast(
     while len(found) < CANDIDATES:
         with phase("timing"):
             known = [other.sizes for other in found]
-            near = (
-                _searched(start, lambda config: _formula(config, data), flops, tol / 4, fixed)
-                for flops in bracket.proposals()
-            )
+            near = (_searched(start, formula, flops, tol / 4, fixed) for flops in bracket.proposals())
             one = next((one for one in near if one.sizes not in known), None)
             if one is None:
                 break  # the smallest or the largest one, or none lies between

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 MAX_CHANNELS = 256  # of a head, for the kernel
 
@@ -24,6 +23,8 @@ def attend(query_SHC: Tensor, key_SHC: Tensor, value_SHC: Tensor, starts: Tensor
     Sample r has the rows `starts[r]` to `starts[r + 1]` (int32, on the device). No sample is longer than `longest`, so
     the host never waits for a length.
     """
+    from torch.nn.attention.varlen import varlen_attn  # with it comes torch's compiler, which takes over a second
+
     attended = varlen_attn(query_SHC, key_SHC, value_SHC, starts, starts, longest, longest)
     assert isinstance(attended, Tensor), "a pair only where the kernel is asked for more"
     return attended
