@@ -59,7 +59,7 @@ class _AddAt(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_GF: Tensor, index_S: Tensor, change_SF: Tensor) -> Tensor:
         ctx.save_for_backward(index_S)
-        return x_GF.index_copy(0, index_S, x_GF.index_select(0, index_S) + change_SF)
+        return x_GF.index_add(0, index_S, change_SF)
 
     @staticmethod
     @once_differentiable
