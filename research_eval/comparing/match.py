@@ -252,7 +252,7 @@ def _timed(config: ExperimentConfig, data: DataSplits) -> Timed:
     batches = data.validation.batches(config.training_params.eval_batch_size or config.batch_size, runtime.device)
     # Where one thread computes, its CPU time does not count the time that other programs had the core.
     alone = runtime.device.type == "cpu" and torch.get_num_threads() == 1
-    timed = Timed(model, timed_batches(batches), runtime, time.thread_time if alone else time.perf_counter)
+    timed = Timed(model, timed_batches(batches), runtime, time.thread_time if alone else None)
     timed.repetition()  # warm-up
     return timed
 
