@@ -16,10 +16,10 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from research_eval.comparing.match import CANDIDATES, DEPTH_OPTIONS, _formula, _timed, cost_of, match
+from research_eval.comparing.match import CANDIDATES, DEPTH_OPTIONS, Match, _formula, _timed, cost_of, match
 from research_eval.comparing.protocol import Place, Plan, compare
 from research_eval.comparing.sizes import Coarse, Fine, Sizes, around, nearest
-from research_eval.comparing.speeds import Bracket, compare_speeds
+from research_eval.comparing.speeds import Bracket, Speed, compare_speeds
 from research_eval.comparing.tuning import RATE, Arm, Changes, Trial, alternatives, lengthened, rates_around, tune
 from research_eval.comparing.verdicts import verdicts
 from research_eval.config.sections import ExperimentConfig
@@ -103,6 +103,18 @@ def test_every_model_can_be_matched_in_executed_flops(seed: int) -> None:
         found = match(base, model_type, "flops", 0.02, data)
         assert found.is_matched, f"{model_type}: {found.ratio} with {found.sizes}"
         assert cost_of(found.config, "flops", data) == pytest.approx(found.cost)
+
+
+def test_a_model_that_seems_as_fast_is_not_said_to_have_no_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The median is within the tolerance, and its interval is not."""
+    monkeypatch.chdir(tmp_path)
+    near = Match(small_config(), "latency", 1.009, 1.0, 0.02, {}, Speed(1.009, 0.999, 1.0245, 1.0))
+    monkeypatch.setattr("research_eval.comparing.match.match", lambda *_: near)
+    ended = command(cli, "match", write_config(tmp_path), "--axis", "latency", "--models", "dense")
+    assert ended.code == 1
+    assert "takes 0.999 to 1.024 times as long" in ended.err and "no sizes" not in ended.err
 
 
 class FakeTimed:
@@ -492,6 +504,7 @@ def test_a_comparison_of_a_table_of_texts(rows: Path) -> None:
     folder = rows.parent / "comparisons" / "films"
     certificate = json.loads((folder / "certificate.json").read_text())
     assert certificate["contracts"]["every arm has the same number of trials"]
+    assert certificate["tuning_seeds"] == [1000, 1001, 1002], "two further runs of the best rate"
     assert certificate["contracts"]["no trial scored the test split"]
     assert certificate["contracts"]["no trial had a reported seed"]
     assert certificate["contracts"]["every seed has the same data in all arms"]

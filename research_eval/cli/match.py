@@ -69,7 +69,7 @@ def match_command(arguments: argparse.Namespace) -> int:
     for one in found:
         if one.is_matched:
             continue
-        if one.speed is not None and one.speed.is_unknown(arguments.tol):
+        if one.speed is not None and abs(one.ratio - 1) <= arguments.tol:
             log.warning(
                 "%s takes %.3f to %.3f times as long as the base: this machine is too busy to say more. Try again when "
                 "nothing else runs, or give a larger --tol.",

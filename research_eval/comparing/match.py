@@ -267,8 +267,8 @@ def _by_latency(
     """
     first, flops = _timed(base, data), cost_of(base, "flops", data)
     depth = _depth_option(models_for(start.task_name).get_or_explain(start.model_type))
-    blocks = start.model_params.get(depth)
-    few, many = (max(blocks // 2, 1), 2 * blocks) if isinstance(blocks, int) and depth not in fixed else (0, 0)
+    blocks = start.model_params.get(depth) or 0
+    few, many = (max(blocks // 2, 1), 2 * blocks) if blocks and depth not in fixed else (0, 0)
     tried: list[Match] = []
     number, direction = blocks, 0
     while True:
@@ -277,12 +277,12 @@ def _by_latency(
         tried += found
         best = min(tried, key=lambda one: (not one.is_matched, abs(math.log(one.ratio))))
         wanted = -1 if all(one.ratio > 1 for one in found) else int(all(one.ratio < 1 for one in found))
-        is_over = best.is_matched or abs(best.ratio - 1) <= tol or wanted in (0, -direction)
-        if is_over or not few <= (number or 0) + wanted <= many:
+        is_over = abs(best.ratio - 1) <= tol or wanted in (0, -direction)
+        if is_over or not few <= number + wanted <= many:
             break
-        number, direction = (number or 0) + wanted, wanted
-    changed = {depth: best.config.model_params[depth]} if best.config.model_params.get(depth) != blocks else {}
-    return replace(best, sizes={**changed, **best.sizes})
+        number, direction = number + wanted, wanted
+    of_best = best.config.model_params.get(depth) or 0
+    return replace(best, sizes={**({depth: of_best} if of_best != blocks else {}), **best.sizes})
 
 
 def _as_fast(

@@ -37,7 +37,7 @@ class Speed(NamedTuple):
         return 1 - tol <= self.low and self.high <= 1 + tol
 
     def is_narrow(self, tol: float) -> bool:
-        """Whether another model that is nearer would be called as fast."""
+        """Whether the interval is so narrow that a model that is nearer would be called as fast."""
         return self.high - self.low <= tol
 
     def is_unknown(self, tol: float) -> bool:
@@ -99,7 +99,9 @@ class Bracket:
         below = max((point for point in self._points if point[1] <= 0), default=None)
         above = min((point for point in self._points if point[1] > 0), default=None)
         if below is None or above is None:
-            return [math.exp(self._beyond(below or above or self._points[-1]))]
+            end = below or above
+            assert end is not None, "a point is on one side"
+            return [math.exp(self._beyond(end))]
         middle = (below[0] + above[0]) / 2
         if below[0] >= above[0]:  # noise, or a size that is bad for the machine
             return [math.exp(middle), math.exp(self._beyond(below)), math.exp(self._beyond(above))]
