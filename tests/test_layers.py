@@ -9,7 +9,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -95,7 +95,7 @@ def alone(pool: nn.Module, expert: int) -> dict[str, torch.Tensor]:
 @settings(deadline=None, max_examples=40)
 @given(
     seed=seeds,
-    kernels=st.sampled_from(["auto", "slices", "grouped", "varlen"]),
+    kernels=st.sampled_from(["auto", "slices", "grouped"]),
     name=st.sampled_from(["dense", "looped", "moe", "goe", "goe_original"]),
     encoding=st.sampled_from(["sin", "rope", "alibi"]),
     pool=st.sampled_from(["mean", "max", "first", "last"]),
@@ -106,7 +106,7 @@ def alone(pool: nn.Module, expert: int) -> dict[str, torch.Tensor]:
 )
 def test_fast_and_plain_kernels_agree(
     seed: int,
-    kernels: Kernels | Literal["varlen"],
+    kernels: Kernels,
     name: str,
     encoding: str,
     pool: str,
@@ -133,23 +133,49 @@ def test_fast_and_plain_kernels_agree(
     more = {"top_k_experts": min(2, num_experts), "positional_encoding": encoding, "pool": pool, "max_visits": 3}
     model = MODELS_MAP[name](**context_arguments(MODELS_MAP[name], counts | sizes | more))
     scramble(model)
-    results = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("research_eval.layers.kernels.plain.MIN_CHAIN", 0 if chained else 20_000)
         patch.setattr("research_eval.layers.even.MAX_VAIN", math.inf)  # "auto" then takes one product for all experts
-        attended = slow_varlen(patch)
-        executions = ("plain", "padded"), ("grouped", "varlen") if kernels == "varlen" else (kernels, "padded")
-        for execution in executions:
-            twin = copy.deepcopy(model)
-            with executed_with(twin, *execution):
-                logits_BC = twin(ids_BL, attention_mask=keep_BL)
-                (logits_BC.square().sum() + twin.get_auxiliary_loss()).backward()
-            results.append([logits_BC, *(p.grad for p in twin.parameters() if p.grad is not None and p.grad.any())])
+        assert_same_numbers(model, ids_BL, keep_BL, kernels)
+
+
+def assert_same_numbers(
+    model: nn.Module,
+    ids_BL: torch.Tensor,
+    keep_BL: torch.Tensor,
+    kernels: Kernels,
+    attention: AttentionRows = "padded",
+) -> None:
+    """Outputs and all gradients are those of the plain kernels."""
+    results = []
+    for execution in (("plain", "padded"), (kernels, attention)):
+        twin = copy.deepcopy(model)
+        with executed_with(twin, *execution):
+            logits_BC = twin(ids_BL, attention_mask=keep_BL)
+            (logits_BC.square().sum() + twin.get_auxiliary_loss()).backward()
+        results.append([logits_BC, *(p.grad for p in twin.parameters() if p.grad is not None and p.grad.any())])
     scale = max(1.0, *(float(value.detach().abs().max()) for value in results[0]))
     assert_close(results[1], results[0], rtol=1e-5, atol=1e-5 * scale)
-    has_padding = not keep_BL.all() and keep_BL.any()
-    expected = kernels == "varlen" and encoding == "sin" and bool(has_padding)
-    assert bool(attended) == expected, "and it is that attention that was executed"
+
+
+@pytest.mark.parametrize("encoding", ["sin", "rope", "alibi"])
+@pytest.mark.parametrize("anywhere", [False, True])
+@pytest.mark.parametrize("name", ["dense", "looped", "moe", "goe", "goe_original"])
+def test_attention_over_rows_gives_the_numbers_of_padded_grids(
+    name: str, anywhere: bool, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the samples are sorted by expert; encodings that need places keep the grids."""
+    torch.manual_seed(0)
+    keep_BL = keep_of(torch.randint(0, 9, (20,)).tolist(), 8)
+    if anywhere:
+        keep_BL = torch.rand(20, 8) < 0.6
+    sizes = {"vocab_size": 11, "num_classes": 3, "embed_dim": 16, "num_heads": 2, "dropout": 0.0, "num_experts": 4}
+    more = {"num_total_experts": 4, "max_path_len": 3, "positional_encoding": encoding}
+    model = MODELS_MAP[name](**context_arguments(MODELS_MAP[name], sizes | more))
+    scramble(model)
+    attended = slow_varlen(monkeypatch)
+    assert_same_numbers(model, torch.randint(1, 11, keep_BL.shape), keep_BL, "grouped", "varlen")
+    assert bool(attended) == (encoding == "sin"), "and it is that attention that was executed"
 
 
 def slow_varlen(patch: pytest.MonkeyPatch, reads: bool = True) -> list[int]:
