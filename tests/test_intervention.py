@@ -102,8 +102,12 @@ def test_a_block_leaves_every_bit_as_it_was(kind: tuple[str, str, str]) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in ALL if kind[0] != "moe"], ids="-".join)
-def test_the_recorded_path_gives_the_recorded_outputs_to_the_bit(kind: tuple[str, str, str]) -> None:
-    """Samples are given their own paths, one path after the other."""
+def test_the_recorded_path_gives_the_recorded_outputs(kind: tuple[str, str, str]) -> None:
+    """Samples are given their own paths, one path after the other.
+
+    Other samples then go to the same experts. On CPUs without AVX-512, how MKL rounds a row of a product depends on the
+    number of rows.
+    """
     model, batch = model_of(kind), batch_of()
     expected, paths = outputs(model, batch)
     for path in np.unique(paths, axis=0):
@@ -113,7 +117,7 @@ def test_the_recorded_path_gives_the_recorded_outputs_to_the_bit(kind: tuple[str
             continue
         with model.intervene(path=taken):
             found, forced = outputs(model, batch)
-        assert torch.equal(found[rows], expected[rows])
+        torch.testing.assert_close(found[rows], expected[rows], rtol=0, atol=1e-6)
         ends_early = kind[2] == "confidence"
         assert ends_early or (forced[:, : len(taken)] == taken).all()
 

@@ -366,8 +366,13 @@ def test_a_stacked_map_has_the_weights_that_it_is_given() -> None:
 
     def is_right(layer: StackedLinear) -> bool:
         with torch.no_grad():
-            parts = [F.linear(rows, *layer.of_expert(n)) for n, rows in enumerate(x.split([2, 3]))]
-            return torch.allclose(layer(x, dispatch), torch.cat(parts), atol=1e-6)
+            right = torch.cat([F.linear(rows, *w) for rows, w in zip(x.split([2, 3]), weights_of(layer), strict=True)])
+            one_by_one = [layer(rows, Dispatch([len(rows)], expert=n)) for n, rows in enumerate(x.split([2, 3]))]
+            found = (layer(x, dispatch), torch.cat(one_by_one))
+            return all(torch.allclose(each, right, atol=1e-6) for each in found)
+
+    def weights_of(layer: StackedLinear) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return list(zip(layer.weight, layer.bias, strict=True))
 
     assert is_right(layer)
     copied = copy.deepcopy(layer)

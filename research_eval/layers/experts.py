@@ -208,8 +208,8 @@ class ExpertPool(Executing):
     def _may_be_even(self, h_BLD: torch.Tensor) -> bool:
         """Whether one batched product per map may compute all experts: in training on a CPU, without dropout.
 
-        Dropout draws a number per row, so that spare rows would change all later draws. In evaluation a sample has the
-        same numbers, to the bit, whatever the paths of the others are.
+        Dropout draws a number per row, so that spare rows would change all later draws. In evaluation the numbers of a
+        sample do not depend on the paths of the others, but for the rounding of products on CPUs without AVX-512.
         """
         if not self.training or self._dropout:
             return False

@@ -6,7 +6,7 @@ R rows (samples [R, L, D] or tokens [R, D])  N experts  I in  O out  D width
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from research_eval.layers.dispatch import Dispatch
 from research_eval.layers.kernels.autograd import applied
-from research_eval.layers.kernels.cpu import SlicedLinear, sliced_linear, taken_apart
+from research_eval.layers.kernels.cpu import Apart, SlicedLinear, sliced_linear, taken_apart
 from research_eval.layers.kernels.grouped import grouped_linear, rows_of_expert
 from research_eval.layers.kernels.plain import by_slices
 
@@ -41,13 +41,33 @@ class Stacked(nn.Module):
         made: T = self._kept[name]
         return made
 
-    def of_expert(self, expert: int) -> list[torch.Tensor]:
+    def of_expert(self, expert: int) -> Sequence[torch.Tensor]:
         """The weights of one expert."""
-        weights = [weight for weight in self._parameters.values() if weight is not None]
         # The backward pass of a view is free; that of an index fills a gradient of the whole stack.
-        if not self._in_pass and len(weights[0]) == 1:
+        if not self._in_pass and len((weights := self._weights())[0]) == 1:
             return [weight.squeeze(0) for weight in weights]
-        return [slices[expert] for slices in self.kept("slices", lambda: [weight.unbind() for weight in weights])]
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            return self.kept("views", self.views)[expert]
+        return self.kept("slices", lambda: list(zip(*(part.unbind() for part in self._weights()), strict=True)))[expert]
+
+    def views(self) -> Apart:
+        """The weights of every expert, without a gradient.
+
+        They are views, made once, and stay right as long as the stack keeps its place in memory.
+        """
+        weights = self._weights()
+        place = tuple((part.untyped_storage()._cdata, part.data_ptr()) for part in weights)
+        known = _VIEWS.get(self)
+        if known is None or known[0] != place:
+            known = _VIEWS[self] = (place, taken_apart(*weights))
+        return known[1]
+
+    def _weights(self) -> list[torch.Tensor]:
+        return [weight for weight in self._parameters.values() if weight is not None]
+
+
+# By stack, and not in it: a copy of a model would copy every view.
+_VIEWS: WeakKeyDictionary[Stacked, tuple[Any, Apart]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -58,12 +78,12 @@ def one_pass(*stacks: Stacked) -> Iterator[None]:
     grows with the number of idle experts.
     """
     for stack in stacks:
-        stack._in_pass = True
+        stack.__dict__["_in_pass"] = True  # `nn.Module.__setattr__` takes ten times as long
     try:
         yield
     finally:
         for stack in stacks:
-            stack._in_pass = False
+            stack.__dict__["_in_pass"] = False
             stack._kept.clear()
 
 
@@ -106,7 +126,7 @@ class StackedLinear(Stacked):
 
         W (scale y + shift) + b = (W scale) y + (W shift + b). With the joined weights, made once per pass, no row needs
         the scale and shift of its expert. Where the experts have few rows, or rows of one expert come alone, the norm
-        itself is cheaper. In evaluation a sample has the same numbers, to the bit, however many others there are.
+        itself is cheaper. In evaluation the form does not depend on how many other samples there are.
         """
         joins = self.training and self._in_pass and dispatch.expert is None and by_rows(x, dispatch)
         if not joins or x.shape[:-1].numel() < self.bias.numel() / 4:
@@ -126,7 +146,7 @@ class StackedLinear(Stacked):
         tokens = x.shape[1:-1].numel()
         sizes = [size * tokens for size in dispatch.counts()]
         rows = x.reshape(-1, x.shape[-1])
-        apart = self._apart() if weight is self.weight else self.kept("joined apart", lambda: taken_apart(weight, bias))
+        apart = self.views() if weight is self.weight else self.kept("joined apart", lambda: taken_apart(weight, bias))
         if not torch.is_grad_enabled():
             return sliced_linear(rows, sizes, apart).view(*x.shape[:-1], -1)
         experts = dispatch.experts_of(x, tokens)
@@ -135,18 +155,6 @@ class StackedLinear(Stacked):
         if self._in_pass:
             self._kept[f"{name}chain"] = after
         return out.view(*x.shape[:-1], out.shape[-1])
-
-    def _apart(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The experts' weights one by one: views, which stay right as long as the stack keeps its place in memory."""
-        place = tuple((part.untyped_storage()._cdata, part.data_ptr()) for part in (self.weight, self.bias))
-        known = _VIEWS.get(self)
-        if known is None or known[0] != place:
-            known = _VIEWS[self] = (place, taken_apart(self.weight, self.bias))
-        return known[1]
-
-
-# By stack, and not in it: a copy of a model would copy every view.
-_VIEWS: WeakKeyDictionary[StackedLinear, tuple[Any, list[tuple[torch.Tensor, torch.Tensor]]]] = WeakKeyDictionary()
 
 
 def _turned(bias_NO: torch.Tensor, weight_NOI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

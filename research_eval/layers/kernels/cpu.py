@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+Apart = list[tuple[Tensor, ...]]  # for every expert its slice of each stack, such as weight [O, I] and bias [O]
 MIN_ROWS = 160  # rows per expert; with fewer, `index_add_` sums the gradient of the biases faster
 
 
@@ -32,7 +33,7 @@ class SlicedLinear(torch.autograd.Function):
         x: Tensor,
         sizes: list[int],
         expert_R: Tensor,
-        apart: list[tuple[Tensor, Tensor]],
+        apart: Apart,
         weight_NOI: Tensor,
         bias_NO: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,17 +53,17 @@ class SlicedLinear(torch.autograd.Function):
         x, expert_R, weight_NOI = ctx.saved_tensors
         gradient = gradient.contiguous()
         to_x = torch.empty_like(x)
-        parts = gradient.split(ctx.sizes)
-        for part, (weight_IO, _), target in zip(parts, ctx.apart, to_x.split(ctx.sizes), strict=True):
+        parts = gradient.split_with_sizes(ctx.sizes)
+        for part, (weight_OI, _), target in zip(parts, ctx.apart, to_x.split_with_sizes(ctx.sizes), strict=True):
             if len(part):
-                torch.mm(part, weight_IO.t(), out=target)
+                torch.mm(part, weight_OI, out=target)
         if not ctx.needs_input_grad[4]:
             return to_x, None, None, None, None, None
         weights = torch.zeros_like(weight_NOI) if weights is None else weights
         biases = gradient.new_zeros(weight_NOI.shape[:2]) if biases is None else biases
         # Few sums of many rows are faster than one call that adds row by row.
         by_expert = len(x) >= MIN_ROWS * len(ctx.sizes)
-        for total_OI, total_O, part, rows in zip(weights, biases, parts, x.split(ctx.sizes), strict=True):
+        for total_OI, total_O, part, rows in zip(weights, biases, parts, x.split_with_sizes(ctx.sizes), strict=True):
             if len(part):
                 total_OI.addmm_(part.t(), rows)
                 if by_expert:
@@ -72,18 +73,20 @@ class SlicedLinear(torch.autograd.Function):
         return to_x, None, None, None, weights, biases
 
 
-def sliced_linear(x: Tensor, sizes: list[int], apart: list[tuple[Tensor, Tensor]]) -> Tensor:
+def sliced_linear(x: Tensor, sizes: list[int], apart: Apart) -> Tensor:
     """The forward pass of `SlicedLinear`."""
     out = x.new_empty(len(x), len(apart[0][1]))
-    for size, (weight_IO, bias_O), part, target in zip(sizes, apart, x.split(sizes), out.split(sizes), strict=True):
+    for size, (weight_OI, bias_O), part, target in zip(
+        sizes, apart, x.split_with_sizes(sizes), out.split_with_sizes(sizes), strict=True
+    ):
         if size:
-            torch.addmm(bias_O, part, weight_IO, out=target)
+            torch.addmm(bias_O, part, weight_OI.t(), out=target)
     return out
 
 
-def taken_apart(weight_NOI: Tensor, bias_NO: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The transposed weight [I, O] and the bias [O] of each expert, without a gradient."""
-    return [(weight_OI.t(), bias_O) for weight_OI, bias_O in zip(weight_NOI.detach(), bias_NO.detach(), strict=True)]
+def taken_apart(*stacks: Tensor) -> Apart:
+    """The slices of every expert, without a gradient."""
+    return list(zip(*(stack.detach().unbind() for stack in stacks), strict=True))
 
 
 class RowDot(torch.autograd.Function):
