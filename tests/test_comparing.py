@@ -16,6 +16,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from research_eval.comparing import whole
 from research_eval.comparing.match import CANDIDATES, DEPTH_OPTIONS, Match, _formula, _timed, cost_of, match
 from research_eval.comparing.protocol import Place, Plan, compare
 from research_eval.comparing.sizes import Coarse, Fine, Sizes, around, nearest
@@ -496,6 +497,24 @@ def _rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.usefixtures("one_process")  # test_suites.py has a pool
+def test_the_recipe_for_texts_has_the_options_of_the_first_model(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bases: list[ExperimentConfig] = []
+    monkeypatch.setattr(whole, "compare_and_report", lambda base, *_: bases.append(base) or ([], []))
+    for first in ("dense", "lstm"):
+        ended = command(cli, "compare", "films.csv", "--models", f"{first},moe", "--set", "scheduler_params.name=wsd")
+        assert ended.code == 0, ended.err
+    assert [base.model_type for base in bases] == ["dense", "lstm"]
+    assert ["bigram_buckets" in base.model_params for base in bases] == [True, False]
+    assert {base.training_params.label_smoothing for base in bases} == {0.1}
+    assert {base.scheduler_params.name for base in bases} == {"wsd"}, "a flag is stronger"
+    for wrong, message in (
+        (["--set", "scheduler_params.name=cosine"], "--set scheduler_params.name: expected one of"),
+        (["--set", "epochs=2", "--epochs", "3"], "--set: epochs is given by another flag too"),
+    ):
+        ended = command(cli, "compare", "films.csv", "--models", "dense,moe", *wrong)
+        assert (ended.code, ended.err.startswith(message)) == (2, True), ended.err
+
+
 def test_a_comparison_of_a_table_of_texts(rows: Path) -> None:
     words = ["compare", "films.csv", "--models", "dense,goe_original", *SMALL, "--epochs", "2"]
     words += ["--set", "model_params.embed_dim=16", "--set", "model_params.num_heads=2"]
@@ -516,6 +535,8 @@ def test_a_comparison_of_a_table_of_texts(rows: Path) -> None:
             "val_size": 0.2,
         }
         assert [cell["seed"] for cell in arm["cells"]] == [0, 1, 2]
+        assert arm["config"]["scheduler_params"]["name"] == "cosine_warmup", "texts have a recipe"
+        assert arm["config"]["model_params"]["bigram_buckets"] == 20_000
     assert "majority class" in first.out
     assert "TF-IDF" in first.out
     page = (folder / "report.html").read_text()

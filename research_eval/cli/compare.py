@@ -10,14 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from research_eval.cli.common import DB_HELP, add_flag
 from research_eval.cli.launching import add_launch_flags, workers_of
 from research_eval.cli.match import AXES_HELP, model_names
-from research_eval.cli.run import parse_sets
+from research_eval.cli.run import with_sets
 from research_eval.errors import ConfigError
 from research_eval.files import file_stem
 from research_eval.system.best_effort import print_product
@@ -32,12 +32,17 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "compare models of equal cost, tuned equally, with tests"
 FOLDER = "comparisons"
-BASE = {  # of a comparison without a config file
+BASE: dict[str, Any] = {  # of a comparison without a config file
     "model_type": "dense",
     "epochs": 4,
     "batch_size": 32,
     "optimizer_params": {"lr": 2e-3},
     "training_params": {"num_threads": 1},
+}
+TEXTS: dict[str, Any] = {  # in addition where the data are texts: what the recipes in examples/configs have in common
+    "model_params": {"token_dropout": 0.3, "embedding_scale": 0.2, "bigram_buckets": 20_000},
+    "scheduler_params": {"name": "cosine_warmup", "warmup_factor": 0.1},
+    "training_params": BASE["training_params"] | {"label_smoothing": 0.1},
 }
 
 
@@ -101,7 +106,7 @@ def compare_command(arguments: argparse.Namespace) -> int:
         return _verify(arguments)
     if arguments.task is None or arguments.models is None:
         raise ConfigError("goe compare: give a config, data or a task, and --models such as dense,goe_original")
-    overrides = _overrides(arguments)
+    overrides, origins = _overrides(arguments)
     workers = workers_of(arguments)
     import_torch()
     with phase("importing the program"):
@@ -119,7 +124,7 @@ def compare_command(arguments: argparse.Namespace) -> int:
         arguments.controls,
         arguments.confirm,
     )
-    base = _base(arguments, overrides)
+    base = _base(arguments, overrides, origins)
     folder = user_path(arguments.out or f"{FOLDER}/{file_stem(base.experiment_name)}", "--out")
     report = Report(folder, arguments.margin, arguments.solved_at)
     tables, paths = compare_and_report(base, plan, report, Place(arguments.db, workers))
@@ -129,22 +134,24 @@ def compare_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The values of the flags by the keys of the config."""
+def _overrides(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of the flags by the keys of the config, and what messages call those of --set."""
     keys = {"epochs": "epochs", "batch_size": "batch_size", "data_dir": "dataset_params.data_dir"}
     keys |= {"device": "training_params.device", "name": "experiment_name"}
     given = {key: getattr(arguments, name) for name, key in keys.items() if getattr(arguments, name) is not None}
-    return given | parse_sets(arguments.set or ())
+    return with_sets(given, arguments.set)
 
 
-def _base(arguments: argparse.Namespace, overrides: dict[str, Any]) -> ExperimentConfig:
+def _base(arguments: argparse.Namespace, overrides: Mapping[str, Any], origins: Mapping[str, str]) -> ExperimentConfig:
     """The config of the first model: from a file, or made for data or for a task. Raises ConfigError."""
+    from research_eval.annotations import options_of
     from research_eval.config.check import load_config, parse_config
     from research_eval.datasets.kinds import DATASET_KINDS, dataset_type_of
+    from research_eval.registry import MODELS_MAP
 
     text = str(arguments.task)
     if text.endswith((".json", ".jsonc")) and not _is_list(text):
-        return load_config(text, overrides)
+        return load_config(text, overrides, origins)
     known = [name for kind in DATASET_KINDS.values() for name in kind().names()]
     if text in known:
         made: dict[str, Any] = {"dataset_type": dataset_type_of(text), "dataset_name": text}
@@ -156,10 +163,12 @@ def _base(arguments: argparse.Namespace, overrides: dict[str, Any]) -> Experimen
             f"TASK_OR_DATA: {text!r} is no file, no folder and no known task.{hint(text, known)} "
             "A config ends with .json."
         )
-    config = BASE | made | {"experiment_name": made["dataset_name"]}
-    if model_names(arguments.models)[0] != "dense":
-        config |= {"model_type": model_names(arguments.models)[0]}
-    return parse_config(json.dumps(config), f"the config for {text}", overrides)
+    model_type = model_names(arguments.models)[0]
+    config = BASE | made | {"experiment_name": made["dataset_name"], "model_type": model_type}
+    if made["dataset_type"] == "real_world":
+        known_options = options_of(MODELS_MAP.get_or_explain(model_type))
+        config |= TEXTS | {"model_params": {k: v for k, v in TEXTS["model_params"].items() if k in known_options}}
+    return parse_config(json.dumps(config), f"the config for {text}", overrides, origins)
 
 
 def _is_list(text: str) -> bool:

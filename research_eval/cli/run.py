@@ -163,6 +163,20 @@ def _keys_of_configs() -> dict[str, str]:
     return {name: f"{section}{name}" for section, names in reversed(spellings) for name in names}
 
 
+def with_sets(
+    overrides: Mapping[str, Any], words: Sequence[str] | None, taken: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of flags with those of --set, and what messages call the latter.
+
+    Raises ConfigError if another flag gives the same key; `taken` are further keys of such flags.
+    """
+    sets = parse_sets(words or ())
+    for key in sets:
+        if key in overrides or key in taken:
+            raise ConfigError(f"--set: {key} is given by another flag too: drop one")
+    return {**overrides, **sets}, {key: f"--set {key}" for key in sets}
+
+
 def parse_sets(words: Sequence[str]) -> dict[str, Any]:
     """The values of --set by their keys. A value is JSON, or else text. Raises ConfigError."""
     found: dict[str, Any] = {}
@@ -223,12 +237,7 @@ def _run(arguments: argparse.Namespace) -> int:
     }
     if arguments.seeds is not None and arguments.seed is not None:
         raise ConfigError("--seed and --seeds: give one of them")
-    sets = parse_sets(arguments.set or ())
-    for key in sets:
-        if key in overrides or (key == "seed" and arguments.seeds is not None):
-            raise ConfigError(f"--set: {key} is given by another flag too: drop one")
-    overrides |= sets
-    origins = {key: f"--set {key}" for key in sets}
+    overrides, origins = with_sets(overrides, arguments.set, ["seed"] if arguments.seeds is not None else [])
     seeds = [None] if arguments.seeds is None else parse_seeds(arguments.seeds)
     check_early(arguments.json_config_path, overrides, needs_data=not arguments.resume)
     workers = workers_of(arguments)
