@@ -113,14 +113,19 @@ def load_extensions() -> None:
     if not _loading.acquire(blocking=False):
         return  # one of these files reads a registry: the call that imports it continues with the others
     try:
-        for folder in filter(None, os.environ.get(EXTENSIONS_VARIABLE, "").split(os.pathsep)):
-            path = Path(folder).expanduser().absolute()
-            if not path.is_dir():
-                raise ConfigError(f"{EXTENSIONS_VARIABLE}: there is no folder {folder!r}")
-            for file in sorted(path.glob("*.py")):
-                _import_extension(file)
+        for file in extension_files():
+            _import_extension(file)
     finally:
         _loading.release()
+
+
+def extension_files() -> Iterator[Path]:
+    """The files in the folders of GOE_EXTENSIONS. Raises ConfigError for a folder that is not there."""
+    for folder in filter(None, os.environ.get(EXTENSIONS_VARIABLE, "").split(os.pathsep)):
+        path = Path(folder).expanduser().absolute()
+        if not path.is_dir():
+            raise ConfigError(f"{EXTENSIONS_VARIABLE}: there is no folder {folder!r}")
+        yield from sorted(path.glob("*.py"))
 
 
 def _import_extension(file: Path) -> None:

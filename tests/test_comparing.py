@@ -277,13 +277,22 @@ def test_match_refuses(words: list[str], message: str, tmp_path: Path, monkeypat
     assert not Path("matched").exists()
 
 
+@pytest.mark.parametrize("tol", [0.02, 1e-3, 1e-9])
+def test_a_smaller_tolerance_finds_sizes_that_are_nearer(tol: float) -> None:
+    """A routed layer with one expert fewer numbers in its feed-forward layer costs exactly what a dense one costs."""
+    base = small_config(model_params={"embed_dim": 64, "num_layers": 2})
+    found = match(base, "moe", "flops", tol, data_of(base))
+    assert found.is_matched
+    assert found.cost == pytest.approx(found.target, rel=tol, abs=0)
+
+
 def test_sizes_that_do_not_exist_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = write_config(tmp_path, model_type="moe", model_params={"embed_dim": 4, "num_heads": 2, "dim_feedforward": 1})
     ended = command(cli, "match", path, "--models", "goe_original", "--axis", "total_params")
     assert ended.code == 1
     assert "NOT MATCHED" in ended.out
-    assert "there are no sizes within" in ended.err
+    assert "were found" in ended.err
 
 
 # --------------------------------------------------------------------------------------------------------------- tuning
@@ -510,12 +519,16 @@ def test_the_recipe_for_texts_has_the_options_of_the_first_model(rows: Path, mon
     for wrong, message in (
         (["--set", "scheduler_params.name=cosine"], "--set scheduler_params.name: expected one of"),
         (["--set", "epochs=2", "--epochs", "3"], "--set: epochs is given by another flag too"),
+        (["--margin", "inf"], "--margin: expected a positive number, got inf"),
+        (["--max_lengthened", "-4"], "--max_lengthened: expected at least 0, got -4"),
     ):
         ended = command(cli, "compare", "films.csv", "--models", "dense,moe", *wrong)
         assert (ended.code, ended.err.startswith(message)) == (2, True), ended.err
 
 
-def test_a_comparison_of_a_table_of_texts(rows: Path) -> None:
+def test_a_comparison_of_a_table_of_texts(
+    rows: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     words = ["compare", "films.csv", "--models", "dense,goe_original", *SMALL, "--epochs", "2"]
     words += ["--set", "model_params.embed_dim=16", "--set", "model_params.num_heads=2"]
     first = command(cli, *words)
@@ -565,6 +578,19 @@ def test_a_comparison_of_a_table_of_texts(rows: Path) -> None:
     refused = command(cli, "compare", "--verify", folder / "other.json", "--quiet")
     assert refused.code == 1
     assert "DOES NOT HOLD" in refused.out
+    with monkeypatch.context() as patch:
+        stopped = Result("id", "interrupted", {}, tmp_path_factory.mktemp("run"), exit_code=130)
+        patch.setattr("research_eval.experiment.run", lambda *_, **__: stopped)
+        assert command(cli, "compare", "--verify", folder / "certificate.json", "--quiet").code == 130
+    cell = certificate["arms"][0]["cells"][0]
+    for change, message in (
+        ({**cell, "seed": "x"}, "the certificate is damaged: arms.0.cells.0.seed"),
+        ({**cell, "score": None}, "no seed in it has a score"),
+    ):
+        certificate["arms"] = [{**certificate["arms"][0], "cells": [change]}]
+        (folder / "other.json").write_text(json.dumps(certificate))
+        refused = command(cli, "compare", "--verify", folder / "other.json", "--quiet")
+        assert refused.code == 2 and message in refused.err, refused.err
 
 
 @pytest.mark.usefixtures("one_process")

@@ -22,6 +22,7 @@ from research_eval.comparing.suite import (
     aggregate_table,
     bootstrap,
     carry_out,
+    code_sha256,
     interquartile_mean,
     read_suite,
     suite_names,
@@ -83,8 +84,9 @@ def test_a_signal_keeps_what_was_done(tmp_path: Path) -> None:
     assert do(tmp_path, ["a", "b"]) == (["b"], [])
 
 
-def test_a_damaged_ledger_is_named(tmp_path: Path) -> None:
-    (tmp_path / "ledger.json").write_text('{"tasks": {"a": 3}}')
+@pytest.mark.parametrize("task", ["3", '{"status": "done", "fingerprint": null}'])
+def test_a_damaged_ledger_is_named(task: str, tmp_path: Path) -> None:
+    (tmp_path / "ledger.json").write_text(f'{{"tasks": {{"a": {task}}}}}')
     with pytest.raises(ConfigError, match=r"ledger\.json: no ledger of a suite"):
         Ledger(tmp_path)
 
@@ -134,16 +136,20 @@ def test_the_best_score_is_bold(metric: str, column: int) -> None:
 def test_runs_without_a_share_are_left_out_and_named() -> None:
     found = {
         "one": certificate({"a": [0.5, 0.7], "b": [0.5, None]}),
-        "two": certificate({"a": [2.0, 3.0], "b": [0.5, 0.5]}),
+        "two": certificate({"a": [0.7, 0.7], "b": [0.5, 0.5]}),
+        "three": certificate({"a": [0.2, 0.3]}) | {"test_metric": "test_loss"},
+        "four": certificate({"b": [1.0, 0.9]}) | {"test_metric": "test_exact_match"},
     }
-    table = aggregate_table("All", found, {"one": "first", "two": "second"})
+    families = {"one": "first", "two": "second", "three": "second", "four": "second"}
+    table = aggregate_table("All", found, families)
     assert [row[:3] for row in table.rows] == [
         ["first", "a", "1"],
-        ["second", "b", "1"],
-        ["all", "a", "1"],
-        ["all", "b", "1"],
+        ["second", "a", "1"],
+        ["second", "b", "2"],
+        ["all", "a", "2"],
+        ["all", "b", "2"],
     ]
-    assert "b on one, a on two" in table.notes[-1]
+    assert "b on one, a on three" in table.notes[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -216,11 +222,41 @@ def test_a_suite_of_two_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     checked = command(cli, "benchmark", "mine.json", "--verify", "--quiet")
     assert checked.code == 0, checked.err
     assert "the same" in checked.out
+    (folder / "parity" / "certificate.json").unlink()
+    mended = command(cli, "benchmark", "mine.json", "--quiet")
+    assert (mended.code, mended.out) == (0, first.out), "the task is done again, from the runs that are there"
     suite["seeds"] = 3
     Path("mine.json").write_text(json.dumps(suite))
     refused = command(cli, "benchmark", "mine.json")
     assert refused.code == 2
     assert "parity: another config" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--models", "dense"], "--models: a comparison needs at least two models"),
+        (["--models", "dense,densse"], "model_type: unknown 'densse'"),
+        (["--out", "mine.json/deep"], "is not a folder"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused_before_any_task(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_suite(tmp_path, "mine", "parity", models=["dense", "looped"])
+    ended = command(cli, "benchmark", "mine.json", *words)
+    assert ended.code == 2 and message in ended.err, ended.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.json"]
+
+
+def test_the_code_of_extensions_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = code_sha256()
+    monkeypatch.setenv("GOE_EXTENSIONS", str(tmp_path))
+    (tmp_path / "mine.py").write_text("FIRST = 1\n")
+    first = code_sha256()
+    (tmp_path / "mine.py").write_text("FIRST = 2\n")
+    assert len({before, first, code_sha256()}) == 3
 
 
 def test_a_new_model_file_adds_its_row(tmp_path: Path) -> None:

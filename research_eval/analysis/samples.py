@@ -149,7 +149,8 @@ def seed_and_sample_interval(runs: Sequence[Run], metric: str, confidence: float
     means_R = draws_RD.mean(1)
     weights_DR = rng.multinomial(size, np.full(size, 1 / size), DRAWS) / size
     widened = (math.sqrt(size / (size - 1)) - 1) * weights_DR @ (means_R - means_R.mean())
-    return _percentiles((weights_DR * draws_RD.T).sum(1) + widened, confidence)
+    means_D = (weights_DR * draws_RD.T).sum(1) + widened
+    return _percentiles(means_D.clip(0, 1), confidence)
 
 
 def corrected(tests: Sequence[SampleTest]) -> list[SampleTest]:

@@ -15,7 +15,7 @@ from research_eval.analysis.statistics import SHARE, Interval
 from research_eval.wording import printable
 
 UNPRINTABLE = "\N{REPLACEMENT CHARACTER}"
-_SCORE = re.compile(r"(^|_)(f1|acc|accuracy)(_|$)")
+_SCORE = re.compile(r"(^|_)(f1|acc|accuracy|exact_match)(_|$)")
 # A hyphen before a number, or between two blanks; not the one of an exponent, a date or a name.
 _MINUS = re.compile(r"(?<![\w.-])-(?=\.?\d)(?!\d+-)|(?<= )-(?= )")
 _LATEX = {character: f"\\{character}" for character in "&%$#_{}"}

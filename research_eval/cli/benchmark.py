@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +26,11 @@ from research_eval.system.untrusted import user_path
 from research_eval.system.world import refuse_many_processes
 
 if TYPE_CHECKING:
-    from research_eval.comparing.protocol import Place
+    from research_eval.comparing.protocol import Place, Plan
     from research_eval.comparing.suite import Suite, Task
     from research_eval.config.sections import ExperimentConfig
+
+log = logging.getLogger(__name__)
 
 DESCRIPTION = "compare models on all tasks of a suite"
 FOLDER = "benchmarks"
@@ -70,6 +73,7 @@ def benchmark_command(arguments: argparse.Namespace) -> int:
             read_suite,
             task_table,
         )
+        from research_eval.comparing.whole import check_out
     suite = read_suite(arguments.name)
     if arguments.models is not None:
         suite = suite.model_copy(update={"models": model_names(arguments.models)})
@@ -80,6 +84,14 @@ def benchmark_command(arguments: argparse.Namespace) -> int:
         return _verify(folders, arguments)
     with phase("checking the suite"):
         configs = {name: _config(task, arguments.data_dir) for name, task in tasks.items()}
+        for config in configs.values():
+            _plan(suite, config)
+        check_out(out)
+    ledger = Ledger(out)
+    for name, folder in folders.items():
+        if ledger.is_done(name) and not (folder / CERTIFICATE).is_file():
+            log.warning("%s: its certificate is gone, so it is done again", name)
+            ledger.forget(name)
     code = code_sha256()
 
     def fingerprint(name: str) -> dict[str, str]:
@@ -88,7 +100,7 @@ def benchmark_command(arguments: argparse.Namespace) -> int:
     def work(name: str) -> None:
         _compare(suite, configs[name], folders[name], Place(arguments.db, workers))
 
-    failed = carry_out(list(tasks), Ledger(out), fingerprint, work, arguments.allow_drift)
+    failed = carry_out(list(tasks), ledger, fingerprint, work, arguments.allow_drift)
     certificates = {
         name: read_certificate(folder / CERTIFICATE)
         for name, folder in folders.items()
@@ -116,8 +128,9 @@ def _config(task: Task, data_dir: str | None) -> ExperimentConfig:
     from research_eval.config.check import config_from_dict
 
     config: dict[str, Any] = {"model_type": "dense", "experiment_name": task.name, **task.config}
-    if data_dir is not None and config.get("dataset_type") != "synthetic":
-        config["dataset_params"] = {"data_dir": data_dir, **config.get("dataset_params", {})}
+    given = config.get("dataset_params", {})
+    if data_dir is not None and config.get("dataset_type") != "synthetic" and isinstance(given, dict):
+        config["dataset_params"] = {"data_dir": data_dir, **given}
     return config_from_dict(config, source=f"task {task.name}")
 
 
@@ -133,14 +146,22 @@ def _fingerprint(suite: Suite, task: Task, config: ExperimentConfig) -> dict[str
 
 def _compare(suite: Suite, config: ExperimentConfig, folder: Path, place: Place) -> None:
     """One task of the suite."""
-    from research_eval.comparing.protocol import Plan
     from research_eval.comparing.whole import Report, compare_and_report
+
+    report = Report(folder, suite.margin, suite.solved_at)
+    compare_and_report(config, _plan(suite, config), report, place)
+
+
+def _plan(suite: Suite, config: ExperimentConfig) -> Plan:
+    """What a task of the suite compares. Raises ConfigError for a model that is not known."""
+    from research_eval.comparing.protocol import Plan
     from research_eval.registry import models_for
 
-    every = [name for name in sorted(models_for(config.task_name)) if name not in suite.exclude]
-    models = suite.models or every
-    plan = Plan(
-        models,
+    known = models_for(config.task_name)
+    for name in suite.models or ():
+        known.get_or_explain(name)
+    return Plan(
+        suite.models or [name for name in sorted(known) if name not in suite.exclude],
         suite.axis,
         suite.tol,
         suite.seeds,
@@ -150,8 +171,6 @@ def _compare(suite: Suite, config: ExperimentConfig, folder: Path, place: Place)
         suite.controls,
         suite.confirm,
     )
-    report = Report(folder, suite.margin, suite.solved_at)
-    compare_and_report(config, plan, report, place)
 
 
 def _write(out: Path, suite: Suite, tables: list[Any]) -> None:

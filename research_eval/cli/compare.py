@@ -176,8 +176,8 @@ def _is_list(text: str) -> bool:
     path = Path(text)
     if not path.is_file():
         return False
-    with path.open("rb") as file:
-        return file.read(64).lstrip().startswith(b"[")
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        return next((line for line in map(str.strip, file) if line), "").startswith("[")
 
 
 def _verify(arguments: argparse.Namespace) -> int:

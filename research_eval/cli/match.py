@@ -77,7 +77,7 @@ def match_command(arguments: argparse.Namespace) -> int:
             )
         else:
             log.warning(
-                "%s costs %.3f times the base: there are no sizes within %g. Change the base, such as its embed_dim, "
+                "%s costs %.3f times the base: no sizes within %g were found. Change the base, such as its embed_dim, "
                 "or give a larger --tol.",
                 *(one.config.model_type, one.ratio, arguments.tol),
             )
@@ -99,7 +99,7 @@ def _write(paths: list[Path], found: list[Match]) -> None:
         name = f"{one.config.experiment_name}_{one.config.model_type}"
         config = one.config.to_dict() | {"experiment_name": name}
         texts.append(json.dumps(config, indent=2) + "\n")
-        if path.exists() and path.read_text(encoding="utf-8") != texts[-1]:
+        if path.exists() and not (path.is_file() and path.read_bytes() == texts[-1].encode()):
             raise ConfigError(f"--out: {path} exists and is another file. Give another folder, or remove it.")
     for path, text in zip(paths, texts, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from research_eval.analysis.statistics import mean_interval
 from research_eval.analysis.tables import bounds_of
 from research_eval.comparing.protocol import FIRST_TUNING_SEED, Outcome, cell_config
@@ -140,7 +142,7 @@ class Checked:
     seed: int
     stored: float
     repeated: float | None
-    interval: tuple[float, float] | None
+    interval: Sequence[float] | None
     has_same_data: bool
 
     @property
@@ -156,39 +158,74 @@ class Checked:
         return self.has_same_data and (self.is_same or inside)
 
 
+class _Cell(BaseModel):
+    seed: int
+    score: float | None
+    data_sha256: str | None
+
+
+class _Arm(BaseModel):
+    name: str
+    config: dict[str, Any]
+    is_matched: bool
+    mean: float | None
+    interval: tuple[float, float] | None
+    cells: list[_Cell]
+
+
+class _Pair(BaseModel):
+    first: str
+    second: str
+    text: str
+
+
+class _Certificate(BaseModel):
+    """What readers of a certificate need."""
+
+    model_config = ConfigDict(strict=True)
+    test_metric: str
+    arms: list[_Arm]
+    comparisons: list[_Pair]
+
+
 def read_certificate(path: Path) -> dict[str, Any]:
     """Read a certificate. Raises ConfigError for a file that is none."""
     content = parse_json(read_limited(path, MAX_BYTES, "a certificate"), str(path))
     if not isinstance(content, dict) or content.get("certificate_version") != VERSION:
         raise ConfigError(f"{path}: expected a certificate of version {VERSION} that `goe compare` has written")
+    try:
+        _Certificate.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ConfigError(
+            f"{path}: the certificate is damaged: {place}: {first['msg']}. Run the comparison again."
+        ) from error
     return content
 
 
 def verify(path: Path, cells: int, quiet: bool) -> list[Checked]:
     """Train random cells of a certificate again, in a results store that is thrown away. Raises ConfigError."""
     content = read_certificate(path)
-    try:
-        known = [
-            (arm, cell) for arm in content["arms"] for cell in arm["cells"] if isinstance(cell["score"], int | float)
-        ]
-        chosen = random.sample(known, min(cells, len(known)))
-        metric = str(content["test_metric"])
-        return [_checked(arm, cell, metric, path, quiet) for arm, cell in chosen]
-    except (KeyError, TypeError, IndexError) as error:
-        raise ConfigError(f"{path}: the certificate is damaged ({type(error).__name__}: {error})") from error
+    known = [(arm, cell) for arm in content["arms"] for cell in arm["cells"] if cell["score"] is not None]
+    if not known:
+        raise ConfigError(f"{path}: no seed in it has a score, so there is nothing to check. Run the comparison again.")
+    chosen = random.sample(known, min(cells, len(known)))
+    return [_checked(arm, cell, content["test_metric"], path, quiet) for arm, cell in chosen]
 
 
 def _checked(arm: dict[str, Any], cell: dict[str, Any], metric: str, path: Path, quiet: bool) -> Checked:
     from research_eval.experiment import run
 
-    config = cell_config(stored_config(arm["config"], f"{path}: {arm['name']}"), int(cell["seed"]))
+    config = cell_config(stored_config(arm["config"], f"{path}: {arm['name']}"), cell["seed"])
     with tempfile.TemporaryDirectory() as folder:
         db = f"{folder}/verify.db"
         result = run(config, db=db, quiet=quiet, to_csv=False, show_data=False)
+        shutil.rmtree(result.folder)  # of the store that is thrown away
+        if result.exit_code > 128:
+            raise KeyboardInterrupt(result.exit_code - 128)
         with Store(db, read_only=True) as store:
             data = store.experiment(result.experiment_id)["data_sha256"]
-        shutil.rmtree(result.folder)  # of the store that is thrown away
-    interval = None if arm["interval"] is None else (float(arm["interval"][0]), float(arm["interval"][1]))
     repeated = result.metrics.get(metric)
     same_data = data == cell["data_sha256"]
-    return Checked(str(arm["name"]), int(cell["seed"]), float(cell["score"]), repeated, interval, same_data)
+    return Checked(arm["name"], cell["seed"], cell["score"], repeated, arm["interval"], same_data)

@@ -35,7 +35,8 @@ from research_eval.training.latency import Timed, timed_batches
 from research_eval.wording import hint
 
 AXES = ("total_params", "active_params", "flops", "latency")
-CORRECTIONS = 4  # of a formula by what was executed
+CORRECTIONS = 4  # of a formula by what was executed, for one depth and width, and then for all
+LOOSE = 0.02  # a search without any correction need not be more exact
 CANDIDATES = 8  # models of other sizes that are timed, for each number of blocks
 log = logging.getLogger(__name__)
 
@@ -139,17 +140,40 @@ def _solved(
     """Sizes whose cost is the target, as measured."""
     if axis != "flops":
         return _searched(start, lambda config: _counted(config, axis, data), target, tol / 2, fixed)
-    factor, best = 1.0, None
-    for _ in range(CORRECTIONS):
-        found = _searched(start, lambda config: _formula(config, data), target / factor, tol / 4, fixed)
+
+    def count(config: ExperimentConfig) -> float:
+        return _formula(config, data)
+
+    fine = _size_names(start, fixed)[:1]
+    best, corrections = None, 0
+    found = _searched(start, count, target, max(tol, LOOSE) / 4, fixed)
+    while True:
         executed = cost_of(_with(start, found.sizes), axis, data)
         if best is None or abs(executed / target - 1) < best.error(target):
             best = Found(found.sizes, executed)
-        if best.error(target) <= tol / 2 or not found.cost:
-            break
-        factor = executed / found.cost
-    assert best is not None
-    return best
+        if best.error(target) <= tol / 2 or not executed or not found.cost:
+            return best
+        aim = target * found.cost / executed
+        if corrections < CORRECTIONS:  # what was executed holds for this depth and width
+            kept = {name: value for name, value in found.sizes.items() if name not in fine}
+            near = _searched(_resized(start, kept), count, aim, 0.0, {**fixed, **kept})
+            other = Found({**kept, **near.sizes}, near.cost)
+            if other.sizes == found.sizes:
+                corrections = CORRECTIONS
+        if corrections >= CORRECTIONS:
+            other = _searched(start, count, aim, tol / 4, fixed)
+        corrections += 1
+        if other.sizes == found.sizes or corrections > 2 * CORRECTIONS:
+            return best
+        found = other
+
+
+def _size_names(start: ExperimentConfig, fixed: Mapping[str, Any]) -> list[str]:
+    """The options that the search may change; it changes the first one in steps of one."""
+    cls = models_for(start.task_name).get_or_explain(start.model_type)
+    options = options_of(cls)
+    names = [name for name in getattr(cls, "size_options", EvaluableModel.size_options) if name in options]
+    return [name for name in names if name not in fixed]
 
 
 def _searched(
@@ -162,8 +186,7 @@ def _searched(
     """The sizes that `start` needs for this cost; a model that has none that may change stays as it is."""
     cls = models_for(start.task_name).get_or_explain(start.model_type)
     options = options_of(cls)
-    names = [name for name in getattr(cls, "size_options", EvaluableModel.size_options) if name in options]
-    names = [name for name in names if name not in fixed]
+    names = _size_names(start, fixed)
     if not names:
         log.warning("%s has none of its `size_options`: it is compared as it is", start.model_type)
         return Found({}, measure(start))

@@ -59,6 +59,7 @@ class Plan:
             ("--tuning", self.num_trials, 3),
             ("--tuning_seeds", self.tuning_seeds, 1),
             ("--confirm", self.num_confirmed, 0),
+            ("--max_lengthened", self.max_lengthened, 0),
         ):
             if given < least:
                 raise ConfigError(f"{flag}: expected at least {least}, got {given}")

@@ -12,18 +12,19 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 import research_eval
 from research_eval.analysis.statistics import Interval
-from research_eval.analysis.tables import Table, interval_text, metric_text
+from research_eval.analysis.tables import Table, bounds_of, interval_text, metric_text
 from research_eval.config.jsonc import read_object, read_text
 from research_eval.errors import ConfigError
 from research_eval.files import write_atomically
+from research_eval.registry import extension_files
 from research_eval.store.metrics import gain_sign
 from research_eval.system.untrusted import parse_json, read_limited
 from research_eval.wording import hint
@@ -53,7 +54,7 @@ class Suite(BaseModel):
     description: str = ""
     models: Annotated[list[str], Field(min_length=2)] | None = None
     exclude: list[str] = []
-    axis: str = "flops"
+    axis: Literal["flops", "total_params", "active_params", "latency"] = "flops"
     tol: Annotated[float, Field(gt=0, lt=1)] = 0.02
     seeds: Annotated[int, Field(ge=1)] = 5
     tuning: Annotated[int, Field(ge=3)] = 8
@@ -62,7 +63,7 @@ class Suite(BaseModel):
     max_lengthened: Annotated[int, Field(ge=0)] = 1
     controls: bool = False
     solved_at: Annotated[float, Field(gt=0, le=1)] = 0.99
-    margin: Annotated[float, Field(gt=0)] = 0.01
+    margin: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.01
     tasks: Annotated[list[Task], Field(min_length=1)]
 
 
@@ -111,11 +112,9 @@ class Ledger:
         if self._path.is_file():
             content = parse_json(read_limited(self._path, MAX_LEDGER, "a ledger"), str(self._path))
             try:
-                self.tasks = {name: Done(**one) for name, one in content["tasks"].items()}
-            except (KeyError, TypeError, AttributeError) as error:
-                raise ConfigError(
-                    f"{self._path}: no ledger of a suite ({error}). Move it away to begin anew."
-                ) from error
+                self.tasks = TypeAdapter(dict[str, Done]).validate_python(content["tasks"])
+            except (KeyError, TypeError, ValidationError) as error:
+                raise ConfigError(f"{self._path}: no ledger of a suite. Move it away to begin anew.") from error
 
     def drift(self, name: str, fingerprint: Mapping[str, str]) -> list[str]:
         """What is another one than when the task was done: "code", "config", "data"."""
@@ -128,6 +127,10 @@ class Ledger:
         """Whether the task need not be done again."""
         return name in self.tasks and self.tasks[name].status == "done"
 
+    def forget(self, name: str) -> None:
+        """Do the task again."""
+        self.tasks.pop(name, None)
+
     def note(self, name: str, done: Done) -> None:
         """Write how a task ended."""
         self.tasks[name] = done
@@ -137,11 +140,13 @@ class Ledger:
 
 
 def code_sha256() -> str:
-    """A hash of the source of the package."""
+    """A hash of the source of the package, and of the files in the folders of GOE_EXTENSIONS."""
     root = Path(research_eval.__file__).parent
     found = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         found.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    for path in extension_files():
+        found.update(path.name.encode() + b"\0" + path.read_bytes())
     return found.hexdigest()
 
 
@@ -220,7 +225,7 @@ def aggregate_table(title: str, certificates: Mapping[str, dict[str, Any]], fami
     for task, content in certificates.items():
         for arm in content["arms"]:
             scores = [cell["score"] for cell in arm["cells"]]
-            if None in scores or not all(0 <= score <= 1 for score in scores):
+            if None in scores or bounds_of(content["test_metric"]) is None:
                 left_out[f"{arm['name']} on {task}"] = None
                 continue
             for family in (families[task], "all"):

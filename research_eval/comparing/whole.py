@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +32,20 @@ class Report:
     solved_at: float = 0.99
 
     def __post_init__(self) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ConfigError(f"--out: {str(self.folder)!r} is not a folder")
-        if not self.margin > 0:
+        check_out(self.folder)
+        if not 0 < self.margin < math.inf:
             raise ConfigError(f"--margin: expected a positive number, got {self.margin:g}")
         if not 0 < self.solved_at <= 1:
             raise ConfigError(f"--solved_at: expected a score above 0 and up to 1, got {self.solved_at:g}")
+
+
+def check_out(folder: Path) -> None:
+    """Raise ConfigError, before anything is trained, where results cannot be written."""
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise ConfigError(f"--out: {str(there)!r} is not a folder. Give another place.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out: nothing may be written in {str(there)!r}. Give another place, or change its rights.")
 
 
 def compare_and_report(
