@@ -7,7 +7,9 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from optuna.trial import TrialState
@@ -19,8 +21,9 @@ from research_eval.errors import Superseded
 from research_eval.experiment import Journal, run
 from research_eval.store.pending import RunWriter, merge_pending
 from research_eval.store.values import normal_metrics
+from research_eval.studies import workers
 from research_eval.studies.queue import TrialQueue
-from research_eval.studies.trials import LEFT, train_trial
+from research_eval.studies.trials import LEFT, Outcome, train_trial
 from research_eval.studies.workers import work
 
 
@@ -175,6 +178,28 @@ def test_a_worker_does_not_end_a_trial_that_another_one_trains(tmp_path: Path, m
     with Store() as store:
         assert list(store.statuses().values()) == ["running"]
     assert [one.state for one in load_from(storage)] == [TrialState.RUNNING]
+
+
+def test_a_worker_asks_for_a_trial_of_another_one_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And says only once that the other one has it."""
+    queue = MagicMock()
+    trial = SimpleNamespace(trial_id=7, number=0)
+    queue.claim.side_effect = lambda _, left: None if left else trial
+    pauses: list[float] = []
+    queue.options.is_time_up = False
+    monkeypatch.setattr(workers, "train_trial", lambda *_: Outcome(LEFT, reason="another process has it"))
+    monkeypatch.setattr(workers.JITTER, "uniform", lambda *_: 1.0)
+    said = MagicMock()
+    monkeypatch.setattr(workers.log, "warning", said)
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        queue.options.is_time_up = len(pauses) == 6
+
+    monkeypatch.setattr(workers.time, "sleep", sleep)
+    assert work(queue, "mine") == 0
+    assert pauses == [0.5, 1.0, 2.0, 4.0, 5.0, 5.0]
+    assert said.call_count == 1
 
 
 def load_from(storage: str) -> list[Any]:

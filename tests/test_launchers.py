@@ -27,7 +27,7 @@ from research_eval.db_utils import DB_FILE, Store
 from research_eval.errors import ConfigError
 from research_eval.main import cli
 from research_eval.studies import launchers
-from research_eval.studies.launchers import Child, LaunchOptions, RayLauncher, Slot, worker_command
+from research_eval.studies.launchers import Child, LaunchOptions, RayLauncher, Slot, SubmititLauncher, worker_command
 from research_eval.studies.queue import TrialQueue
 
 ON_THIS_MACHINE = {"cluster": "local"}
@@ -133,6 +133,24 @@ def test_wrong_launches_are_refused_before_any_work(words: tuple[str, ...], mess
     assert ended.code == 2
     assert message in ended.err
     assert not Path("s.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({"cluster": "debug", "timeout_min": 1.5}, None),
+        ({"cluster": "debug"}, RuntimeError("sbatch: invalid partition")),
+    ],
+)
+def test_what_an_engine_refuses_is_one_line(
+    options: dict[str, Any], refused: Exception | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("submitit")
+    monkeypatch.chdir(tmp_path)
+    if refused is not None:
+        monkeypatch.setattr("submitit.AutoExecutor.submit", MagicMock(side_effect=refused))
+    with pytest.raises(ConfigError, match="^--launcher_options: .*(timeout_min|invalid partition)"):
+        SubmititLauncher(LaunchOptions("submitit", options=options), "s", {}, 1)
 
 
 def test_an_open_cluster_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

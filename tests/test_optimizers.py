@@ -98,6 +98,16 @@ def test_the_optimiser_takes_the_groups(name: str) -> None:
 COSINE = SchedulerParams(name="cosine_warmup", warmup_factor=0.2, min_lr_factor=0.1)
 
 
+def test_vectors_of_experts_are_no_matrix_for_muon(build_model: Callable[..., EvaluableModel]) -> None:
+    """Orthogonalised together, the vector of one expert would change those of the others."""
+    model = build_model("goe_original")
+    groups = parameter_groups(model, OptimizerParams(name="muon"))
+    factors = {parameter: group["factors"] for group in groups for parameter in group["params"]}
+    named = dict(model.named_parameters())
+    assert factors[named["experts.gate.weight"]] == 0
+    assert factors[named["experts.blocks.0.attention.output.weight"]] == 1
+
+
 def test_known_values_of_the_learning_rate() -> None:
     """Two of ten steps rise to the full rate, then half a cosine falls to a tenth of it."""
     factors = [learning_rate_factor(step, 10, COSINE) for step in range(12)]

@@ -11,6 +11,7 @@ from research_eval.config.sections import ExperimentConfig, ParallelParams
 from research_eval.errors import ConfigError
 from research_eval.models.base_model import EvaluableModel
 from research_eval.runs.prepare import prepare
+from research_eval.system.world import rank_and_size
 from research_eval.tasks.base import Evaluation
 from research_eval.training.fit import fit
 from research_eval.training.parallel import Parallel
@@ -86,6 +87,13 @@ def _check(config: ExperimentConfig) -> None:
         raise ConfigError(
             "training_params.ema_decay: a moving average needs whole weights: set parallel.data to ddp and "
             "parallel.experts to 1, or leave it out"
+        )
+    size = rank_and_size()[1]
+    if size % layout.experts:
+        raise ConfigError(f"training_params.parallel.experts: {layout.experts} does not divide the {size} processes")
+    if layout.data == "fsdp" and config.optimizer_params.name == "muon":
+        raise ConfigError(
+            "training_params.parallel.data: fsdp cuts matrices, and muon needs them whole. Choose ddp, or adamw."
         )
     if options.dispatcher != "local" and layout.experts > 1:
         raise ConfigError("training_params.dispatcher: parallel.experts has a dispatcher of its own. Leave one out.")

@@ -171,12 +171,12 @@ class SubmititLauncher:
             if options.gpus:
                 settings["gpus_per_node"] = int(options.gpus)
             executor.update_parameters(**settings | given)
-        except (NameError, TypeError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"--launcher_options: {error}") from error
-        self._jobs: list[Any] = []
-        if num_workers:  # submitit takes no empty array
-            with _environment(environment), executor.batch():
-                self._jobs = [executor.submit(Slot(study, str(number))) for number in range(num_workers)]
+            self._jobs: list[Any] = []
+            if num_workers:  # submitit takes no empty array
+                with _environment(environment), executor.batch():
+                    self._jobs = [executor.submit(Slot(study, str(number))) for number in range(num_workers)]
+        except (NameError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+            raise ConfigError(f"--launcher_options: {error}") from error  # also what Slurm says of a job
 
     def num_alive(self) -> int:
         return sum(not job.done() for job in self._jobs)

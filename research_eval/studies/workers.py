@@ -56,6 +56,7 @@ def work(
     """
     options = queue.options
     left: set[int] = set()  # trials that another process is at: this worker looks at the other ones first
+    told: set[int] = set()  # of these, what the log has said
     ended, pause = 0, POLL_SECONDS
     while not options.is_time_up and parent in (None, os.getppid()) and ended != max_trials:
         trial = queue.claim(worker, left)
@@ -68,7 +69,6 @@ def work(
             time.sleep(pause * JITTER.uniform(0.5, 1.0))
             pause = min(2 * pause, MOST_POLLS * POLL_SECONDS)
             continue
-        pause = POLL_SECONDS
         lost = threading.Event()
         with queue.heartbeat(trial, functools.partial(_stop_run, lost)):
             outcome = train_trial(trial, options)
@@ -79,12 +79,14 @@ def work(
             queue.release(worker, died=False)
             return outcome.exit_code
         if outcome.status == LEFT:
-            log.warning("trial %d: %s", trial.number, outcome.reason)
+            if trial.trial_id not in told:
+                log.warning("trial %d: %s. This worker asks again.", trial.number, outcome.reason)
+            told.add(trial.trial_id)
             left.add(trial.trial_id)
             queue.release(worker, died=False)
             continue
         queue.finish(trial, outcome)
-        ended += 1
+        ended, pause = ended + 1, POLL_SECONDS
         if progress is not None:
             progress.update(trial_records(queue.study))
     return 0

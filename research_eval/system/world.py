@@ -14,10 +14,10 @@ def rank_and_size() -> tuple[int, int]:
         rank, size = map(int, words)
     except ValueError:
         rank, size = -1, 0
-    if not 0 <= rank < size:
+    if not 0 <= rank < size or (size > 1 and "RANK" not in os.environ):
         raise ConfigError(
-            f"RANK={words[0]!r} and WORLD_SIZE={words[1]!r} in the environment: expected what torchrun sets. Start the "
-            "command with torchrun, or unset both."
+            f"RANK={os.environ.get('RANK')!r} and WORLD_SIZE={words[1]!r} in the environment: expected what torchrun "
+            "sets. Start the command with torchrun, or unset both."
         )
     return rank, size
 

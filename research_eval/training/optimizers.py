@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from research_eval.config.sections import ExperimentConfig, OptimizerParams, SchedulerParams
+from research_eval.layers.stacked import Stacked
 from research_eval.training.compiler import leave_out, without_compiler
 from research_eval.training.muon import Muon
 
@@ -50,7 +51,8 @@ def parameter_groups(model: nn.Module, params: OptimizerParams) -> list[dict[str
             for name in (*path.split("."), leaf):
                 multiplier = multipliers.get(name, multiplier)
             factors = 0
-            if is_muon and not plain and not {*path.split("."), leaf} & NOT_ORTHOGONAL:
+            is_vectors = isinstance(owner, Stacked) and parameter.ndim < 3  # one for each expert
+            if is_muon and not plain and not is_vectors and not {*path.split("."), leaf} & NOT_ORTHOGONAL:
                 factors = getattr(owner, "joined_maps", 1)
             decay = 0.0 if plain or (is_muon and not factors) else params.weight_decay
             rate = params.lr if factors or not is_muon else params.adam_lr or ADAM_LR

@@ -342,13 +342,11 @@ def _is_large(loss_of: nn.Module, device: torch.device) -> bool:
 
 def _check(loss_of: nn.Module, optimizer: torch.optim.Optimizer, layout: ParallelParams, fully: bool) -> None:
     """Raise ConfigError for what cannot be cut."""
-    size, where = distributed.get_world_size(), "training_params.parallel"
+    where = "training_params.parallel"
     if fully and isinstance(optimizer, Muon):
         raise ConfigError(f"{where}.data: fsdp cuts matrices, and muon needs them whole. Choose ddp, or adamw.")
     if layout.experts == 1:
         return
-    if size % layout.experts:
-        raise ConfigError(f"{where}.experts: {layout.experts} does not divide the {size} processes")
     if any(isinstance(one, ExpertPool) and one.scans for one in loss_of.modules()):
         raise ConfigError(f"{where}.experts: scan experts (num_scan_experts) stay in every process. Set it to 1.")
     numbers = {len(parameter) for parameter in expert_stacks(loss_of)}
