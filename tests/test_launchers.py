@@ -149,7 +149,7 @@ def test_what_an_engine_refuses_is_one_line(
     monkeypatch.chdir(tmp_path)
     if refused is not None:
         monkeypatch.setattr("submitit.AutoExecutor.submit", MagicMock(side_effect=refused))
-    with pytest.raises(ConfigError, match="^--launcher_options: .*(timeout_min|invalid partition)"):
+    with pytest.raises(ConfigError, match=r"^--launcher_options: .*(timeout_min|invalid partition)"):
         SubmititLauncher(LaunchOptions("submitit", options=options), "s", {}, 1)
 
 
