@@ -516,6 +516,9 @@ def test_the_recipe_for_texts_has_the_options_of_the_first_model(rows: Path, mon
     assert ["bigram_buckets" in base.model_params for base in bases] == [True, False]
     assert {base.training_params.label_smoothing for base in bases} == {0.1}
     assert {base.scheduler_params.name for base in bases} == {"wsd"}, "a flag is stronger"
+    Path("rows.json").write_text("\ufeff" + " " * 100 + '[{"text": "a", "label": "b"}]', encoding="utf-8")
+    assert command(cli, "compare", "rows.json", "--models", "dense,moe").code == 0
+    assert bases[-1].dataset_params["data_dir"] == "rows.json", "a list is no config"
     for wrong, message in (
         (["--set", "scheduler_params.name=cosine"], "--set scheduler_params.name: expected one of"),
         (["--set", "epochs=2", "--epochs", "3"], "--set: epochs is given by another flag too"),

@@ -8,6 +8,7 @@ goe compare --verify comparisons/reviews/certificate.json
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -176,8 +177,8 @@ def _is_list(text: str) -> bool:
     path = Path(text)
     if not path.is_file():
         return False
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        return next((line for line in map(str.strip, file) if line), "").startswith("[")
+    with path.open("rb") as file:
+        return file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
 def _verify(arguments: argparse.Namespace) -> int:
