@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from research_eval.analysis.statistics import mean_interval
 from research_eval.analysis.tables import bounds_of
@@ -158,31 +158,34 @@ class Checked:
         return self.has_same_data and (self.is_same or inside)
 
 
-class _Cell(BaseModel):
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Cell(_Strict):
     seed: int
     score: float | None
     data_sha256: str | None
 
 
-class _Arm(BaseModel):
+class _Arm(_Strict):
     name: str
     config: dict[str, Any]
     is_matched: bool
     mean: float | None
-    interval: tuple[float, float] | None
+    interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None
     cells: list[_Cell]
 
 
-class _Pair(BaseModel):
+class _Pair(_Strict):
     first: str
     second: str
     text: str
 
 
-class _Certificate(BaseModel):
+class _Certificate(_Strict):
     """What readers of a certificate need."""
 
-    model_config = ConfigDict(strict=True)
     test_metric: str
     arms: list[_Arm]
     comparisons: list[_Pair]
