@@ -146,7 +146,7 @@ def assert_same_numbers(
     kernels: Kernels,
     attention: AttentionRows = "padded",
 ) -> None:
-    """Outputs and all gradients are those of the plain kernels."""
+    """The model gives the same outputs and gradients as with the plain kernels."""
     results = []
     for execution in (("plain", "padded"), (kernels, attention)):
         twin = copy.deepcopy(model)

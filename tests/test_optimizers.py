@@ -99,7 +99,7 @@ COSINE = SchedulerParams(name="cosine_warmup", warmup_factor=0.2, min_lr_factor=
 
 
 def test_vectors_of_experts_are_no_matrix_for_muon(build_model: Callable[..., EvaluableModel]) -> None:
-    """Orthogonalised together, the vector of one expert would change those of the others."""
+    """Muon would mix them: the update of one expert would depend on the other experts."""
     model = build_model("goe_original")
     groups = parameter_groups(model, OptimizerParams(name="muon"))
     factors = {parameter: group["factors"] for group in groups for parameter in group["params"]}

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -34,7 +34,8 @@ from research_eval.training.evaluate import measure_forward_flops
 from research_eval.training.latency import Timed, timed_batches
 from research_eval.wording import hint
 
-AXES = ("total_params", "active_params", "flops", "latency")
+Axis = Literal["total_params", "active_params", "flops", "latency"]
+AXES: tuple[Axis, ...] = get_args(Axis)
 CORRECTIONS = 4  # of a formula by what was executed, for one depth and width, and then for all
 LOOSE = 0.02  # a search without any correction need not be more exact
 CANDIDATES = 8  # models of other sizes that are timed, for each number of blocks

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 import research_eval
 from research_eval.analysis.statistics import Interval
 from research_eval.analysis.tables import Table, bounds_of, interval_text, metric_text
+from research_eval.comparing.match import Axis
 from research_eval.config.jsonc import read_object, read_text
 from research_eval.errors import ConfigError
 from research_eval.files import write_atomically
@@ -54,7 +55,7 @@ class Suite(BaseModel):
     description: str = ""
     models: Annotated[list[str], Field(min_length=2)] | None = None
     exclude: list[str] = []
-    axis: Literal["flops", "total_params", "active_params", "latency"] = "flops"
+    axis: Axis = "flops"
     tol: Annotated[float, Field(gt=0, lt=1)] = 0.02
     seeds: Annotated[int, Field(ge=1)] = 5
     tuning: Annotated[int, Field(ge=3)] = 8

@@ -16,6 +16,7 @@ from research_eval.tasks.base import Evaluation
 from research_eval.training.fit import fit
 from research_eval.training.parallel import Parallel
 from research_eval.training.processes import Processes
+from research_eval.training.slices import MUON_NEEDS_WHOLE
 from research_eval.training.state import Diverged, Interrupted, TrainingState
 
 TRAIN, END = b"train", b"end"  # what the first process tells the others
@@ -92,9 +93,7 @@ def _check(config: ExperimentConfig) -> None:
     if size % layout.experts:
         raise ConfigError(f"training_params.parallel.experts: {layout.experts} does not divide the {size} processes")
     if layout.data == "fsdp" and config.optimizer_params.name == "muon":
-        raise ConfigError(
-            "training_params.parallel.data: fsdp cuts matrices, and muon needs them whole. Choose ddp, or adamw."
-        )
+        raise ConfigError(MUON_NEEDS_WHOLE)
     if options.dispatcher != "local" and layout.experts > 1:
         raise ConfigError("training_params.dispatcher: parallel.experts has a dispatcher of its own. Leave one out.")
     if options.device not in ("auto", "cpu", "cuda"):

@@ -31,6 +31,7 @@ from research_eval.training.muon import Muon
 Sum = Callable[[Tensor], Tensor]  # over all processes
 Places = list[tuple[nn.Module, str]]  # the owners of a parameter, and its name in each
 MOST_OF_MEMORY = 0.6  # that weights, gradients and moments may take before "auto" cuts them
+MUON_NEEDS_WHOLE = "training_params.parallel.data: fsdp cuts matrices, and muon needs them whole. Choose ddp, or adamw."
 
 
 @dataclass
@@ -344,7 +345,7 @@ def _check(loss_of: nn.Module, optimizer: torch.optim.Optimizer, layout: Paralle
     """Raise ConfigError for what cannot be cut."""
     where = "training_params.parallel"
     if fully and isinstance(optimizer, Muon):
-        raise ConfigError(f"{where}.data: fsdp cuts matrices, and muon needs them whole. Choose ddp, or adamw.")
+        raise ConfigError(MUON_NEEDS_WHOLE)
     if layout.experts == 1:
         return
     if any(isinstance(one, ExpertPool) and one.scans for one in loss_of.modules()):
